@@ -1,0 +1,28 @@
+"""Training with Quantization Noise for extreme model compression (arXiv 2004.07320), as a fairseq `--user-dir` plugin.
+
+Given to fairseq as `--user-dir`, importing this package registers its models and criteria; nothing else happens.
+Imported where fairseq is not, it is the core alone: noise, product quantization and the packed file, for any model.
+"""
+
+import sys
+
+__version__ = "0.1.0"
+
+
+def register() -> None:
+    """Register the models and criteria with fairseq, and take over its loading of checkpoints and its quantizer.
+
+    Called on import where fairseq is in use already. Call it yourself after importing this package before fairseq;
+    a second call changes nothing.
+
+    Raises:
+        ImportError: fairseq is not installed.
+    """
+    from . import checkpoints, criterions, models, training  # noqa: F401
+
+    checkpoints.install()
+    training.install()
+
+
+if "fairseq" in sys.modules:
+    register()

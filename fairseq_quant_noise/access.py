@@ -1,0 +1,49 @@
+"""The access of a module's weight: where noise and quantization act.
+
+fairseq's attention hands `q_proj.weight` straight to a functional and its adaptive softmax ties its weights to the
+embedding, so a hook on `forward` misses both. Here the module's class is replaced by a subclass of the same name in
+which `weight` is a property. What is stored stays where it was (`_parameters['weight']`, so names, `state_dict`,
+optimizers and DDP see no difference); what is read may be noised, or decoded from codes:
+
+    module._modules['weight']   a quantized weight: reading decodes it
+    module._weight_noise        a noise: reading while a training forward runs distorts the stored Parameter
+"""
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class WeightAccess:
+    """Mixed into a module's class by `intercept`."""
+
+    _parameters: dict[str, Any]
+    _modules: dict[str, Any]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as this use of it should see it, of the dense weight's shape."""
+        quantized = self._modules.get("weight")
+        if quantized is not None:
+            return quantized.decode()
+        stored = self._parameters["weight"]
+        noise = self.__dict__.get("_weight_noise")
+        return stored if noise is None else noise(self, stored)
+
+
+@functools.cache
+def _with_access(cls: type) -> type:
+    return type(cls.__name__, (WeightAccess, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def intercept(module: nn.Module) -> None:
+    """Route `module.weight` through WeightAccess, in place; a second call changes nothing."""
+    if not isinstance(module, WeightAccess):
+        module.__class__ = _with_access(type(module))
+
+
+def release(module: nn.Module) -> None:
+    """Undo `intercept`: `module.weight` is the stored Parameter again."""
+    if isinstance(module, WeightAccess):
+        module.__class__ = type(module).__mro__[2]

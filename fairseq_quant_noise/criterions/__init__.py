@@ -1,0 +1,1 @@
+"""The criteria that fairseq gets from this package."""

@@ -1,0 +1,43 @@
+"""fairseq's networks in plain PyTorch, by fairseq's names, to evaluate packed files without fairseq."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import UserError
+from .transformer_lm import TransformerLM, TransformerLMConfig
+
+__all__ = ["NETWORKS", "TransformerLM", "TransformerLMConfig", "build"]
+
+
+def _transformer_lm(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
+    return TransformerLM(TransformerLMConfig.from_fairseq(options, vocab_size, padding_idx))
+
+
+#: How to build each model from fairseq's options; an architecture is found by its model's name as a prefix.
+NETWORKS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
+    "transformer_lm": _transformer_lm,
+    "quant_noise_transformer_lm": _transformer_lm,
+}
+
+
+def build(name: str, options: Mapping[str, Any], vocab_size: int, padding_idx: int = 1) -> nn.Module:
+    """The network that fairseq's model or architecture `name` with `options` describes, untrained.
+
+    Args:
+        name: such as `transformer_lm` or `transformer_lm_wiki103`.
+        options: fairseq's `cfg.model` as a dict.
+        vocab_size: the number of words in the dictionary.
+        padding_idx: the dictionary's padding word.
+
+    Raises:
+        UserError: the network, or one of its options, is not implemented without fairseq.
+    """
+    for model, builder in NETWORKS.items():
+        if name == model or name.startswith(model + "_"):
+            return builder({"_name": name, **options}, vocab_size, padding_idx)
+    raise UserError(
+        f"model {name!r} is not implemented without fairseq (only {', '.join(NETWORKS)}); "
+        "evaluate it with fairseq-eval-lm, fairseq-validate or fairseq-generate and --user-dir instead"
+    )

@@ -1,0 +1,69 @@
+"""Position numbers and sinusoidal positions as fairseq counts them, without fairseq.
+
+It exists because a packed file holds no sinusoids and no numbering of its own; learned positions are left to
+nn.Embedding.
+
+Shapes: B batch, T tokens, C channels, P positions.
+"""
+
+import math
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def number_positions(tokens: Tensor, padding_idx: int) -> Tensor:
+    """Number the words of each row from padding_idx + 1 on, skipping padding, which gets padding_idx.
+
+    Args:
+        tokens: (B, T) int64.
+
+    Returns:
+        (B, T) int64.
+    """
+    word = tokens.ne(padding_idx).long()
+    return word.cumsum(dim=1) * word + padding_idx
+
+
+def sinusoids(n_positions: int, dim: int, padding_idx: int) -> Tensor:
+    """(P, C): sines in the first half of the channels, cosines in the second; zeros for padding.
+
+    The wavelengths are tensor2tensor's: frequency i of h = C // 2 is 10000 ** (-i / (h - 1)).
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
+    angles = torch.outer(torch.arange(n_positions).float(), frequencies)  # (P, half)
+    table = torch.zeros(n_positions, dim)
+    table[:, :half] = angles.sin()
+    table[:, half : 2 * half] = angles.cos()
+    table[padding_idx] = 0
+    return table
+
+
+class SinusoidalPositions(nn.Module):
+    """Sinusoidal positions of any number, with nothing in the state dict.
+
+    The table is no buffer: it is built when first used, so that a network built on the meta device gets one.
+    """
+
+    def __init__(self, dim: int, padding_idx: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.padding_idx = padding_idx
+        self._table = torch.empty(0, dim)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """positions: (B, T) int64 -> (B, T, C) fp32."""
+        needed = self.padding_idx + 1 + positions.shape[1]
+        if self._table.shape[0] < needed or self._table.device != positions.device:
+            self._table = sinusoids(needed, self.dim, self.padding_idx).to(positions.device)
+        return F.embedding(positions, self._table)
+
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+        """Drop the buffers that other versions of fairseq store here (0.12.2, git main)."""
+        for name in ("weights", "_float_tensor"):
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,6 @@
+"""Quant-Noise while training: which blocks are hit, what happens to them, and how a model gets it."""
+
+from .attach import attach_rules, detach_noise
+from .distortions import DISTORTIONS
+
+__all__ = ["DISTORTIONS", "attach_rules", "detach_noise"]

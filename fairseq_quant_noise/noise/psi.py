@@ -1,0 +1,50 @@
+"""psi, the noise operator: a random set of blocks is distorted, with straight-through gradients.
+
+    psi(b_kl | J) = phi(b_kl)  if (k, l) in J,  else b_kl          (arXiv 2004.07320, equation 4)
+
+J is drawn anew for each forward; each block is in J with probability p. Blocks outside J are left as they are
+(nothing is rescaled by 1/(1-p)). The gradient with respect to psi(W) goes to W unchanged.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import as_blocks
+from .distortions import Distortion
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward: the distorted weight. Backward: the identity, to the stored weight."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, distorted: Tensor) -> Tensor:
+        """Returns `distorted`; both have the weight's shape."""
+        return distorted
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """d psi / d W = 1 (Bengio et al., arXiv 1308.3432)."""
+        return gradients[0], None
+
+
+def draw_blocks(n_blocks: int, p: float, generator: torch.Generator) -> Tensor:
+    """J: a (n,) mask on the generator's device in which each block is hit with probability p."""
+    mask = torch.empty(n_blocks, dtype=torch.bool, device=generator.device)
+    return mask.bernoulli_(p, generator=generator)
+
+
+def psi(weight: Tensor, hit: Tensor, block_size: int, phi: Distortion) -> Tensor:
+    """The noised weight, of the shape and dtype of `weight`, with the straight-through gradient.
+
+    Args:
+        weight: the stored weight; it is not written to.
+        hit: (n,) bool, true for the blocks in J.
+        block_size: d, with n * d = weight.numel().
+        phi: the distortion.
+    """
+    with torch.no_grad():
+        blocks = as_blocks(weight, block_size)  # (n, d)
+        distorted = torch.where(hit.unsqueeze(1), phi(blocks), blocks).view_as(weight)
+    return StraightThrough.apply(weight, distorted)

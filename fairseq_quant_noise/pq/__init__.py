@@ -1,0 +1,1 @@
+"""Product quantization: k-means, codebooks and codes."""

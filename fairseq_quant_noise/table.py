@@ -1,0 +1,142 @@
+"""A plan applied to a model: a row a tensor, with its size by the paper's accounting. Nothing is computed or changed.
+
+The paper counts (arXiv 2004.07320, section 7.4 and table 1; MiB = bytes / 2^20), for a weight of n blocks:
+
+    codes       n * log2(K) / 8 bytes
+    centroids   K * d * 2 bytes (fp16)
+    the rest    4 bytes a number (fp32), biases and norms included
+
+It works on the meta device, so that the sizes of a model cost nothing.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from .blocks import check_block_size, code_shape
+from .errors import UserError
+from .plan import Plan, StageRule, match_rules
+from .pq.kmeans import effective_centroids
+from .weights import Weight, find_weights
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that a stage quantizes."""
+
+    weight: Weight
+    stage: int  # index into the plan's stages
+    block_size: int  # d
+    n_centroids: int  # K: the rule's, or less for a weight with fewer than 4 K blocks
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the model."""
+
+    name: str
+    scheme: str  # pq, or dense
+    shape: tuple[int, ...]
+    block_size: int | None
+    n_centroids: int | None
+    bytes: float  # the paper's accounting; 0 for a tied copy
+    tied_to: str | None  # the tensor that stores it
+    stage: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return asdict(self) | {"shape": list(self.shape)}
+
+
+@dataclass(frozen=True)
+class Table:
+    """All tensors of a model under a plan."""
+
+    rows: list[Row]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the dense model, tied ones once."""
+        return sum(math.prod(r.shape) for r in self.rows if r.tied_to is None)
+
+    @property
+    def dense_bytes(self) -> int:
+        """4 bytes a parameter."""
+        return 4 * self.parameters
+
+    @property
+    def paper_bytes(self) -> float:
+        """The paper's accounting of the quantized model."""
+        return sum(r.bytes for r in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `plan --json`."""
+        return {
+            "parameters": self.parameters,
+            "dense_bytes": self.dense_bytes,
+            "paper_bytes": self.paper_bytes,
+            "ratio": self.dense_bytes / self.paper_bytes if self.paper_bytes else 1.0,
+            "tensors": [row.to_dict() for row in self.rows],
+        }
+
+
+def pq_bytes(n_blocks: int, block_size: int, n_centroids: int) -> float:
+    """Codes and fp16 centroids of one weight, the paper's accounting."""
+    return n_blocks * math.log2(max(n_centroids, 1)) / 8 + n_centroids * block_size * 2
+
+
+def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
+    """Which weights the plan quantizes, in which stage and how, in the order of the model.
+
+    Raises:
+        UserError: a rule matches nothing, two stages match one weight, or a block size does not divide.
+    """
+    weights = find_weights(model)
+    matches = match_rules("stage", plan.stages, [w.name for w in weights])
+    targets = []
+    for weight, rules in zip(weights, matches, strict=True):
+        if len(rules) > 1:
+            raise UserError(
+                f"{weight.name}: matched by two stages, '{rules[0].match}' and '{rules[1].match}'; "
+                "narrow one of them, for a weight is quantized once"
+            )
+        if rules:
+            targets.append(_target(weight, plan.stages.index(rules[0]), rules[0]))
+    return targets
+
+
+def _target(weight: Weight, stage: int, rule: StageRule) -> Target:
+    block_size = rule.block_size_of(weight.name, weight.module)
+    check_block_size(weight.name, weight.module, block_size)
+    n_blocks = math.prod(code_shape(weight.shape, block_size))
+    n_centroids = effective_centroids(n_blocks, rule.n_centroids_of(weight.name, weight.module))
+    return Target(weight, stage, block_size, n_centroids)
+
+
+def make_table(model: nn.Module, targets: Iterable[Target] = ()) -> Table:
+    """A row for each parameter of `model` (tied copies included), quantized as `targets` say, dense elsewhere."""
+    by_name = {f"{t.weight.name}.weight": t for t in targets}
+    first: dict[int, str] = {}
+    rows = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shape = tuple(parameter.shape)
+        owner = first.setdefault(id(parameter), name)
+        target = by_name.get(owner)
+        if target is None:
+            size = float(4 * math.prod(shape))
+            row = Row(name, "dense", shape, None, None, size, None)
+        else:
+            d, k = target.block_size, target.n_centroids
+            size = pq_bytes(math.prod(code_shape(shape, d)), d, k)
+            row = Row(name, "pq", shape, d, k, size, None, target.stage)
+        rows.append(row if owner == name else _tied(row, owner))
+    return Table(rows)
+
+
+def _tied(row: Row, owner: str) -> Row:
+    return Row(row.name, row.scheme, row.shape, row.block_size, row.n_centroids, 0.0, owner, row.stage)

@@ -1,0 +1,220 @@
+"""iPQ inside fairseq's Trainer: `--quantization-config-path PLAN` drives these stages.
+
+fairseq calls its Quantizer at the start of an epoch and after every update; this one takes its place. At its first
+call it quantizes the weights of the plan's first stage, then fine-tunes for that stage's updates, and so on. What is
+fixed against fairseq's own: stages need not divide --max-update, the optimizer and the schedule go on across a stage,
+the state is in the checkpoint, ties stay tied, and the k-means of the weights is shared among the ranks.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import fairseq.quantization_utils
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .cli_errors import exits_on_user_error
+from .errors import UserError
+from .layers import PQWeight, quantize_weight_
+from .models.quantizable import Quantizable
+from .noise import attach_rules
+from .optimizer_carry import carry_over
+from .plan import Plan
+from .pq.encode import encode
+from .table import MIB, Table, Target, make_table, resolve_stages
+
+logger = logging.getLogger(__name__)
+
+STATE_KEY = "quant_noise_stages"  # in a checkpoint's extra_state
+
+
+def stage_starts(plan: Plan, max_update: int) -> list[int]:
+    """The update, counted from the first stage, at which each stage starts.
+
+    `updates` of the rules where they are given, equal shares of `max_update` otherwise.
+
+    Raises:
+        UserError: only some stages give `updates`, or there is nothing to share.
+    """
+    given = [rule.updates for rule in plan.stages]
+    if all(n is not None for n in given):
+        return [sum(n or 0 for n in given[:i]) for i in range(len(given))]
+    if any(n is not None for n in given):
+        raise UserError("plan: some stages give updates and some do not; give updates in all of them or in none")
+    if max_update <= 0:
+        raise UserError("plan: its stages give no updates; add them, or --max-update or --max-epoch to share")
+    return [max_update * i // len(given) for i in range(len(given))]
+
+
+class StageController:
+    """Takes the place of `fairseq.quantization_utils.Quantizer`, with the calls that fairseq's Trainer makes."""
+
+    def __init__(self, config_path: str, max_epoch: int, max_update: int) -> None:
+        with exits_on_user_error():
+            self.plan = Plan.of(config_path)
+            self.by_epoch = not max_update > 0 and max_epoch > 0 and not any(r.updates for r in self.plan.stages)
+            self.starts = stage_starts(self.plan, max_epoch if self.by_epoch else max_update)
+        self.done = 0  # stages quantized so far
+        self.origin: int | None = None  # the update at which the first stage started
+        self.loading = False
+
+    def set_trainer(self, trainer: Any) -> None:
+        """Check the plan against the model, before any training, and hook into checkpoints."""
+        self.trainer = trainer
+        model = trainer.get_model()
+        with exits_on_user_error():
+            _check_trainer(trainer)
+            if self.plan.noise:
+                attach_rules(model, self.plan.noise)
+            self.targets = resolve_stages(self.plan, model)
+            self.table = make_table(model, self.targets)
+        _log_table(self.table)
+        self._save, self._load = trainer.save_checkpoint, trainer.load_checkpoint
+        trainer.save_checkpoint = self._save_checkpoint
+        trainer.load_checkpoint = self._load_checkpoint
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called by the Trainer as an epoch (from 1) begins."""
+        if self.origin is None:
+            self.origin = self.trainer.get_num_updates()
+        now = epoch - 1 if self.by_epoch else self.trainer.get_num_updates() - self.origin
+        self._advance(now)
+
+    def step_update(self, num_updates: int) -> None:
+        """Called by the Trainer after every update."""
+        if not self.loading and not self.by_epoch and self.origin is not None:
+            self._advance(num_updates - self.origin)
+
+    def _advance(self, now: int) -> None:
+        while self.done < len(self.starts) and self.starts[self.done] <= now:
+            with exits_on_user_error():
+                self._quantize_stage(self.done)
+            self.done += 1
+
+    def _quantize_stage(self, stage: int) -> None:
+        targets = [t for t in self.targets if t.stage == stage]
+        where = f"stage {stage + 1} of {len(self.starts)}"
+        logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
+        started = time.perf_counter()
+        quantize_targets(targets, seed=self.trainer.cfg.common.seed, where=where)
+        logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
+        self._rebuild_optimizer()
+
+    def _rebuild_optimizer(self) -> None:
+        """A new optimizer for the new parameters, with the old one's memory and the schedule where it was."""
+        trainer = self.trainer
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+        trainer.reinitialize()
+        carry_over(optimizer, trainer.optimizer)
+        trainer.lr_scheduler.load_state_dict(scheduler.state_dict())
+        trainer.lr_step_update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model: the plan, the stages done, where they began."""
+        return {"plan": self.plan.to_dict(), "done": self.done, "origin": self.origin}
+
+    def _save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
+        return self._save(filename, {**extra_state, STATE_KEY: self.state_dict()})
+
+    def _load_checkpoint(self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
+        self.loading = True  # the Trainer reports the checkpoint's update before the state below is read
+        try:
+            extra_state = self._load(filename, reset_optimizer, *args, **kwargs)
+        finally:
+            self.loading = False
+        state = (extra_state or {}).get(STATE_KEY)
+        if state is not None:
+            with exits_on_user_error():
+                self._resume(filename, state, reset_optimizer)
+        return extra_state
+
+    def _resume(self, filename: str, state: dict[str, Any], reset: bool) -> None:
+        if Plan.of(state["plan"]).stages != self.plan.stages:
+            raise UserError(
+                f"{filename}: was trained with other stages than this plan's; give --quantization-config-path the plan "
+                "it started with, or --restore-file a dense checkpoint"
+            )
+        self.done = state["done"]
+        self.origin = state["origin"]
+        if reset and self.done:  # updates count from 0 again: the stage in progress begins now
+            self.origin = -self.starts[self.done - 1]
+        self.trainer._wrapped_model = None  # a DDP wrapper from before holds the dense parameters
+
+
+def quantize_targets(targets: Sequence[Target], *, seed: int, where: str = "") -> None:
+    """k-means for each target, then its codes and centroids in the model, the same bits on every rank.
+
+    Each rank encodes its share of the weights and sends the result to the others.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for i, target in enumerate(targets):
+        if i % world != rank:
+            continue
+        weight, d, k = target.weight, target.block_size, target.n_centroids
+        encoded = encode(weight.name, weight.stored, d, k, seed=seed)  # type: ignore[arg-type]
+        found[i] = (encoded.codes, encoded.centroids)
+        logger.info(
+            f"{where} [{i + 1}/{len(targets)}] {weight.name} {tuple(weight.shape)} d {d} K {k} "
+            f"relative error {encoded.relative_error:.4f}"
+        )
+    if world > 1:
+        found = _share(found, world, rank)
+    for i, target in enumerate(targets):
+        quantize_weight_(target.weight, *found[i])
+
+
+def _share(found: dict[int, tuple[Tensor, Tensor]], world: int, rank: int) -> dict[int, tuple[Tensor, Tensor]]:
+    everything: list[Any] = [None] * world
+    mine = {i: (codes.cpu(), centroids.cpu()) for i, (codes, centroids) in found.items()}
+    dist.all_gather_object(everything, mine)
+    return {i: pair for part in everything for i, pair in part.items()}
+
+
+def _check_trainer(trainer: Any) -> None:
+    if not isinstance(trainer.get_model(), Quantizable):
+        name = getattr(trainer.cfg.model, "_name", None) or "this model"
+        raise UserError(
+            f"--quantization-config-path: {name} cannot hold quantized weights; train with --arch quant_noise_{name} "
+            "(a checkpoint of the stock model loads into it)"
+        )
+    if trainer.cfg.ema.store_ema:
+        raise UserError("--store-ema: the average cannot follow weights that turn into codes; leave it out of iPQ")
+    if trainer.is_fsdp:
+        raise UserError("--ddp-backend fully_sharded: iPQ needs whole weights; use legacy_ddp")
+
+
+def _log_table(table: Table) -> None:
+    info = table.to_dict()
+    logger.info(
+        f"plan: {table.parameters:,} parameters, {table.dense_bytes / MIB:.2f} MiB dense, "
+        f"{table.paper_bytes / MIB:.2f} MiB quantized (x{info['ratio']:.1f})"
+    )
+
+
+def model_sizes(model: torch.nn.Module, table: Table) -> float:
+    """Bytes of `model` now, the paper's accounting: weights that the table quantizes but that still are dense count 4 each."""
+    quantized = {name for name, module in model.named_modules() if isinstance(module, PQWeight)}
+    return sum(r.bytes if r.scheme == "dense" or r.name in quantized else 4.0 * _numel(r.shape) for r in table.rows)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _skip_scalar_modules(model: Any, model_cfg: Any) -> Any:
+    """fairseq replaces layers by its own int8 ones for `--quant-noise-scalar`; the models of this package need none."""
+    return model if isinstance(model, Quantizable) else _fairseq_quantize_model_scalar(model, model_cfg)
+
+
+_fairseq_quantize_model_scalar = fairseq.quantization_utils.quantize_model_scalar
+
+
+def install() -> None:
+    """Make fairseq-train use these stages."""
+    fairseq.quantization_utils.Quantizer = StageController
+    fairseq.quantization_utils.quantize_model_scalar = _skip_scalar_modules

@@ -1,0 +1,70 @@
+"""Which weights of a model can be noised and quantized: each tensor once, with its ties.
+
+Names are those of modules (`decoder.layers.0.fc1`); a plan's `match` is a full match over them. A tensor that two
+modules hold (tied embeddings, a tied adaptive softmax) belongs to the first Linear, Embedding or Conv2d that holds
+it; every other holder is an alias. Aliases may be of any type: what they do with the shared weight is theirs.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .blocks import BLOCK_MODULES
+
+
+@dataclass
+class Weight:
+    """One stored weight and everyone who uses it."""
+
+    name: str  # the owner's module name
+    module: nn.Module  # the owner: Linear, Embedding or Conv2d
+    aliases: list[tuple[str, nn.Module]] = field(default_factory=list)  # the other holders, by module name
+
+    @property
+    def holders(self) -> list[tuple[str, nn.Module]]:
+        """The owner and its aliases."""
+        return [(self.name, self.module), *self.aliases]
+
+    @property
+    def stored(self) -> Tensor | nn.Module:
+        """The Parameter in store, or the quantized weight that has taken its place."""
+        return stored_weight(self.module)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        return tuple(self.stored.shape)
+
+
+def stored_weight(module: nn.Module) -> Tensor | nn.Module:
+    """What `module` stores under the name `weight`, without noise and without decoding."""
+    parameter = module._parameters.get("weight")
+    return module._modules["weight"] if parameter is None else parameter  # type: ignore[return-value]
+
+
+def _holds_weight(module: nn.Module) -> bool:
+    parameter = module._parameters.get("weight")
+    return (parameter is not None and parameter.dim() >= 2) or module._modules.get("weight") is not None
+
+
+def find_weights(model: nn.Module) -> list[Weight]:
+    """Every weight of `model` that has blocks, in the order of `named_modules`, ties joined.
+
+    Weights that no Linear, Embedding or Conv2d holds (a LayerNorm's, a fused in_proj_weight) are not among them.
+    """
+    owners: dict[int, Weight] = {}
+    orphans: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if not _holds_weight(module):
+            continue
+        key = id(stored_weight(module))
+        if key in owners:
+            owners[key].aliases.append((name, module))
+        elif isinstance(module, BLOCK_MODULES):
+            owners[key] = Weight(name, module)
+        else:
+            orphans.append((name, module))
+    for name, module in orphans:  # held by some other type before its owner was met
+        if id(stored_weight(module)) in owners:
+            owners[id(stored_weight(module))].aliases.append((name, module))
+    return list(owners.values())
