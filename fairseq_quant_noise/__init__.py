@@ -6,7 +6,22 @@ Imported where fairseq is not, it is the core alone: noise, product quantization
 
 import sys
 
+from .api import attach_noise, detach_noise, load, quantize_, save
+from .errors import DamagedFileError, UserError
+from .plan import Plan
+
 __version__ = "0.1.0"
+__all__ = [
+    "DamagedFileError",
+    "Plan",
+    "UserError",
+    "attach_noise",
+    "detach_noise",
+    "load",
+    "quantize_",
+    "register",
+    "save",
+]
 
 
 def register() -> None:

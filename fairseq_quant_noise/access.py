@@ -40,7 +40,7 @@ def _with_access(cls: type) -> type:
 def intercept(module: nn.Module) -> None:
     """Route `module.weight` through WeightAccess, in place; a second call changes nothing."""
     if not isinstance(module, WeightAccess):
-        module.__class__ = _with_access(type(module))
+        module.__class__ = _with_access(type(module))  # type: ignore[arg-type]
 
 
 def release(module: nn.Module) -> None:

@@ -48,7 +48,7 @@ def check_block_size(name: str, module: nn.Module, block_size: int) -> None:
     if block_size >= 1 and divides(module, block_size):
         return
     weight = module.weight
-    row = weight.numel() // weight.shape[0]  # type: ignore[operator,union-attr,index]
+    row = weight.numel() // weight.shape[0]  # type: ignore[operator,index]
     fits = [d for d in range(1, min(row, 64) + 1) if divides(module, d)]
     shape = tuple(weight.shape)  # type: ignore[arg-type,union-attr]
     raise UserError(

@@ -1,56 +1,21 @@
 """fairseq's loading of checkpoints, made safe, and taught to read the packed file.
 
-Nothing untrusted is unpickled: `torch.load(weights_only=True)` with an allow-list of what fairseq itself writes.
-A refusal names the global and what to do; there is no unsafe fallback.
+Nothing untrusted is unpickled (`safe_load.py`).
 """
 
-import argparse
-import re
 from pathlib import Path
 from typing import Any
 
 import fairseq.checkpoint_utils
-import torch
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
 from .cli_errors import exits_on_user_error
 from .errors import UserError
-
-#: What fairseq's checkpoints hold besides tensors and plain containers.
-ALLOWED = [argparse.Namespace]
+from .safe_load import safe_load
 
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
-
-
-def safe_load(path: str | Path) -> dict[str, Any]:
-    """The content of a fairseq checkpoint, on the CPU.
-
-    Raises:
-        UserError: no such file, not a checkpoint, or one that holds anything outside the allow-list.
-    """
-    try:
-        with torch.serialization.safe_globals(ALLOWED):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror}; give the path of a checkpoint") from None
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file it cannot read
-        raise UserError(_refusal(path, str(error))) from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"checkpoint {path}: has no 'model'; give a checkpoint that fairseq-train wrote")
-    return state
-
-
-def _refusal(path: str | Path, message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global):? ?([\w.]+)", message)
-    if found is None:
-        return f"checkpoint {path}: not a whole PyTorch checkpoint; copy or download it again"
-    name = found.group(1) or found.group(2)
-    return (
-        f"checkpoint {path}: refused, its pickle calls for {name}, which could run code; if you trust the file, load it "
-        "once with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', and save it again"
-    )
 
 
 def is_packed(path: str | Path) -> bool:

@@ -1,7 +1,8 @@
 """The optimizer's memory, carried over when a stage replaces some of the parameters.
 
 fairseq builds a new optimizer whenever the parameters change and so forgets momenta, second moments and fp32 master
-copies of all the parameters that did not. Here the state of every surviving parameter is kept; new centroids start fresh.
+copies of all the parameters that did not. Here the state of every surviving parameter is kept; new centroids
+start fresh.
 """
 
 from typing import Any

@@ -8,7 +8,8 @@
     centroids: {dtype: fp16}
 
 `match` is a regular expression that must match a whole module name. A rule that matches nothing, a weight that two
-stages match, an unknown key: errors, before any work. fairseq's own quantization YAML is a plan too (`fairseq_yaml.py`).
+stages match, an unknown key: errors, before any work. fairseq's own quantization YAML is a plan too
+(`fairseq_yaml.py`).
 """
 
 import re

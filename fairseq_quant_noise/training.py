@@ -8,23 +8,18 @@ the state is in the checkpoint, ties stay tied, and the k-means of the weights i
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import fairseq.quantization_utils
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from .cli_errors import exits_on_user_error
 from .errors import UserError
-from .layers import PQWeight, quantize_weight_
 from .models.quantizable import Quantizable
 from .noise import attach_rules
 from .optimizer_carry import carry_over
 from .plan import Plan
-from .pq.encode import encode
-from .table import MIB, Table, Target, make_table, resolve_stages
+from .quantize import quantize_targets
+from .table import MIB, Table, make_table, resolve_stages
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +94,7 @@ class StageController:
         where = f"stage {stage + 1} of {len(self.starts)}"
         logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
         started = time.perf_counter()
-        quantize_targets(targets, seed=self.trainer.cfg.common.seed, where=where)
+        quantize_targets(targets, seed=self.trainer.cfg.common.seed, where=f"{where} ")
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
         self._rebuild_optimizer()
 
@@ -144,37 +139,6 @@ class StageController:
         self.trainer._wrapped_model = None  # a DDP wrapper from before holds the dense parameters
 
 
-def quantize_targets(targets: Sequence[Target], *, seed: int, where: str = "") -> None:
-    """k-means for each target, then its codes and centroids in the model, the same bits on every rank.
-
-    Each rank encodes its share of the weights and sends the result to the others.
-    """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for i, target in enumerate(targets):
-        if i % world != rank:
-            continue
-        weight, d, k = target.weight, target.block_size, target.n_centroids
-        encoded = encode(weight.name, weight.stored, d, k, seed=seed)  # type: ignore[arg-type]
-        found[i] = (encoded.codes, encoded.centroids)
-        logger.info(
-            f"{where} [{i + 1}/{len(targets)}] {weight.name} {tuple(weight.shape)} d {d} K {k} "
-            f"relative error {encoded.relative_error:.4f}"
-        )
-    if world > 1:
-        found = _share(found, world, rank)
-    for i, target in enumerate(targets):
-        quantize_weight_(target.weight, *found[i])
-
-
-def _share(found: dict[int, tuple[Tensor, Tensor]], world: int, rank: int) -> dict[int, tuple[Tensor, Tensor]]:
-    everything: list[Any] = [None] * world
-    mine = {i: (codes.cpu(), centroids.cpu()) for i, (codes, centroids) in found.items()}
-    dist.all_gather_object(everything, mine)
-    return {i: pair for part in everything for i, pair in part.items()}
-
-
 def _check_trainer(trainer: Any) -> None:
     if not isinstance(trainer.get_model(), Quantizable):
         name = getattr(trainer.cfg.model, "_name", None) or "this model"
@@ -194,16 +158,6 @@ def _log_table(table: Table) -> None:
         f"plan: {table.parameters:,} parameters, {table.dense_bytes / MIB:.2f} MiB dense, "
         f"{table.paper_bytes / MIB:.2f} MiB quantized (x{info['ratio']:.1f})"
     )
-
-
-def model_sizes(model: torch.nn.Module, table: Table) -> float:
-    """Bytes of `model` now, the paper's accounting: weights that the table quantizes but that still are dense count 4 each."""
-    quantized = {name for name, module in model.named_modules() if isinstance(module, PQWeight)}
-    return sum(r.bytes if r.scheme == "dense" or r.name in quantized else 4.0 * _numel(r.shape) for r in table.rows)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _skip_scalar_modules(model: Any, model_cfg: Any) -> Any:

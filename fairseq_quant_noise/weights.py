@@ -33,7 +33,7 @@ class Weight:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense weight."""
-        return tuple(self.stored.shape)
+        return tuple(self.stored.shape)  # type: ignore[arg-type]
 
 
 def stored_weight(module: nn.Module) -> Tensor | nn.Module:

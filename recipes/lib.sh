@@ -1,8 +1,10 @@
+# shellcheck shell=bash
 # Helpers that every recipe sources:   . "$(dirname "$0")/../lib.sh"
 #
 # A recipe is a list of steps. A step that succeeded leaves a stamp beside its output, so a recipe that was
 # killed goes on where it stopped when it is run again. The stamp holds the command line: a step whose
-# command has changed is done again, and so is one whose stamp was deleted.
+# command has changed is done again, and so is one whose stamp was deleted. So give a step that is a function
+# whatever its result depends on as arguments.
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # The tools of the checkout's own environment come first; without it, those of the caller's environment serve.
@@ -24,6 +26,13 @@ need() {
   for tool in "$@"; do
     command -v "$tool" >/dev/null || die "$tool is not installed; run: bash $REPO/scripts/setup.sh"
   done
+}
+
+# free_dir DIR: stops before a recipe would replace a folder that no recipe made (a recipe's own has a .done).
+free_dir() {
+  if [ -e "$1" ] && [ ! -f "$1/.done" ] && [ -n "$(ls -A "$1")" ]; then
+    die "$1 exists and holds something else; give another folder or remove it"
+  fi
 }
 
 # minutes SECONDS: 75 -> 1m15s

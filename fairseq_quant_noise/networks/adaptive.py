@@ -72,9 +72,7 @@ class AdaptiveInput(nn.Module):
             dim = int(initial_dim // factor**i)
             words = new_embedding(end - start, dim, padding_idx if i == 0 else None)
             self.embeddings.append(nn.Sequential(words, nn.Linear(dim, output_dim, bias=False)))
-        self.register_buffer(
-            "_float_tensor", torch.zeros(1)
-        )  # fairseq's; here it holds the dtype of the output
+        self.register_buffer("_float_tensor", torch.zeros(1))  # fairseq's; here it holds the dtype of the output
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) int64 -> (B, T, C)."""
@@ -154,9 +152,7 @@ class AdaptiveSoftmax(nn.Module):
 
 def _free_tail(input_dim: int, dim: int, words: int) -> nn.Sequential:
     """(..., C) -> (..., W); the middle place, fairseq's dropout, keeps its names."""
-    return nn.Sequential(
-        nn.Linear(input_dim, dim, bias=False), nn.Identity(), nn.Linear(dim, words, bias=False)
-    )
+    return nn.Sequential(nn.Linear(input_dim, dim, bias=False), nn.Identity(), nn.Linear(dim, words, bias=False))
 
 
 def _tied_tail(embedding: nn.Embedding, projection: nn.Linear, tie_proj: bool) -> nn.Sequential:

@@ -133,9 +133,7 @@ class TransformerLMConfig:
         return self.decoder_embed_dim if self.decoder_output_dim is None else self.decoder_output_dim
 
     @classmethod
-    def from_fairseq(
-        cls, options: Mapping[str, Any], vocab_size: int, padding_idx: int = 1
-    ) -> "TransformerLMConfig":
+    def from_fairseq(cls, options: Mapping[str, Any], vocab_size: int, padding_idx: int = 1) -> "TransformerLMConfig":
         """The configuration that fairseq's model options (its `cfg.model`, as a dict) describe.
 
         Args:

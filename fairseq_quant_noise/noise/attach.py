@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..access import intercept, release
-from ..blocks import as_blocks, check_block_size
+from ..blocks import check_block_size
 from ..errors import UserError
 from ..plan import NoiseRule, match_rules
 from ..weights import Weight, find_weights
-from .distortions import DISTORTIONS, Distortion
+from .distortions import DISTORTIONS
 from .psi import draw_blocks, psi
 
 _ATTRIBUTE = "_quant_noise"  # on the root module: its NoiseDraw

@@ -2,7 +2,8 @@
 
 The sources are read with `ast`, nothing is imported. A docstring belongs to train, valid or test by the hash
 of its text, and a paragraph that has stood before is dropped, so that no split holds text of another.
-The corpus depends on the Python release and on nothing else: the order is sorted, the tokenizer runs on one thread.
+The corpus depends on the Python release and on nothing else: the files are sorted, the tokenizer runs on one
+thread.
 
     python corpus.py /tmp/quickstart --vocab-size 6000
 """
@@ -10,6 +11,7 @@ The corpus depends on the Python release and on nothing else: the order is sorte
 import argparse
 import ast
 import hashlib
+import io
 import sys
 import sysconfig
 import warnings
@@ -17,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import sentencepiece
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 SPLITS = ("train", "valid", "test")
 SKIPPED = {"test", "tests", "idlelib", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
@@ -77,14 +79,15 @@ def collect(root: Path) -> dict[str, list[str]]:
     return lines
 
 
-def train_tokenizer(lines: Iterable[str], prefix: Path, vocab_size: int) -> sentencepiece.SentencePieceProcessor:
-    """Byte-pair pieces from the training lines; writes `prefix`.model and `prefix`.vocab.
+def train_tokenizer(lines: Iterable[str], path: Path, vocab_size: int) -> SentencePieceProcessor:
+    """Byte-pair pieces from the training lines, saved to `path`.
 
     `vocab_size` is the size of fairseq's dictionary, its four special symbols included.
     """
-    sentencepiece.SentencePieceTrainer.train(
+    model = io.BytesIO()  # not a file name, which would stand inside the model and change its bytes
+    SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
-        model_prefix=str(prefix),
+        model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size - FAIRSEQ_SPECIALS + SPM_SPECIALS,
         character_coverage=0.9999,
@@ -92,10 +95,11 @@ def train_tokenizer(lines: Iterable[str], prefix: Path, vocab_size: int) -> sent
         num_threads=1,
         minloglevel=1,
     )
-    return sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    path.write_bytes(model.getvalue())
+    return SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def write_dictionary(tokenizer: sentencepiece.SentencePieceProcessor, counts: Counter[str], path: Path) -> None:
+def write_dictionary(tokenizer: SentencePieceProcessor, counts: Counter[str], path: Path) -> None:
     """fairseq's dict.txt, most frequent piece first: adaptive softmax takes the order for the frequency."""
     ids = range(SPM_SPECIALS, tokenizer.get_piece_size())
     pieces = sorted((tokenizer.id_to_piece(i) for i in ids), key=lambda piece: -counts[piece])
@@ -105,7 +109,7 @@ def write_dictionary(tokenizer: sentencepiece.SentencePieceProcessor, counts: Co
 def write_corpus(lines: dict[str, list[str]], out: Path, vocab_size: int) -> None:
     """Writes SPLIT.txt, SPLIT.spm, spm.model and dict.txt into `out`; prints a row a split."""
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(lines["train"], out / "spm", vocab_size)
+    tokenizer = train_tokenizer(lines["train"], out / "spm.model", vocab_size)
     print(f"{'split':<6}{'lines':>9}{'words':>9}{'tokens':>9}{'characters':>12}")
     for split in SPLITS:
         encoded: list[list[str]] = tokenizer.encode(lines[split], out_type=str)
@@ -119,20 +123,28 @@ def write_corpus(lines: dict[str, list[str]], out: Path, vocab_size: int) -> Non
             write_dictionary(tokenizer, counts, out / "dict.txt")
 
 
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="A text corpus from the standard library's docstrings.")
+    parser.add_argument("out", type=Path, help="folder for the text, the tokens, the tokenizer and dict.txt")
+    parser.add_argument("--vocab-size", type=int, default=6000, help="fairseq's dictionary, all included")
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    parser.add_argument("--source", type=Path, default=stdlib, help="folder of .py files")
+    return parser.parse_args()
+
+
 def main() -> int:
     """Exit code 0, or 2 when the library's sources are missing or too small for the vocabulary."""
-    parser = argparse.ArgumentParser(description="Text corpus from the standard library's documentation strings.")
-    parser.add_argument("out", type=Path, help="folder for the text, the tokens, the tokenizer and dict.txt")
-    parser.add_argument("--vocab-size", type=int, default=6000, help="fairseq's dictionary, specials included")
-    parser.add_argument("--source", type=Path, default=Path(sysconfig.get_path("stdlib")), help="folder of .py files")
-    args = parser.parse_args()
+    args = arguments()
     lines = collect(args.source)
     if not all(lines.values()):
-        print(f"error: {args.source} holds no Python sources with docstrings; pass --source DIR", file=sys.stderr)
+        print(
+            f"error: too few docstrings in the .py files under {args.source}; pass --source", file=sys.stderr
+        )
         return 2
     try:
         write_corpus(lines, args.out, args.vocab_size)
-    except RuntimeError as fault:  # sentencepiece: "Vocabulary size too high (6000). Please set it to a value <= 99"
+    except RuntimeError as fault:  # sentencepiece names the largest (or smallest) size that fits
         print(f"error: --vocab-size {args.vocab_size}: {fault}", file=sys.stderr)
         return 2
     return 0

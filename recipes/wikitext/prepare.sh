@@ -1,21 +1,27 @@
 #!/usr/bin/env bash
 # WikiText-103 (or WikiText-2, for a try) in fairseq's binary format, with the full vocabulary.
 #
-#     bash recipes/wikitext/prepare.sh OUT_DIR                 downloads WikiText-103 (183 MB), then as below
-#     bash recipes/wikitext/prepare.sh OUT_DIR --local DIR     takes DIR/wiki.{train,valid,test}.tokens; test may be missing
-#     ... --workers N                                          processes for the binarization (default: the number of cores)
+#     bash recipes/wikitext/prepare.sh OUT_DIR               downloads WikiText-103 (183 MB) first
+#     bash recipes/wikitext/prepare.sh OUT_DIR --local DIR   takes DIR/wiki.{train,valid,test}.tokens, where
+#                                                            the test split may be missing
+#     --workers N     processes for the binarization (default: the number of cores)
 #
 # OUT_DIR is what fairseq-train reads. The vocabulary is every word of the training text: 267,744 entries for
-# WikiText-103, fairseq's four special symbols included. Ten minutes on one core for WikiText-103, half a minute for WikiText-2.
-# Killed and run again, it goes on; run twice, it does nothing.
+# WikiText-103, fairseq's four special symbols included. Half a minute for WikiText-2, fifty times that for
+# WikiText-103. Killed and run again, it goes on; run twice, it does nothing.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
-URL="https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip"
+# First the data set's author's own copy, then the address in fairseq's examples, which answers 403 since 2024.
+URLS=(
+  "https://wikitext.smerity.com/wikitext-103-v1.zip"
+  "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip"
+)
+SHA256="242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590"
 OUT="" LOCAL="" WORKERS="$(getconf _NPROCESSORS_ONLN)"
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --local | --workers)
       [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/wikitext/prepare.sh --help"
       if [ "$1" = --local ]; then LOCAL="$2"; else WORKERS="$2"; fi
@@ -24,7 +30,7 @@ while [ $# -gt 0 ]; do
     -*) die "unknown option $1; see: bash recipes/wikitext/prepare.sh --help" ;;
     *)
       [ -z "$OUT" ] || die "two output folders given, $OUT and $1; give one"
-      OUT="$1"
+      OUT="${1%/}"
       shift
       ;;
   esac
@@ -32,19 +38,33 @@ done
 [ -n "$OUT" ] || die "no output folder given; run: bash recipes/wikitext/prepare.sh OUT_DIR [--local DIR]"
 case "$WORKERS" in '' | *[!0-9]* | 0) die "--workers $WORKERS is not a positive number" ;; esac
 need fairseq-preprocess
+free_dir "$OUT"
 
-# The text. The zip is fetched in one piece or not at all; its checksum is printed for your records.
+# The text. The zip is kept only if it is whole: WikiText-103 has one checksum, whoever serves it.
 download() {
+  local url zip="$OUT.download/wikitext-103-v1.zip"
   mkdir -p "$OUT.download"
-  curl -fL --retry 5 --retry-delay 5 --continue-at - -o "$OUT.download/wikitext-103-v1.zip.part" "$URL" ||
-    die "cannot download $URL; fetch it elsewhere, unpack it, and pass --local DIR"
-  mv "$OUT.download/wikitext-103-v1.zip.part" "$OUT.download/wikitext-103-v1.zip"
-  sha256sum "$OUT.download/wikitext-103-v1.zip"
+  for url in "${URLS[@]}"; do
+    say "fetching $url"
+    curl -fL --retry 5 --retry-delay 5 --connect-timeout 30 -o "$zip.part" "$url" || continue
+    python - "$zip.part" "$SHA256" <<'PYTHON' || continue
+import hashlib, sys
+found = hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest()
+print(f"sha256 {found}: {'as expected' if found == sys.argv[2] else 'NOT the ' + sys.argv[2] + ' of WikiText-103'}")
+sys.exit(found != sys.argv[2])
+PYTHON
+    mv "$zip.part" "$zip"
+    return 0
+  done
+  die "WikiText-103 could not be downloaded; fetch it elsewhere, unpack it, and pass --local DIR"
 }
 # python -m zipfile, because unzip is not on every machine.
 unpack() { python -m zipfile -e "$OUT.download/wikitext-103-v1.zip" "$OUT.download"; }
 
-if [ -z "$LOCAL" ]; then
+if [ -n "$LOCAL" ]; then
+  [ -d "$LOCAL" ] || die "--local $LOCAL is not a folder; give the one that holds wiki.train.tokens"
+  LOCAL="$(cd "$LOCAL" && pwd)"
+else
   need curl python
   step "download WikiText-103" "$OUT.download/.downloaded" download
   step "unpack" "$OUT.download/.unpacked" unpack
@@ -52,7 +72,7 @@ if [ -z "$LOCAL" ]; then
 fi
 for split in train valid; do
   [ -f "$LOCAL/wiki.$split.tokens" ] ||
-    die "$LOCAL/wiki.$split.tokens does not exist; pass --local with the folder that holds wiki.{train,valid,test}.tokens"
+    die "$LOCAL/wiki.$split.tokens does not exist; give --local the folder that holds wiki.$split.tokens"
 done
 
 # fairseq-preprocess refuses to write over an older dictionary, so it writes beside, and the whole folder is renamed.
@@ -61,9 +81,10 @@ binarize() {
   if [ -f "$LOCAL/wiki.test.tokens" ]; then test=(--testpref "$LOCAL/wiki.test.tokens"); fi
   rm -rf "$OUT.part"
   fairseq-preprocess --only-source \
-    --trainpref "$LOCAL/wiki.train.tokens" --validpref "$LOCAL/wiki.valid.tokens" "${test[@]}" \
+    --trainpref "$LOCAL/wiki.train.tokens" --validpref "$LOCAL/wiki.valid.tokens" ${test[@]+"${test[@]}"} \
     --workers "$WORKERS" --destdir "$OUT.part"
+  touch "$OUT.part/.done" # says whose folder it is, even if the recipe is killed right here
   rm -rf "$OUT"
   mv "$OUT.part" "$OUT"
 }
-step "binarize $LOCAL to $OUT" "$OUT/.done" binarize
+step "binarize $LOCAL to $OUT" "$OUT/.done" binarize "$LOCAL"

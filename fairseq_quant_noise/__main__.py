@@ -1,0 +1,5 @@
+"""`python -m fairseq_quant_noise VERB`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""The package in four functions, for any nn.Module and without fairseq.
+
+attach_noise(model, plan)      # before training
+quantize_(model, plan)         # after it
+save(model, path)              # one small file
+model = load(path)             # or load(path, into=model) for a network of your own
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .artifact import pack, read, write
+from .errors import UserError
+from .layers import adopt_quantized
+from .networks import build
+from .noise import attach_rules, detach_noise
+from .plan import Plan
+from .quantize import quantize_
+
+__all__ = ["attach_noise", "detach_noise", "load", "quantize_", "save"]
+
+AnyPlan = Plan | Mapping[str, Any] | str | Path
+
+
+def attach_noise(model: nn.Module, plan: AnyPlan) -> nn.Module:
+    """Noise the weights of `model` by the plan's `noise` rules in every training forward; the same model comes back.
+
+    Raises:
+        UserError: the plan has no noise, or does not fit the model.
+    """
+    rules = Plan.of(plan).noise
+    if not rules:
+        raise UserError("the plan has no noise rules; add a 'noise' section")
+    attach_rules(model, rules)
+    return model
+
+
+def save(
+    model: nn.Module, path: str | Path, plan: AnyPlan | None = None, config: Mapping[str, Any] | None = None
+) -> int:
+    """Write `model` to one packed file; returns its bytes.
+
+    Args:
+        model: quantized, or dense.
+        path: of the file, by custom `.safetensors`.
+        plan: recorded in the file.
+        config: how `load` can build the network (see `artifact.manifest.Manifest.model`); leave it out for your own.
+    Raises:
+        UserError: the file cannot be written.
+    """
+    return write(pack(model, Plan.of(plan) if plan is not None else None, config), path)
+
+
+def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
+    """The network of a packed file, in eval mode, in plain PyTorch.
+
+    Args:
+        path: of the file.
+        into: a dense network to load into, for files whose network this package cannot build by itself.
+    Raises:
+        UserError: there is no such file, or `into` is needed or does not fit.
+        DamagedFileError: the file is not whole.
+    """
+    packed = read(path)
+    model = into if into is not None else _build(path, packed.manifest.model)
+    state = packed.state_dict()
+    adopt_quantized(model, state)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if missing or unexpected:
+        name = [*missing, *unexpected][0]
+        raise UserError(
+            f"{path}: does not fit this network ({name} is only in one of the two); give the network it is of"
+        )
+    return model.eval()
+
+
+def _build(path: str | Path, config: Mapping[str, Any]) -> nn.Module:
+    if "architecture" not in config:
+        raise UserError(f"{path}: holds a network of your own; build it and call load(path, into=network)")
+    return build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])

@@ -1,0 +1,59 @@
+"""Writing a packed file: whole or not at all."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+
+from ..errors import UserError
+from .manifest import METADATA_KEY, ZERO_HASH
+from .packed import Packed
+
+
+def write(packed: Packed, path: str | Path) -> int:
+    """Write `packed` to `path`, replacing a file that is there only once the new one is on disk.
+
+    Returns:
+        The bytes of the file.
+    Raises:
+        UserError: the folder is missing, unwritable or full.
+    """
+    content = serialize(packed)
+    replace_file(path, content)
+    return len(content)
+
+
+def serialize(packed: Packed) -> bytearray:
+    """The bytes of the file. The same model gives the same bytes."""
+    content = bytearray(safetensors.torch.save(packed.tensors, metadata={METADATA_KEY: packed.manifest.to_json()}))
+    # The hash is of the file with the hash zero; in the header the manifest's quotes are escaped.
+    needle = b'\\"sha256\\":\\"' + ZERO_HASH.encode()
+    at = content.index(needle) + len(needle) - len(ZERO_HASH)
+    content[at : at + len(ZERO_HASH)] = hashlib.sha256(content).hexdigest().encode()
+    return content
+
+
+def replace_file(path: str | Path, content: bytes | bytearray) -> None:
+    """Write beside `path`, fsync, rename: a reader sees the old file or the new one.
+
+    Raises:
+        UserError: the folder is missing, unwritable or full; nothing is left behind.
+    """
+    path = Path(path)
+    beside = None
+    try:
+        descriptor, beside = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+        beside = None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place for --out") from None
+    finally:
+        if beside is not None:
+            os.unlink(beside)

@@ -1,0 +1,187 @@
+"""`fairseq-quant-noise VERB`: each verb a few lines over the package.
+
+Exit codes: 0 done, 2 the user's mistake, 3 a damaged file; a mistake is one line on standard error.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .cli_errors import exits_on_user_error
+from .cli_print import print_inspection, print_table
+from .errors import UserError
+
+Verb = Callable[[argparse.Namespace], None]
+
+
+def user_dir(args: argparse.Namespace) -> None:
+    """Print the path to give fairseq as --user-dir."""
+    print(Path(__file__).parent)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Dry run: a row a tensor, the totals, nothing computed."""
+    from .plan import Plan
+    from .table import make_table, resolve_stages
+    from .trained import load_trained, meta_model
+
+    if (args.path is None) == (args.arch is None):
+        raise UserError("plan: give either --path CKPT or --arch ARCH")
+    if args.path is not None:
+        model = load_trained(args.path).model
+    else:
+        from .models.architectures import architecture_options
+
+        if args.vocab_size is None:
+            raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
+        model = meta_model(args.arch, architecture_options(args.arch), args.vocab_size)
+    table = make_table(model, resolve_stages(Plan.of(args.plan), model))
+    if args.json:
+        print(json.dumps(table.to_dict()))
+    else:
+        print_table(table)
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """One-shot quantization of a checkpoint, without training, into a packed file."""
+    from .artifact import pack, write
+    from .plan import Plan
+    from .quantize import quantize_
+    from .trained import load_trained
+
+    the_plan = Plan.of(args.plan)
+    if not the_plan.stages:
+        raise UserError(f"quantize: plan {args.plan} has no stages; add what to quantize")
+    _check_out(args.out)
+    trained = load_trained(args.path)
+    quantize_(trained.model, the_plan, seed=args.seed, progress=_progress)
+    packed = pack(trained.model, the_plan, trained.config)
+    write(packed, args.out)
+    print_inspection(args.out, packed)
+
+
+def export(args: argparse.Namespace) -> None:
+    """A checkpoint that was trained with the stages, into the packed file."""
+    from .artifact import pack, write
+    from .layers import quantized_weights
+    from .plan import Plan
+    from .trained import load_trained
+
+    _check_out(args.out)
+    trained = load_trained(args.path)
+    if not quantized_weights(trained.model):
+        raise UserError(
+            f"export: {args.path} holds no quantized weights; quantize it with `fairseq-quant-noise quantize`"
+        )
+    stages = trained.state.get("extra_state", {}).get("quant_noise_stages", {})
+    the_plan = Plan.of(stages["plan"]) if "plan" in stages else None
+    if the_plan is not None and stages["done"] < len(the_plan.stages):
+        _progress(f"note: {stages['done']} of the plan's {len(the_plan.stages)} stages are done; the rest stays dense")
+    packed = pack(trained.model, the_plan, trained.config)
+    write(packed, args.out)
+    print_inspection(args.out, packed)
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """What is in a packed file, and its bytes."""
+    from .artifact import read
+
+    print_inspection(args.file, read(args.file), as_json=args.json)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Whether a packed file is whole: its hash, its header and every code."""
+    from .artifact import read
+
+    packed = read(args.file)
+    result = {"file": args.file, "whole": True, "tensors": len(packed.tensors)}
+    print(json.dumps(result) if args.json else f"{args.file}: whole, {len(packed.tensors)} tensors")
+
+
+def to_dense(args: argparse.Namespace) -> None:
+    """A packed file or a checkpoint, into a stock fairseq checkpoint that needs no plugin."""
+    from .stock import stock_checkpoint, write_checkpoint
+
+    _check_out(args.out)
+    write_checkpoint(stock_checkpoint(args.file), args.out)
+    print(f"{args.out}: a stock fairseq checkpoint")
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check_out(out: str) -> None:
+    if not Path(out).absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {Path(out).absolute().parent} does not exist; make it first")
+
+
+def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return flags, settings
+
+
+_PATH = _option("--path", metavar="CKPT", required=True, help="a fairseq checkpoint")
+_PLAN = _option("--plan", metavar="PLAN", required=True, help="a YAML plan, ours or fairseq's")
+_OUT = _option(
+    "--out", metavar="FILE", required=True, help="the file to write; replaced only once the new one is whole"
+)
+_FILE = _option("file", metavar="FILE", help="a packed file")
+_JSON = _option("--json", action="store_true", help="print JSON")
+
+_VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
+    "user-dir": (user_dir, 'fairseq-train DATA --user-dir "$(fairseq-quant-noise user-dir)" ...', []),
+    "plan": (
+        plan,
+        "fairseq-quant-noise plan --arch quant_noise_transformer_lm_wikitext103 --vocab-size 267744 "
+        "--plan configs/plans/wikitext103.yaml",
+        [
+            _option("--path", metavar="CKPT", help="a fairseq checkpoint"),
+            _option("--arch", metavar="ARCH", help="an architecture's name, instead of a checkpoint"),
+            _option("--vocab-size", type=int, metavar="N", help="words in the dictionary, with --arch"),
+            _PLAN,
+            _JSON,
+        ],
+    ),
+    "quantize": (
+        quantize,
+        "fairseq-quant-noise quantize --path dense.pt --plan configs/plans/small.yaml --out model.safetensors",
+        [_PATH, _PLAN, _OUT, _option("--seed", type=int, default=0, help="of k-means (default 0)")],
+    ),
+    "export": (
+        export,
+        "fairseq-quant-noise export --path ipq/checkpoint_best.pt --out model.safetensors",
+        [_PATH, _OUT],
+    ),
+    "inspect": (inspect, "fairseq-quant-noise inspect model.safetensors --json", [_FILE, _JSON]),
+    "verify": (verify, "fairseq-quant-noise verify model.safetensors", [_FILE, _JSON]),
+    "to-dense": (
+        to_dense,
+        "fairseq-quant-noise to-dense model.safetensors --out stock.pt",
+        [_option("file", metavar="FILE", help="a packed file or a checkpoint"), _OUT],
+    ),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: a subcommand for each verb, each with an example."""
+    parser = argparse.ArgumentParser(prog="fairseq-quant-noise", description="Quant-Noise and iPQ for fairseq.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (verb, example, options) in _VERBS.items():
+        summary = (verb.__doc__ or "").strip()
+        sub = verbs.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
+        for flags, settings in options:
+            sub.add_argument(*flags, **settings)
+        sub.set_defaults(run=verb)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb. Raises SystemExit with the exit code on a mistake."""
+    logging.basicConfig(level=logging.WARNING)
+    args = make_parser().parse_args(argv)
+    with exits_on_user_error():
+        args.run(args)

@@ -1,0 +1,68 @@
+"""Distillation from the uncompressed teacher, as iterative PQ does it (arXiv 1907.05686, section 3.4).
+
+    KL(teacher || student), summed over the predictions of a batch
+
+Legend: N predictions of a batch, V classes or words.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Recorder:
+    """A model that remembers its last call, handed to a criterion in the model's place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.call = (args, kwargs)
+        self.output = self._model(*args, **kwargs)
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def kl_sum(student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> Tensor:
+    """sum over rows of KL(teacher || student).
+
+    Args:
+        student, teacher: (N, V) logits or log-probabilities.
+        keep: (N,) bool, the rows that count; all of them by default.
+    """
+    log_q = F.log_softmax(student.float(), dim=-1)  # (N, V)
+    log_p = F.log_softmax(teacher.float(), dim=-1)  # (N, V)
+    rows = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # (N,)
+    return rows.sum() if keep is None else rows[keep].sum()
+
+
+def distillation_loss(student: Recorder, teacher: nn.Module, sample: Mapping[str, Any], padding_idx: int) -> Tensor:
+    """The loss of the student's last call against the teacher on the same input; padding does not count.
+
+    With an adaptive softmax the head and each tail cluster are distilled on the predictions that reach them, so that
+    the whole vocabulary is never computed.
+    """
+    args, kwargs = student.call
+    with torch.no_grad():
+        taught = teacher(*args, **kwargs)
+    target = student.get_targets(sample, student.output)
+    adaptive = getattr(getattr(student, "decoder", None), "adaptive_softmax", None)
+    if adaptive is None:
+        mine = student.get_normalized_probs(student.output, log_probs=True)
+        theirs = teacher.get_normalized_probs(taught, log_probs=True)  # type: ignore[operator]
+        keep = target.flatten() != padding_idx if target.numel() == mine[..., 0].numel() else None
+        return kl_sum(mine.flatten(0, -2), theirs.flatten(0, -2), keep)
+    flat = target.view(-1)
+    clusters, targets = adaptive(student.output[0], flat)
+    with torch.no_grad():
+        taught_clusters, _ = teacher.decoder.adaptive_softmax(taught[0], flat)  # type: ignore[union-attr,operator]
+    total = clusters[0].new_zeros(())
+    for mine, theirs, cluster_target in zip(clusters, taught_clusters, targets, strict=True):
+        if mine is not None:
+            total = total + kl_sum(mine, theirs, cluster_target != padding_idx if mine is clusters[0] else None)
+    return total

@@ -1,0 +1,140 @@
+"""`--criterion ipq`: any fairseq criterion, with the model's size in the log and distillation from a teacher.
+
+loss = (1 - w) * criterion + w * KL(teacher || student)        w = --ipq-distillation-weight, 0 without a teacher
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fairseq import checkpoint_utils
+from fairseq.criterions import (
+    CRITERION_DATACLASS_REGISTRY,
+    CRITERION_REGISTRY,
+    FairseqCriterion,
+    register_criterion,
+)
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.utils import merge_with_parent
+from fairseq.logging import metrics
+from omegaconf import II, OmegaConf
+from torch import nn
+
+from ..cli_errors import exits_on_user_error
+from ..errors import UserError
+from ..sizes import model_bytes
+from ..table import MIB
+from .distillation import Recorder, distillation_loss
+
+
+@dataclass
+class IPQCriterionConfig(FairseqDataclass):
+    """Options of `ipq`."""
+
+    ipq_criterion: str = field(
+        default="cross_entropy", metadata={"help": "the fairseq criterion to wrap, such as adaptive_loss"}
+    )
+    ipq_criterion_options: str = field(
+        default="{}", metadata={"help": 'its options, as JSON, such as {"label_smoothing": 0.1}'}
+    )
+    ipq_teacher: Optional[str] = field(  # noqa: UP045 (fairseq reads `Optional`, not `| None`)
+        default=None, metadata={"help": "checkpoint of the uncompressed model to distil from"}
+    )
+    ipq_distillation_weight: float = field(
+        default=0.5, metadata={"help": "share of the distillation in the loss, from 0 to 1, when there is a teacher"}
+    )
+    sentence_avg: bool = II("optimization.sentence_avg")
+
+
+@register_criterion("ipq", dataclass=IPQCriterionConfig)
+class IPQCriterion(FairseqCriterion):
+    """Wraps `inner`; `build_criterion` makes a subclass for each criterion it wraps, for fairseq asks classes."""
+
+    inner_class: type[FairseqCriterion]
+
+    def __init__(self, task: Any, inner: FairseqCriterion, teacher: nn.Module | None, weight: float) -> None:
+        super().__init__(task)
+        self.inner = inner
+        self.teachers = [teacher] if teacher is not None else []  # in a list: not a part of what is trained
+        self.weight = weight
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> "IPQCriterion":
+        """The wrapped criterion with its own options, and the teacher, ready to use."""
+        with exits_on_user_error():
+            inner = _build_inner(cfg, task)
+            if not 0 <= cfg.ipq_distillation_weight <= 1:
+                raise UserError(f"--ipq-distillation-weight is {cfg.ipq_distillation_weight}; give 0 to 1")
+            teacher = _load_teacher(cfg.ipq_teacher, task) if cfg.ipq_teacher else None
+        summed = staticmethod(type(inner).logging_outputs_can_be_summed)
+        wrapper = type(
+            f"IPQ{type(inner).__name__}",
+            (cls,),
+            {"inner_class": type(inner), "logging_outputs_can_be_summed": summed},
+        )
+        made: IPQCriterion = wrapper(task, inner, teacher, cfg.ipq_distillation_weight)
+        return made
+
+    def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Any, Any, dict[str, Any]]:
+        """As any criterion's: (loss, sample size, logging output). Validation reports the wrapped loss alone."""
+        recorder = Recorder(model)
+        loss, sample_size, logging_output = self.inner(recorder, sample, reduce=reduce)
+        if self.training and self.teachers and self.weight > 0:
+            distilled = distillation_loss(recorder, self._teacher(loss), sample, self.padding_idx)
+            logging_output["ipq_distillation"] = distilled.data
+            loss = (1 - self.weight) * loss + self.weight * distilled
+        now, dense = model_bytes(model)
+        logging_output |= {"ipq_mib": now / MIB, "ipq_ratio": dense / now, "ipq_forwards": 1}
+        return loss, sample_size, logging_output
+
+    def _teacher(self, like: Any) -> nn.Module:
+        teacher = self.teachers[0]
+        first = next(teacher.parameters())
+        if first.device != like.device:
+            self.teachers[0] = teacher = teacher.to(like.device)
+        return teacher
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """The wrapped criterion's metrics, and ipq_mib, ipq_ratio, ipq_distillation (bits a prediction)."""
+        cls.inner_class.reduce_metrics(logging_outputs)
+        forwards = sum(log.get("ipq_forwards", 0) for log in logging_outputs)
+        for name in ("ipq_mib", "ipq_ratio"):
+            if forwards:
+                mean = sum(log.get(name, 0) for log in logging_outputs) / forwards
+                metrics.log_scalar(name, float(mean), weight=0, round=2)
+        distilled = sum(log.get("ipq_distillation", 0) for log in logging_outputs)
+        size = sum(log.get("sample_size", 0) for log in logging_outputs)
+        if distilled and size:
+            metrics.log_scalar("ipq_distillation", float(distilled / size / math.log(2)), size, round=3)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        """Replaced in `build_criterion`'s subclass by the wrapped criterion's answer."""
+        return False
+
+
+def _build_inner(cfg: Any, task: Any) -> FairseqCriterion:
+    name = cfg.ipq_criterion
+    if name not in CRITERION_REGISTRY or name not in CRITERION_DATACLASS_REGISTRY or name == "ipq":
+        known = ", ".join(sorted(set(CRITERION_DATACLASS_REGISTRY) - {"ipq"}))
+        raise UserError(f"--ipq-criterion {name}: not a criterion that can be wrapped; known: {known}")
+    try:
+        options = json.loads(cfg.ipq_criterion_options)
+        node = OmegaConf.create({**options, "_name": name})
+        node.__dict__["_parent"] = cfg.__dict__["_parent"]  # so that ${optimization.…} resolves, as fairseq does it
+        inner_cfg = merge_with_parent(CRITERION_DATACLASS_REGISTRY[name](), node)
+    except Exception as error:  # JSON, TypeError, and half a dozen of omegaconf's
+        raise UserError(f"--ipq-criterion-options {cfg.ipq_criterion_options}: {str(error).splitlines()[0]}") from None
+    inner: FairseqCriterion = CRITERION_REGISTRY[name].build_criterion(inner_cfg, task)
+    return inner
+
+
+def _load_teacher(path: str, task: Any) -> nn.Module:
+    try:
+        models, _ = checkpoint_utils.load_model_ensemble([path], task=task)
+    except OSError as error:
+        raise UserError(f"--ipq-teacher {path}: {error}; give the checkpoint of the uncompressed model") from None
+    teacher: nn.Module = models[0].eval()
+    return teacher.requires_grad_(False)

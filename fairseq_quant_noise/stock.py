@@ -1,0 +1,63 @@
+"""Back to stock fairseq: a checkpoint that loads without this package, with the same score."""
+
+import copy
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .artifact import dense_state, read
+from .artifact.writer import replace_file
+from .safe_load import safe_load
+from .trained import stock_name
+
+
+def stock_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a packed file or a checkpoint as stock fairseq's own: dense weights, fairseq's names.
+
+    The training state (optimizer, updates) is left out: it belongs to the quantized weights.
+
+    Raises:
+        UserError: neither a packed file nor a checkpoint.
+        DamagedFileError: a packed file that is not whole.
+    """
+    if str(path).endswith(".safetensors"):
+        packed = read(path)
+        cfg = copy.deepcopy(packed.manifest.model.get("cfg", {}))
+        shapes = {name: entry.shape for name, entry in packed.manifest.tensors.items()}
+        return _checkpoint(path, cfg, None, dense_state(packed.state_dict(), shapes))
+    state = safe_load(path)
+    cfg = copy.deepcopy(state.get("cfg"))
+    return _checkpoint(path, cfg, state.get("args"), dense_state(state["model"]))
+
+
+def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any]) -> dict[str, Any]:
+    if cfg and cfg.get("model"):
+        options = cfg["model"]
+        options.update({k: stock_name(path, options[k]) for k in ("_name", "arch") if isinstance(options.get(k), str)})
+        options.update({k: 0.0 for k in ("quant_noise_pq", "quant_noise_scalar") if options.get(k)})
+        criterion = cfg.get("criterion") or {}
+        if criterion.get("_name") == "ipq":
+            cfg["criterion"] = {"_name": criterion["ipq_criterion"]}
+    if args is not None:
+        args = copy.deepcopy(args)
+        args.arch = stock_name(path, args.arch)
+    return {
+        "args": args,
+        "cfg": cfg,
+        "model": dict(model),
+        "criterion": None,
+        "optimizer_history": [{"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}],
+        "task_state": {},
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        "last_optimizer_state": None,
+    }
+
+
+def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint, whole or not at all. Raises UserError when the place cannot be written."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    replace_file(path, buffer.getvalue())
