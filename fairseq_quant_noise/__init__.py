@@ -33,9 +33,10 @@ def register() -> None:
     Raises:
         ImportError: fairseq is not installed.
     """
-    from . import checkpoints, criterions, models, training  # noqa: F401
+    from . import checkpoints, criterions, models, precision, training  # noqa: F401
 
     checkpoints.install()
+    precision.install()
     training.install()
 
 

@@ -61,7 +61,7 @@ def packed_state(path: str | Path) -> dict[str, Any]:
         "cfg": config["cfg"],
         "model": packed.state_dict(),
         "optimizer_history": [],
-        "extra_state": {},
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
         "task_state": {},
     }
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fairseq_quant_noise.errors import UserError
 
-MAX_CENTROIDS = 256  # a code is one byte
 SAMPLE = 1 << 14  # vectors that seed the centroids: 64 for each of 256
 CPU_SCORES, GPU_SCORES = 1 << 20, 1 << 24  # distances at a time: on a CPU they stay in its cache
+Frame = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,41 +44,40 @@ def effective_centroids(n_vectors: int, n_centroids: int) -> int:
 def kmeans(vectors: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0) -> Clustering:
     """Cluster ``vectors`` (n, d), any dtype and device, around K = ``n_centroids`` centroids (module docstring).
 
-    k-means++ seeds from a sample, then ``iterations`` EM steps over every vector, fewer once no code changes.
-    At most K distinct vectors are returned exactly, the last one repeated up to K. The same input and seed give
-    the same bits; the global random state is left alone.
-
+    ``iterations`` EM steps over a sample from k-means++ seeds, then as many over every vector, fewer once no code
+    changes. At most K distinct vectors are returned exactly, the last one repeated up to K. The same input and
+    seed give the same bits; the global random state is left alone.
     Raises UserError when K is not in 1 .. 256, or the vectors are none, not (n, d), or hold NaN or inf.
     """
-    _check(vectors, n_centroids)
-    vectors = vectors.detach().float() + 0.0  # (n, d); + 0.0 makes -0.0 and 0.0 one vector
+    vectors = _checked(vectors, n_centroids)  # (n, d)
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(vectors), generator=generator)[:SAMPLE]  # (m,)
-    sample = vectors[rows.to(vectors.device)]  # (m, d)
+    sample = vectors[torch.randperm(len(vectors), generator=generator)[:SAMPLE].to(vectors.device)]  # (m, d)
     frame = _frame(sample, vectors)
     centroids = _distinct(sample, vectors, n_centroids)  # (K, d) or None
     if centroids is None:
-        seeds = _plus_plus(frame(sample).cpu(), n_centroids, generator).to(sample.device)  # (K,)
-        centroids = _lloyd(sample, frame, sample[seeds].double(), iterations // 2)  # a cheap warm start
+        restarts = range(min(16, 256 // n_centroids))  # few centroids end in worse minima, and cost less
+        seeds = [_plus_plus(sample, frame, n_centroids, generator) for _ in restarts]  # (K, d) each
+        starts = [_lloyd(sample, frame, start, iterations) for start in seeds]  # (K, d) each
+        centroids = min(starts, key=lambda start: _encode(sample, frame, start)[1])
         centroids = _lloyd(vectors, frame, centroids, iterations).float()  # (K, d)
-    codes = _assign(frame(vectors), frame(centroids))  # (n,): float64, and the centroids as rounded
-    sse = (vectors.double() - centroids[codes]).square_().sum().item()
+    codes, sse = _encode(vectors, frame, centroids)
     return Clustering(centroids, codes.to(torch.uint8), sse)
 
 
-def _check(vectors: Tensor, n_centroids: int) -> None:
-    if not 1 <= n_centroids <= MAX_CENTROIDS:
-        raise UserError(f"n_centroids is {n_centroids}, but a code is one byte: choose 1 to {MAX_CENTROIDS}")
+def _checked(vectors: Tensor, n_centroids: int) -> Tensor:
+    if not 1 <= n_centroids <= 256:
+        raise UserError(f"n_centroids is {n_centroids}, but a code is one byte: choose 1 to 256")
     if vectors.dim() != 2 or vectors.numel() == 0:
         raise UserError(f"no vectors to cluster in a tensor of shape {tuple(vectors.shape)}: give (n, d)")
-    if not torch.isfinite(vectors.float()).all():
+    vectors = vectors.detach().float() + 0.0  # (n, d); + 0.0 makes -0.0 and 0.0 one vector
+    if not vectors.isfinite().all():
         raise UserError("the vectors hold NaN/inf (as float32): repair the weight before quantizing it")
+    return vectors
 
 
-def _frame(sample: Tensor, vectors: Tensor) -> Callable[[Tensor], Tensor]:
+def _frame(sample: Tensor, vectors: Tensor) -> Frame:
     """Float64 coordinates in which || c ||^2 - 2 b.c keeps its digits: no common offset, squares in range."""
-    # The median stays with the crowd where one enormous vector would drag the mean away from it.
-    offset = sample.double().cpu().median(0, keepdim=True).values.to(vectors.device)  # (1, d)
+    offset = sample.double().cpu().median(0).values.to(vectors.device)  # (d,); an outlier does not move it
     largest = vectors.abs().max().item() + offset.abs().max().item()
     scale = 2.0 ** (56 - math.frexp(largest)[1])  # exact; d squares of at most 2^56 fit float32
     return lambda any_vectors: (any_vectors.double() - offset) * scale  # (..., d)
@@ -93,40 +92,48 @@ def _distinct(sample: Tensor, vectors: Tensor, n_centroids: int) -> Tensor | Non
     return None if spare < 0 else torch.cat([values, values[-1:].expand(spare, -1)])  # (K, d)
 
 
-def _plus_plus(sample: Tensor, n_centroids: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur, Vassilvitskii 2007): (K,) rows of (m, d), each drawn in proportion to its squared error.
+def _plus_plus(sample: Tensor, frame: Frame, n_centroids: int, generator: torch.Generator) -> Tensor:
+    """Greedy k-means++ (Arthur, Vassilvitskii 2007): (K, d) of the (m, d), each the best of 4 draws by error.
 
-    On the CPU always: K dependent draws are latency, not work, and cumsum on a GPU is not deterministic.
+    On the CPU always: K dependent draws are latency, not work, and a GPU's cumsum is not deterministic.
     """
-    columns = sample.t().contiguous()  # (d, m)
-    draws = torch.rand(n_centroids, generator=generator, dtype=torch.float64)  # (K,)
-    seeds = torch.zeros(n_centroids, dtype=torch.long)  # (K,); the first is row 0 of a random order
-    error = (columns - columns[:, :1]).square_().sum(0)  # (m,)
+    columns = frame(sample).float().cpu().t()[:, None].contiguous()  # (d, 1, m)
+    draws = torch.rand(n_centroids, 4, generator=generator, dtype=torch.float64)  # (K, 4)
+    seeds = (draws[:, 0] * len(sample)).long()  # (K,): the first is uniform, the others follow
+    error = (columns - columns[:, :, seeds[:1]]).square_().sum(0)[0]  # (m,)
     for k in range(1, n_centroids):
-        mass = error.cumsum(0)  # (m,); all zero when no k vectors of the sample are distinct, hence the clamp
-        seeds[k] = torch.searchsorted(mass, draws[k] * mass[-1], right=True).clamp_(max=len(mass) - 1)
-        error = torch.minimum(error, (columns - columns[:, seeds[k], None]).square_().sum(0))  # (m,)
-    return seeds
+        mass = error.double().cumsum(0)  # (m,): all zero if no k rows are distinct, hence the clamp
+        drawn = torch.searchsorted(mass, draws[k] * mass[-1], right=True).clamp_(max=len(mass) - 1)  # (4,)
+        errors = torch.minimum((columns - columns[:, 0, drawn, None]).square_().sum(0), error)  # (4, m)
+        best = errors.sum(1).argmin()
+        seeds[k], error = drawn[best], errors[best]
+    return sample[seeds.to(sample.device)].double()
 
 
-def _lloyd(vectors: Tensor, frame: Callable[[Tensor], Tensor], centroids: Tensor, iterations: int) -> Tensor:
+def _encode(vectors: Tensor, frame: Frame, centroids: Tensor) -> tuple[Tensor, float]:
+    """Codes (n,) and SSE of (n, d) with (K, d), in float64 throughout: centroids count as they were rounded."""
+    codes = _assign(frame(vectors), frame(centroids))  # (n,)
+    return codes, (vectors.double() - centroids[codes]).square_().sum().item()
+
+
+def _lloyd(vectors: Tensor, frame: Frame, centroids: Tensor, iterations: int) -> Tensor:
     """At most ``iterations`` EM steps over (n, d) from centroids (K, d) float64; ends once no code changes."""
-    points, previous = frame(vectors).float(), None  # (n, d), the codes before
+    points, before = frame(vectors).float(), None  # (n, d), (n,)
     for _ in range(iterations):
         codes = _assign(points, frame(centroids).float())  # (n,)
-        if previous is not None and torch.equal(codes, previous):
+        if before is not None and torch.equal(codes, before):
             break
-        centroids, previous = _means(vectors, codes, centroids), codes  # (K, d), (n,)
+        centroids, before = _means(vectors, codes, centroids), codes  # (K, d), (n,)
     return centroids
 
 
 def _assign(points: Tensor, centroids: Tensor) -> Tensor:
     """E-step: (n,) int64 argmin_k || c_k ||^2 - 2 b.c_k, the first one where several are least."""
-    n, k = len(points), len(centroids)
+    k = len(centroids)
     bias, slope = centroids.square().sum(1), centroids.t() * -2  # (K,), (d, K)
     rank = torch.arange(k, 0, -1, device=points.device, dtype=points.dtype)  # (K,)
-    rows = min(n, (CPU_SCORES if points.device.type == "cpu" else GPU_SCORES) // k)
-    buffer, best = points.new_empty(rows, k), points.new_empty(n)  # (rows, K), (n,)
+    rows = min(len(points), (CPU_SCORES if points.device.type == "cpu" else GPU_SCORES) // k)
+    buffer, best = points.new_empty(rows, k), points.new_empty(len(points))  # (rows, K), (n,)
     for chunk, out in zip(points.split(rows), best.split(rows), strict=True):
         score = torch.addmm(bias, chunk, slope, out=buffer[: len(chunk)])  # (rows, K)
         # argmin is not vectorized on a CPU, amin is: to mark the least and read its rank is twice as fast.

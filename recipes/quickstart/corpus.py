@@ -30,11 +30,7 @@ SPM_SPECIALS = 3  # <unk> <s> </s>: the tokenizer's own, which never reach the t
 
 def source_files(root: Path) -> list[Path]:
     """The .py files under `root` in sorted order, without test suites and installed packages."""
-    return [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not SKIPPED.intersection(path.relative_to(root).parts[:-1])
-    ]
+    return [path for path in sorted(root.rglob("*.py")) if not SKIPPED.intersection(path.relative_to(root).parts[:-1])]
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -138,9 +134,7 @@ def main() -> int:
     args = arguments()
     lines = collect(args.source)
     if not all(lines.values()):
-        print(
-            f"error: too few docstrings in the .py files under {args.source}; pass --source", file=sys.stderr
-        )
+        print(f"error: too few docstrings in the .py files under {args.source}; pass --source", file=sys.stderr)
         return 2
     try:
         write_corpus(lines, args.out, args.vocab_size)

@@ -1,0 +1,51 @@
+"""The result of one run: perplexities and bytes, from fairseq-eval-lm's logs and the packed file.
+
+    python recipes/results.py RUN_DIR --noise 0.05
+
+reads RUN_DIR/eval-{dense,one-shot,packed}.log and model.safetensors, prints the line and writes RUN_DIR/result.json.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from fairseq_quant_noise.artifact import read
+from fairseq_quant_noise.cli_print import inspection
+
+
+def perplexity(log: Path) -> float:
+    """The perplexity that fairseq-eval-lm reports, from its loss in bits, which has more digits."""
+    found = re.findall(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", log.read_text())
+    if not found:
+        sys.exit(f"error: {log}: no perplexity in it; delete it and run the recipe again")
+    return float(found[-1][1])
+
+
+def result(run: Path, noise: float) -> dict[str, Any]:
+    """The figures of one run: PPL of the dense, one-shot and fine-tuned models, bytes of the file and of the paper."""
+    packed = inspection(run / "model.safetensors", read(run / "model.safetensors"))
+    return {
+        "noise": noise,
+        "ppl_dense": perplexity(run / "eval-dense.log"),
+        "ppl_one_shot": perplexity(run / "eval-one-shot.log"),
+        "ppl_ipq": perplexity(run / "eval-packed.log"),
+        **{key: packed[key] for key in ("dense_bytes", "file_bytes", "paper_bytes", "ratio")},
+    }
+
+
+def main() -> None:
+    """Print and write the result of one run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--noise", type=float, required=True)
+    args = parser.parse_args()
+    line = json.dumps(result(args.run, args.noise))
+    (args.run / "result.json").write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Small models, and what several tests ask of a weight or of an error."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fairseq_quant_noise.errors import UserError
+from fairseq_quant_noise.noise import attach_rules
+from fairseq_quant_noise.plan import NoiseRule
+
+
+class Read(nn.Module):
+    """Its output is the weight of `part`, as a forward sees it."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self):
+        return self.part.weight
+
+
+class Tied(nn.Module):
+    """An embedding and an output projection that share one Parameter."""
+
+    def __init__(self, words=12, dim=8):
+        super().__init__()
+        self.emb = nn.Embedding(words, dim, padding_idx=1)
+        self.out = nn.Linear(dim, words, bias=False)
+        self.out.weight = self.emb.weight
+
+    def forward(self, tokens):
+        return self.out(self.emb(tokens))
+
+
+class Attention(nn.Module):
+    """Self-attention as fairseq's fast path does it: the projections' weights go straight to a functional."""
+
+    def __init__(self, dim=8, heads=2):
+        super().__init__()
+        self.dim, self.heads = dim, heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x):
+        """x: (T, B, C) -> (T, B, C)."""
+        return F.multi_head_attention_forward(
+            *(x, x, x, self.dim, self.heads, None),
+            in_proj_bias=torch.cat([self.q_proj.bias, self.k_proj.bias, self.v_proj.bias]),
+            bias_k=None,
+            bias_v=None,
+            add_zero_attn=False,
+            dropout_p=0.0,
+            out_proj_weight=self.out_proj.weight,
+            out_proj_bias=self.out_proj.bias,
+            need_weights=False,
+            use_separate_proj_weight=True,
+            q_proj_weight=self.q_proj.weight,
+            k_proj_weight=self.k_proj.weight,
+            v_proj_weight=self.v_proj.weight,
+        )[0]
+
+
+class Zoo(nn.Module):
+    """One of each: tied embedding and projection, LayerNorm, attention, Linear with a bias, depthwise Conv2d, buffer."""
+
+    def __init__(self, words=16, dim=8):
+        super().__init__()
+        self.emb = nn.Embedding(words, dim, padding_idx=1)
+        self.norm = nn.LayerNorm(dim)
+        self.attn = Attention(dim)
+        self.fc = nn.Linear(dim, dim)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.out = nn.Linear(dim, words, bias=False)
+        self.out.weight = self.emb.weight
+        self.register_buffer("scale", torch.ones(1))
+
+    def forward(self, tokens):
+        """tokens: (B, T) -> (B, T, words)."""
+        x = self.norm(self.emb(tokens) * self.scale)
+        x = x + self.attn(x.transpose(0, 1)).transpose(0, 1)
+        x = x + torch.relu(self.fc(x))
+        x = x + self.conv(x.transpose(1, 2).unsqueeze(3)).squeeze(3).transpose(1, 2)
+        return self.out(x)
+
+
+#: Quantizes every weight of a Zoo.
+ZOO_PLAN = {
+    "stages": [
+        {"match": r"fc|attn\..*", "block_size": 4},
+        {"match": "emb", "block_size": 8},
+        {"match": "conv", "block_size": 9},
+    ]
+}
+TOKENS = torch.tensor([[3, 5, 7, 1, 2], [0, 15, 4, 4, 9]])
+
+
+def zoo(seed=0):
+    torch.manual_seed(seed)
+    return Zoo()
+
+
+def quiet(line):
+    """A `progress` that prints nothing."""
+
+
+def noised(model, p=0.5, block_size=4, match=".*"):
+    """`model` in training mode, with noise by one rule."""
+    attach_rules(model, [NoiseRule(match, p, block_size=block_size)])
+    return model.train()
+
+
+def hits(seen, block_size):
+    """(n,) bool: the blocks of a weight that are all zero."""
+    return seen.detach().reshape(-1, block_size).eq(0).all(1)
+
+
+def stored(module):
+    """The weight in store."""
+    return module._parameters["weight"]
+
+
+@contextmanager
+def refuses(match, kind=UserError):
+    """Expect an error of exactly this kind, in one line that matches."""
+    with pytest.raises(kind, match=match) as caught:
+        yield caught
+    assert type(caught.value) is kind
+    assert "\n" not in str(caught.value)
