@@ -108,8 +108,8 @@ class StageController:
         trainer.lr_step_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides the model: the plan, the stages done, where they began."""
-        return {"plan": self.plan.to_dict(), "done": self.done, "origin": self.origin}
+        """What a resumed run needs besides the model: the plan, the stages done, where they start."""
+        return {"plan": self.plan.to_dict(), "done": self.done, "origin": self.origin, "starts": self.starts}
 
     def _save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
         return self._save(filename, {**extra_state, STATE_KEY: self.state_dict()})
@@ -132,8 +132,8 @@ class StageController:
                 f"{filename}: was trained with other stages than this plan's; give --quantization-config-path the plan "
                 "it started with, or --restore-file a dense checkpoint"
             )
-        self.done = state["done"]
-        self.origin = state["origin"]
+        self.done, self.origin = state["done"], state["origin"]
+        self.starts = state["starts"]  # a new --max-update does not move stages that are under way
         if reset and self.done:  # updates count from 0 again: the stage in progress begins now
             self.origin = -self.starts[self.done - 1]
         self.trainer._wrapped_model = None  # a DDP wrapper from before holds the dense parameters

@@ -15,8 +15,8 @@ bash scripts/setup.sh
 OUT="${OUT:-$REPO/runs/quickstart}"
 DATA="$OUT/data-bin"
 export VOCAB_SIZE="${VOCAB_SIZE:-4000}"
-UPDATES="${UPDATES:-2600}"          # of dense training, 1,024 tokens each: 7 passes over the corpus
-IPQ_UPDATES="${IPQ_UPDATES:-450}"   # of fine-tuning, a third for each of the plan's three stages
+UPDATES="${UPDATES:-2000}"          # of dense training, 1,024 tokens each: 5.6 passes over the corpus
+IPQ_UPDATES="${IPQ_UPDATES:-300}"   # of fine-tuning, a third for each of the plan's three stages
 NOISE="${NOISE:-0.05}"              # the share of weight blocks that Quant-Noise hits in each forward
 PLUGIN="$REPO/fairseq_quant_noise"
 PLAN="$REPO/configs/plans/small.yaml"
@@ -36,7 +36,7 @@ if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; the
 train() {
   fairseq-train "${COMMON[@]}" --criterion cross_entropy --quant-noise-pq "$2" --quant-noise-pq-block-size 8 \
     --lr 2e-3 --warmup-updates 200 --warmup-init-lr 1e-7 --lr-period-updates $((UPDATES - 200)) --max-update "$UPDATES" \
-    --save-interval-updates 250 --keep-interval-updates 1 --no-epoch-checkpoints --save-dir "$OUT/$1/dense" >>"$OUT/$1/dense.log" 2>&1
+    --save-interval-updates 500 --keep-interval-updates 1 --no-epoch-checkpoints --save-dir "$OUT/$1/dense" >>"$OUT/$1/dense.log" 2>&1
 }
 
 # ipq NAME P: three stages, each quantizes its weights by k-means and fine-tunes what there is so far. The weights that
@@ -44,7 +44,7 @@ train() {
 ipq() {
   fairseq-train "${COMMON[@]}" --criterion ipq --ipq-criterion cross_entropy --quant-noise-pq "$2" \
     --quantization-config-path "$PLAN" --finetune-from-model "$OUT/$1/dense/checkpoint_best.pt" \
-    --lr 5e-4 --lr-period-updates "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
+    --lr 1e-3 --lr-period-updates "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
     --save-interval-updates 50 --keep-interval-updates 1 --no-epoch-checkpoints --save-dir "$OUT/$1/ipq" >>"$OUT/$1/ipq.log" 2>&1
 }
 
@@ -84,6 +84,12 @@ side_by_side() {
 }
 
 mkdir -p "$OUT/no-noise" "$OUT/quant-noise"
+# Trainings outlive a shell that was killed hard (kill -9). They hold this lock, and the next run waits for them.
+exec 8>"$OUT/.lock"
+if command -v flock >/dev/null && ! flock -n 8; then
+  say "waiting for an earlier run in $OUT that is still going on"
+  flock 8
+fi
 bash recipes/quickstart/prepare.sh "$OUT"
 step "train without and with noise, $UPDATES updates each" "$OUT/.trained-$UPDATES-$NOISE" side_by_side train dense
 step "iPQ in three stages, $IPQ_UPDATES updates" "$OUT/.quantized-$UPDATES-$NOISE-$IPQ_UPDATES" side_by_side ipq ipq

@@ -69,7 +69,7 @@ find_python() {
     if good_python "$candidate"; then echo "$candidate" && return 0; fi
   done
   candidate="${PYTHON:-python3}"
-  echo "error: $candidate is $("$candidate" --version 2>&1 | tail -n 1); fairseq needs Python 3.11 or 3.12:" \
+  echo "error: $candidate is $("$candidate" --version 2>/dev/null || echo missing); fairseq needs Python 3.11 or 3.12:" \
     "run PYTHON=/path/to/python3.11 bash scripts/setup.sh" >&2
   return 2
 }
@@ -91,7 +91,8 @@ make_venv() {
   fi
   python="$(find_python)"
   printf '[1/%d] making .venv with %s...\n' "$STEPS" "$("$python" --version)"
-  rm -rf "$VENV" && mkdir "$VENV" && touch "$VENV/.stamp-venv-unfinished"
+  rm -rf "${VENV:?}/bin" && rm -rf "$VENV" # bin first: half an environment must not look like somebody else's
+  mkdir "$VENV" && touch "$VENV/.stamp-venv-unfinished"
   "$python" -m venv "$VENV" || {
     echo "error: $python cannot make an environment; install its venv module (apt-get install python3-venv)" >&2
     exit 1

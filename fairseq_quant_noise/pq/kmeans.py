@@ -9,7 +9,6 @@ E: I_i = argmin_k || b_i - c_k ||^2,   M: c_k = mean of the b_i with I_i = k.
 Shapes: n vectors (blocks) b_i of dimension d, K centroids, m vectors in the sample that seeds them.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +55,9 @@ def kmeans(vectors: Tensor, n_centroids: int, *, iterations: int = 20, seed: int
     centroids = _distinct(sample, vectors, n_centroids)  # (K, d) or None
     if centroids is None:
         restarts = range(min(16, 256 // n_centroids))  # few centroids end in worse minima, and cost less
-        seeds = [_plus_plus(sample, frame, n_centroids, generator) for _ in restarts]  # (K, d) each
+        seeds = [
+            _plus_plus(sample[: 16 * n_centroids], frame, n_centroids, generator) for _ in restarts
+        ]  # (K, d) each
         starts = [_lloyd(sample, frame, start, iterations) for start in seeds]  # (K, d) each
         centroids = min(starts, key=lambda start: _encode(sample, frame, start)[1])
         centroids = _lloyd(vectors, frame, centroids, iterations).float()  # (K, d)
@@ -78,25 +79,22 @@ def _checked(vectors: Tensor, n_centroids: int) -> Tensor:
 def _frame(sample: Tensor, vectors: Tensor) -> Frame:
     """Float64 coordinates in which || c ||^2 - 2 b.c keeps its digits: no common offset, squares in range."""
     offset = sample.double().cpu().median(0).values.to(vectors.device)  # (d,); an outlier does not move it
-    largest = vectors.abs().max().item() + offset.abs().max().item()
-    scale = 2.0 ** (56 - math.frexp(largest)[1])  # exact; d squares of at most 2^56 fit float32
+    largest = vectors.abs().max().double() + offset.abs().max()  # ()
+    scale = 2.0 ** (56 - int(largest.frexp().exponent))  # exact; d squares of at most 2^56 fit float32
     return lambda any_vectors: (any_vectors.double() - offset) * scale  # (..., d)
 
 
 def _distinct(sample: Tensor, vectors: Tensor, n_centroids: int) -> Tensor | None:
     """The distinct vectors padded to (K, d), or None if they are more than K, as a few mostly show at once."""
-    if len(sample[: 16 * n_centroids].unique(dim=0)) > n_centroids:
-        return None
-    values = vectors.unique(dim=0)  # (distinct, d)
-    spare = n_centroids - len(values)
-    return None if spare < 0 else torch.cat([values, values[-1:].expand(spare, -1)])  # (K, d)
+    many = len(sample[: 16 * n_centroids].unique(dim=0)) > n_centroids
+    values = vectors if many else vectors.unique(dim=0)  # (n or fewer, d)
+    padding = values[-1:].expand(max(n_centroids - len(values), 0), -1)  # (K - distinct, d)
+    return torch.cat([values, padding]) if len(values) <= n_centroids else None
 
 
 def _plus_plus(sample: Tensor, frame: Frame, n_centroids: int, generator: torch.Generator) -> Tensor:
-    """Greedy k-means++ (Arthur, Vassilvitskii 2007): (K, d) of the (m, d), each the best of 4 draws by error.
-
-    On the CPU always: K dependent draws are latency, not work, and a GPU's cumsum is not deterministic.
-    """
+    """Greedy k-means++ (Arthur, Vassilvitskii 2007): (K, d) of the (m, d), each the best of 4 draws by error."""
+    # On the CPU always: K dependent draws are latency, not work, and a GPU's cumsum is not deterministic.
     columns = frame(sample).float().cpu().t()[:, None].contiguous()  # (d, 1, m)
     draws = torch.rand(n_centroids, 4, generator=generator, dtype=torch.float64)  # (K, 4)
     seeds = (draws[:, 0] * len(sample)).long()  # (K,): the first is uniform, the others follow
@@ -105,7 +103,7 @@ def _plus_plus(sample: Tensor, frame: Frame, n_centroids: int, generator: torch.
         mass = error.double().cumsum(0)  # (m,): all zero if no k rows are distinct, hence the clamp
         drawn = torch.searchsorted(mass, draws[k] * mass[-1], right=True).clamp_(max=len(mass) - 1)  # (4,)
         errors = torch.minimum((columns - columns[:, 0, drawn, None]).square_().sum(0), error)  # (4, m)
-        best = errors.sum(1).argmin()
+        best = errors.sum(1, dtype=torch.float64).argmin()
         seeds[k], error = drawn[best], errors[best]
     return sample[seeds.to(sample.device)].double()
 
@@ -129,16 +127,15 @@ def _lloyd(vectors: Tensor, frame: Frame, centroids: Tensor, iterations: int) ->
 
 def _assign(points: Tensor, centroids: Tensor) -> Tensor:
     """E-step: (n,) int64 argmin_k || c_k ||^2 - 2 b.c_k, the first one where several are least."""
-    k = len(centroids)
     bias, slope = centroids.square().sum(1), centroids.t() * -2  # (K,), (d, K)
-    rank = torch.arange(k, 0, -1, device=points.device, dtype=points.dtype)  # (K,)
-    rows = min(len(points), (CPU_SCORES if points.device.type == "cpu" else GPU_SCORES) // k)
-    buffer, best = points.new_empty(rows, k), points.new_empty(len(points))  # (rows, K), (n,)
+    rank = torch.arange(len(centroids), 0, -1, device=points.device, dtype=points.dtype)  # (K,)
+    rows = min(len(points), (CPU_SCORES if points.device.type == "cpu" else GPU_SCORES) // len(rank))
+    buffer, best = points.new_empty(rows, len(rank)), points.new_empty(len(points))  # (rows, K), (n,)
     for chunk, out in zip(points.split(rows), best.split(rows), strict=True):
         score = torch.addmm(bias, chunk, slope, out=buffer[: len(chunk)])  # (rows, K)
         # argmin is not vectorized on a CPU, amin is: to mark the least and read its rank is twice as fast.
         torch.amax(score.eq_(score.amin(1, keepdim=True)).mul_(rank), 1, out=out)  # (rows,)
-    return k - best.long()
+    return len(rank) - best.long()
 
 
 def _means(vectors: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
