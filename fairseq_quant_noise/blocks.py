@@ -12,6 +12,8 @@ The paper cuts W into blocks b_kl and quantizes each (arXiv 2004.07320, section 
 so every weight turns into its (n, d) matrix of blocks by a reshape, without a copy.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .errors import UserError
@@ -47,10 +49,10 @@ def check_block_size(name: str, module: nn.Module, block_size: int) -> None:
     """
     if block_size >= 1 and divides(module, block_size):
         return
-    weight = module.weight
-    row = weight.numel() // weight.shape[0]  # type: ignore[operator,index]
+    weight: Any = module.weight
+    row = weight.numel() // weight.shape[0]
     fits = [d for d in range(1, min(row, 64) + 1) if divides(module, d)]
-    shape = tuple(weight.shape)  # type: ignore[arg-type,union-attr]
+    shape = tuple(weight.shape)
     raise UserError(
         f"{name}: blocks of {block_size} do not divide a weight of shape {shape}; "
         f"choose a block_size of {', '.join(map(str, fits))} for it"

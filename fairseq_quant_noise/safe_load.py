@@ -40,6 +40,6 @@ def _refusal(path: str | Path, message: str) -> str:
         return f"checkpoint {path}: not a whole PyTorch checkpoint; copy or download it again"
     name = found.group(1) or found.group(2)
     return (
-        f"checkpoint {path}: refused, its pickle calls for {name}, which could run code; if you trust it, "
-        "load it once with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', and save it again"
+        f"checkpoint {path}: refused, its pickle calls for {name}, which could run code; if you trust it, load it once "
+        "with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', and save it again"
     )

@@ -77,7 +77,7 @@ side_by_side() {
     sleep "${PROGRESS_SECONDS:-30}" & wait $! || true
     for name in no-noise quant-noise; do
       tail -n 50 "$OUT/$name/$2.log" 2>/dev/null | grep -oE '(loss=|ppl=|num_updates=)[0-9.]+' | tail -n 3 | tr '\n' ' ' |
-        sed "s|^|    $name: |;s| \$|\n|"
+        sed "s|^|    $name: |;s| \$|\n|" || true # nothing logged yet
     done
   done
   wait "$a" && wait "$b" || { tail -n 5 "$OUT"/*/"$2.log" >&2; return 1; }

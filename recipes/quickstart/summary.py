@@ -36,7 +36,9 @@ def table(rows: list[tuple[str, ...]]) -> str:
     """Markdown, with columns as wide as their widest entry."""
     widths = [max(len(r[i]) for r in [HEADER, *rows]) for i in range(len(HEADER))]
     rule = tuple("-" * w for w in widths)
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in [HEADER, rule, *rows]]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in [HEADER, rule, *rows]
+    ]
     return "\n".join(lines)
 
 
