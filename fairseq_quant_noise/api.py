@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .artifact import pack, read, write
-from .errors import UserError
+from .errors import DamagedFileError, UserError
 from .layers import adopt_quantized
 from .networks import build
 from .noise import attach_rules, detach_noise
@@ -68,16 +69,22 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     model = into if into is not None else _build(path, packed.manifest.model)
     state = packed.state_dict()
     adopt_quantized(model, state)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        name = [*missing, *unexpected][0]
-        raise UserError(
-            f"{path}: does not fit this network ({name} is only in one of the two); give the network it is of"
-        )
+    try:
+        model.load_state_dict(state, assign=into is None)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: does not fit this network ({reason}); give the network it was saved from") from None
     return model.eval()
 
 
 def _build(path: str | Path, config: Mapping[str, Any]) -> nn.Module:
+    """Without memory for the weights, which the file brings: a false size in the file then costs nothing."""
     if "architecture" not in config:
         raise UserError(f"{path}: holds a network of your own; build it and call load(path, into=network)")
-    return build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
+    try:
+        with torch.device("meta"):
+            return build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
+    except UserError:
+        raise
+    except Exception as error:  # the configuration came with the file and may hold anything
+        raise DamagedFileError(f"{path}: its configuration is damaged ({type(error).__name__}: {error})") from None

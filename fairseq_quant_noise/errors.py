@@ -10,6 +10,9 @@ class UserError(ValueError):
 
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # one line, whatever a name or a pattern in it holds
+
 
 class DamagedFileError(UserError):
     """A packed file that is damaged, hostile or of an unknown version. Exit code 3."""

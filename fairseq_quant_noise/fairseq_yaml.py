@@ -73,7 +73,7 @@ def setting_by_feature(setting: Mapping[str, Any], name: str, module: nn.Module)
         raise UserError(f"plan in fairseq's format: nothing for {by_type} ({name}); add an entry '{by_type}'")
     values: Mapping[str, Any] = rule["value"]
     if rule.get("key") == "fuzzy_name":
-        found = next((v for part, v in values.items() if part in name), values.get("*"))
+        found = next((v for part, v in values.items() if str(part) in name), values.get("*"))
     else:
         found = values.get(str(getattr(module, str(rule.get("key")), None)), values.get("*"))
     if not isinstance(found, int):

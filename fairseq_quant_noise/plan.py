@@ -41,9 +41,9 @@ class NoiseRule:
         from .noise.distortions import DISTORTIONS
 
         _check_regex("noise", self.match)
-        if not isinstance(self.p, int | float) or not 0 <= self.p <= 1:
+        if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 <= self.p <= 1:
             raise UserError(f"noise rule '{self.match}': p is {self.p!r}; give a probability from 0 to 1")
-        if self.kind not in DISTORTIONS:
+        if not isinstance(self.kind, str) or self.kind not in DISTORTIONS:
             known = ", ".join(DISTORTIONS)
             raise UserError(f"noise rule '{self.match}': unknown kind {self.kind!r}; known kinds: {known}")
         _check_positive(f"noise rule '{self.match}': block_size", self.block_size)
@@ -163,6 +163,7 @@ def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
         value = next((setting[k] for k in patterns if re.fullmatch(k, name)), setting.get("default"))
     if not isinstance(value, int):
         raise UserError(f"{what} gives no value for {name}; add a pattern that matches it, or a default")
+    _check_positive(f"{what} for {name}", value)
     return value
 
 
@@ -212,7 +213,7 @@ def _check_positive(where: str, value: Any) -> None:
 def _check_regex(where: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{where} rule '{pattern}': not a regular expression ({error})") from None
 
 
@@ -221,7 +222,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"plan {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date like 2001-99-99
         raise UserError(f"plan {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, Mapping):
         raise UserError(f"plan {path}: must hold a mapping with noise, stages, …; it holds {type(content).__name__}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .errors import UserError
 from .layers import quantize_weight_
 from .plan import Plan
 from .pq.encode import encode
@@ -35,7 +36,10 @@ def quantize_(
     Raises:
         UserError: the plan does not fit the model; the model is then unchanged.
     """
-    targets = resolve_stages(Plan.of(plan), model)
+    plan = Plan.of(plan)
+    if not plan.stages:
+        raise UserError("the plan has no stages; add a 'stages' section that says what to quantize")
+    targets = resolve_stages(plan, model)
     quantize_targets(sorted(targets, key=lambda t: t.stage), seed=seed, progress=progress)
     return model
 
@@ -47,6 +51,9 @@ def quantize_targets(
 
     In a distributed run each rank encodes its share of the weights and sends the result to the others.
     """
+    for target in targets:
+        if isinstance(target.weight.stored, nn.Module):
+            raise UserError(f"{target.weight.name} is quantized already; start from a dense model")
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     found: dict[int, tuple[Tensor, Tensor]] = {}

@@ -10,7 +10,7 @@ It works on the meta device, so that the sizes of a model cost nothing.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,6 +111,7 @@ def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
 
 
 def _target(weight: Weight, stage: int, rule: StageRule) -> Target:
+    weight.check_ties()
     block_size = rule.block_size_of(weight.name, weight.module)
     check_block_size(weight.name, weight.module, block_size)
     n_blocks = math.prod(code_shape(weight.shape, block_size))
@@ -118,10 +119,10 @@ def _target(weight: Weight, stage: int, rule: StageRule) -> Target:
     return Target(weight, stage, block_size, n_centroids)
 
 
-def make_table(model: nn.Module, targets: Iterable[Target] = ()) -> Table:
+def make_table(model: nn.Module, targets: Sequence[Target] = ()) -> Table:
     """A row for each parameter of `model` (tied copies included), quantized as `targets` say, dense elsewhere."""
-    by_name = {f"{t.weight.name}.weight": t for t in targets}
-    first: dict[int, str] = {}
+    by_name = {t.weight.tensor_name: t for t in targets}
+    first = {id(t.weight.stored): t.weight.tensor_name for t in targets}  # the owner, whichever holder comes first
     rows = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = tuple(parameter.shape)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .blocks import BLOCK_MODULES
+from .errors import UserError
 
 
 @dataclass
@@ -19,6 +20,24 @@ class Weight:
     name: str  # the owner's module name
     module: nn.Module  # the owner: Linear, Embedding or Conv2d
     aliases: list[tuple[str, nn.Module]] = field(default_factory=list)  # the other holders, by module name
+    other_names: list[str] = field(default_factory=list)  # holders under another name than `weight`
+
+    @property
+    def tensor_name(self) -> str:
+        """The name in the state dict."""
+        return tensor_name(self.name)
+
+    def check_ties(self) -> None:
+        """Refuse a tie that cannot be kept.
+
+        Raises:
+            UserError: a module holds this weight under another name than `weight`.
+        """
+        if self.other_names:
+            raise UserError(
+                f"{self.name}: its weight is also {self.other_names[0]}, and only ties between attributes called "
+                "'weight' can be kept; rename that attribute, or leave this weight out of the plan"
+            )
 
     @property
     def holders(self) -> list[tuple[str, nn.Module]]:
@@ -34,6 +53,11 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         """The shape of the dense weight."""
         return tuple(self.stored.shape)  # type: ignore[arg-type]
+
+
+def tensor_name(module_name: str) -> str:
+    """`weight` of the module `module_name`; the model itself has the name ''."""
+    return f"{module_name}.weight" if module_name else "weight"
 
 
 def stored_weight(module: nn.Module) -> Tensor | nn.Module:
@@ -67,4 +91,7 @@ def find_weights(model: nn.Module) -> list[Weight]:
     for name, module in orphans:  # held by some other type before its owner was met
         if id(stored_weight(module)) in owners:
             owners[id(stored_weight(module))].aliases.append((name, module))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in owners and name.rpartition(".")[2] != "weight":
+            owners[id(parameter)].other_names.append(name)
     return list(owners.values())

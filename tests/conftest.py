@@ -3,6 +3,23 @@
 pytest's default import mode does the first for a folder with a conftest.py.
 """
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """fairseq and a corpus; imported here, so that tests of the core run without fairseq."""
+    from lm_fixture import Lab
+
+    return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="session")
+def runs(lab):
+    """Training runs that several tests look at, each done when it is first asked for."""
+    from lm_fixture import Runs
+
+    return Runs(lab)

@@ -1,21 +1,26 @@
 """fairseq in this process, on a corpus of seconds: train, evaluate and validate tiny language models."""
 
 import contextlib
+import copy
+import functools
+import io
 import os
 import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import fairseq.checkpoint_utils
 import fairseq.distributed.utils
+import fairseq.models
+import fairseq.tasks
 import fairseq_cli.eval_lm
 import fairseq_cli.train
 import fairseq_cli.validate
 import numpy as np
+import pytest
 import torch
 import yaml
 from fairseq import options
@@ -26,6 +31,7 @@ from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 
 import fairseq_quant_noise
+from fairseq_quant_noise.cli import main
 
 fairseq_quant_noise.register()  # for another test may have imported the package before fairseq
 
@@ -33,21 +39,47 @@ ROOT = Path(__file__).resolve().parent.parent
 USER_DIR = str(ROOT / "fairseq_quant_noise")
 WORDS = 110  # of the dictionary, fairseq's own four included
 CUTOFFS = "20,60"
-DIMS = (
-    "--decoder-layers 2 --decoder-embed-dim 32 --decoder-input-dim 32 --decoder-output-dim 32 "
-    "--decoder-ffn-embed-dim 64 --decoder-attention-heads 4 --dropout 0.1"
-).split()
-ADAPTIVE = (
-    f"--adaptive-input --adaptive-input-cutoff {CUTOFFS} --adaptive-softmax-cutoff {CUTOFFS} "
-    "--adaptive-input-factor 2 --adaptive-softmax-factor 2 --tie-adaptive-weights --tie-adaptive-proj"
-).split()
-LOSS = ["--criterion", "adaptive_loss", "--ddp-backend", "legacy_ddp"]
-BASE = (
-    "--cpu --seed 3 --num-workers 0 --log-format none --tokens-per-sample 32 --batch-size 16 "
-    "--required-batch-size-multiple 1 --lr 0.01 --clip-norm 1.0"
-).split()
-ADAM = ["--optimizer", "adam", "--adam-betas", "(0.9, 0.98)"]
-NAG = ["--optimizer", "nag", "--momentum", "0.9"]
+
+
+def split(*lines: str) -> list[str]:
+    """A command line's words."""
+    return " ".join(lines).split()
+
+
+DIMS = split(
+    "--decoder-layers 2 --decoder-embed-dim 32 --decoder-input-dim 32 --decoder-output-dim 32",
+    "--decoder-ffn-embed-dim 64 --decoder-attention-heads 4 --decoder-normalize-before --dropout 0.1",
+)
+BASE = split(
+    "--cpu --seed 3 --num-workers 0 --log-format none --tokens-per-sample 32 --batch-size 16",
+    "--required-batch-size-multiple 1 --lr 0.01 --clip-norm 1.0 --no-epoch-checkpoints --optimizer adam",
+)
+NAG = split("--optimizer nag --momentum 0.9")
+BANDS_AND_LOSS = split(
+    f"--adaptive-input --adaptive-input-cutoff {CUTOFFS} --adaptive-softmax-cutoff {CUTOFFS}",
+    "--adaptive-input-factor 2 --adaptive-softmax-factor 2 --criterion adaptive_loss --ddp-backend legacy_ddp",
+)
+KINDS = {  # of models, by the flags that make them
+    "plain": ["--share-decoder-input-output-embed"],
+    "adaptive": [*BANDS_AND_LOSS, "--tie-adaptive-weights", "--tie-adaptive-proj"],
+    "untied": BANDS_AND_LOSS,
+}
+both_kinds = pytest.mark.parametrize("kind", ["plain", "adaptive"])
+
+FFN = {"match": r"decoder\.layers\.\d+\.fc[12]", "block_size": 8, "n_centroids": 16}
+ATTENTION = {"match": r"decoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj", "block_size": 4, "n_centroids": 16}
+WORD_VECTORS = {"match": r"decoder\.embed_tokens", "block_size": 8, "n_centroids": 16}
+BANDS = {
+    "match": r"decoder\.embed_tokens\.embeddings\.\d\.[01]",
+    "block_size": {r".*\.1": 4, "default": 8},
+    "n_centroids": 16,
+}
+PLANS = {"plain": {"stages": [FFN, WORD_VECTORS, ATTENTION]}, "adaptive": {"stages": [FFN, BANDS, ATTENTION]}}
+
+
+def ipq_flags(kind: str) -> list[str]:
+    """Criterion ipq around the criterion that this kind of model wants."""
+    return ["--criterion", "ipq", "--ipq-criterion", "cross_entropy" if kind == "plain" else "adaptive_loss"]
 
 
 def write_corpus(folder: Path) -> None:
@@ -59,20 +91,19 @@ def write_corpus(folder: Path) -> None:
     dictionary = Dictionary()
     for i in range(WORDS - len(dictionary)):
         dictionary.add_symbol(f"w{i}", n=1000 - i)
-    dictionary.pad_to_multiple_(1)
     folder.mkdir(parents=True)
     dictionary.save(str(folder / "dict.txt"))
     generator = np.random.default_rng(7)
     words = [i for i in range(dictionary.nspecial, WORDS) if i - 1 not in map(int, CUTOFFS.split(","))]
     successors = generator.choice(words, size=(WORDS, 3))
-    for split, lines in {"train": 300, "valid": 60, "test": 60}.items():
-        builder = MMapIndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.uint16)
+    for name, lines in {"train": 300, "valid": 60, "test": 60}.items():
+        builder = MMapIndexedDatasetBuilder(str(folder / f"{name}.bin"), dtype=np.uint16)
         for _ in range(lines):
             line = [int(generator.choice(words))]
             for _ in range(generator.integers(6, 14)):
                 line.append(int(successors[line[-1], generator.integers(3)]))
             builder.add_item(torch.tensor([*line, dictionary.eos()], dtype=torch.int))
-        builder.finalize(str(folder / f"{split}.idx"))
+        builder.finalize(str(folder / f"{name}.idx"))
 
 
 @dataclass
@@ -101,11 +132,6 @@ class Run:
         return 2 ** last.get("nll_loss", last["loss"])
 
 
-def state_of(path) -> dict:
-    """A checkpoint's content, as fairseq wrote it."""
-    return torch.load(path, map_location="cpu", weights_only=False)
-
-
 class Lab:
     """A corpus and a folder for the runs on it."""
 
@@ -126,78 +152,135 @@ class Lab:
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
         return str(path)
 
-    def arguments(self, *flags, arch="quant_noise_transformer_lm_small", adaptive=False, updates=6, save=None) -> list:
-        """fairseq-train's command line. `flags` come last, and so win."""
-        kind = [*ADAPTIVE, *LOSS] if adaptive else ["--share-decoder-input-output-embed"]
-        stock = [] if arch.startswith("transformer") else ["--user-dir", USER_DIR]
-        folder = ["--save-dir", str(save or self.new())]
-        stop = ["--max-update", str(updates)] if updates else []
-        base = [str(self.data), "--task", "language_modeling", "--arch", arch, *DIMS, *BASE, *ADAM, *stop, *folder]
-        return [*base, "--no-epoch-checkpoints", *stock, *kind, *map(str, flags)]
+    def checkpoint(self, state: dict, **settings) -> Path:
+        """A checkpoint file with this content."""
+        path = self.new("checkpoint.pt")
+        torch.save(state, path, **settings)
+        return path
 
-    def train(self, *flags, **settings) -> Run:
-        """fairseq-train, here. Settings: arch, adaptive, updates, save (the folder to save in)."""
-        arguments = self.arguments(*flags, **settings)
-        parser = options.get_training_parser()
-        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, input_args=arguments))
+    def arguments(self, *flags, arch="quant_noise_transformer_lm_small", kind="plain", updates=6) -> list[str]:
+        """fairseq-train's command line. `flags` come last, and so win."""
+        user_dir = [] if arch.startswith("transformer") else ["--user-dir", USER_DIR]
+        base = [str(self.data), "--task", "language_modeling", "--arch", arch, *DIMS, *BASE, *user_dir, *KINDS[kind]]
+        stop = ["--max-update", str(updates)] if updates else []
+        return [*base, *stop, *map(str, flags)]
+
+    @functools.cache  # noqa: B019 (Hydra takes half a second)
+    def _config(self, *flags, **settings):
+        args = options.parse_args_and_arch(options.get_training_parser(), self.arguments(*flags, **settings))
+        return convert_namespace_to_omegaconf(args)
+
+    def config(self, *flags, **settings):
+        """fairseq's configuration for this command line."""
+        return copy.deepcopy(self._config(*flags, **settings))
+
+    def train(self, *flags, save=None, **settings) -> Run:
+        """fairseq-train, here. Settings: save (the folder to save in), arch, kind, updates."""
+        cfg = self.config(*flags, **settings)
+        cfg.checkpoint.save_dir = str(save or self.new())
         with forgetful_fairseq(), recorded(Path(cfg.checkpoint.save_dir)) as runs:
             fairseq.distributed.utils.call_main(cfg, fairseq_cli.train.main)
         return runs[-1]
 
-    def eval_lm(self, path, *flags) -> float:
+    def eval_lm(self, path) -> float:
         """The perplexity that fairseq-eval-lm gives on the validation data."""
         parser = options.get_eval_lm_parser()
-        arguments = self.eval_arguments(path, "--user-dir", USER_DIR, *flags)
-        args = options.parse_args_and_arch(parser, input_args=arguments)
+        args = options.parse_args_and_arch(
+            parser, input_args=[*self.eval_arguments(path), "--user-dir", USER_DIR, "--log-format", "none"]
+        )
         with forgetful_fairseq():
-            return fairseq_cli.eval_lm.main(convert_namespace_to_omegaconf(args))["perplexity"]
+            return float(fairseq_cli.eval_lm.main(convert_namespace_to_omegaconf(args))["perplexity"])
 
-    def eval_arguments(self, path, *flags) -> list[str]:
-        """fairseq-eval-lm's command line."""
-        base = "--gen-subset valid --sample-break-mode none --tokens-per-sample 32 --batch-size 16 --cpu --num-workers 0"
-        return [str(self.data), "--path", str(path), *base.split(), *map(str, flags)]
+    def eval_arguments(self, path) -> list[str]:
+        """fairseq-eval-lm's command line, without the plugin."""
+        base = (
+            "--gen-subset valid --sample-break-mode none --tokens-per-sample 32 --batch-size 16 --cpu --num-workers 0"
+        )
+        return [str(self.data), "--path", str(path), *base.split()]
 
     def validate(self, path) -> dict:
-        """What fairseq-validate logs of the validation data."""
+        """What fairseq-validate logs of the validation data, unrounded."""
         flags = "--task language_modeling --cpu --batch-size 16 --num-workers 0 --log-format none"
         arguments = [str(self.data), "--path", str(path), "--user-dir", USER_DIR, *flags.split()]
         arguments += ["--required-batch-size-multiple", "1"]
-        parser = options.get_validation_parser()
-        args = options.parse_args_and_arch(parser, input_args=arguments)
-        given = options.parse_args_and_arch(
-            options.get_validation_parser(), input_args=arguments, suppress_defaults=True
+        args, given = (
+            options.parse_args_and_arch(options.get_validation_parser(), arguments, suppress_defaults=given)
+            for given in (False, True)
         )
-        printed = {}
+        logged: dict = {}
         progress = "fairseq.logging.progress_bar.NoopProgressBar.print"
-        unrounded = mock.patch("fairseq.logging.meters.safe_round", lambda number, digits: number)
-        with unrounded, forgetful_fairseq(), mock.patch(progress, lambda bar, stats, **_: printed.update(stats)):
+        with forgetful_fairseq(), mock.patch(progress, lambda bar, stats, **_: logged.update(stats)):
             fairseq_cli.validate.main(convert_namespace_to_omegaconf(args), given)
-        return printed
+        return {name: float(value) for name, value in logged.items()}
 
-    def model(self, *flags, arch="quant_noise_transformer_lm_small", adaptive=False, seed=5):
+    def model(self, *flags, seed=5, **settings):
         """An untrained model of these options."""
-        arguments = self.arguments(*flags, arch=arch, adaptive=adaptive)
-        args = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
-        cfg = convert_namespace_to_omegaconf(args)
+        cfg = self.config(*flags, **settings)
         torch.manual_seed(seed)
         return fairseq.models.build_model(cfg.model, self.task())
 
+    def criterion(self, *flags, **settings):
+        """The criterion of these options."""
+        return self.task().build_criterion(self.config(*flags, **settings).criterion)
+
     def task(self):
-        """As much of a task as a model wants to see."""
-        dictionary = Dictionary.load(str(self.data / "dict.txt"))
-        return SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary, dictionary=dictionary)
+        """fairseq's language modeling task, without data loaded."""
+        return fairseq.tasks.setup_task(self.config().task)
+
+    def load(self, path):
+        """The model of a checkpoint or a packed file, by fairseq; in eval mode."""
+        models, _ = fairseq.checkpoint_utils.load_model_ensemble([str(path)], task=self.task())
+        return models[0].eval()
+
+
+class Runs:
+    """The runs and files that several tests look at, by kind of model. Leave what they return unchanged."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab = lab
+
+    @functools.cache  # noqa: B019 (one object a session)
+    def stock(self, kind: str) -> Run:
+        """fairseq's own transformer_lm."""
+        return self.lab.train(arch="transformer_lm", kind=kind)
+
+    @functools.cache  # noqa: B019
+    def noised(self, kind: str) -> Run:
+        """With noise, without stages."""
+        return self.lab.train("--quant-noise-pq", 0.2, arch="quant_noise_transformer_lm", kind=kind)
+
+    @functools.cache  # noqa: B019
+    def ipq(self, kind: str) -> Run:
+        """From the stock checkpoint through three stages, with noise, criterion ipq and the stock model for teacher."""
+        stock, plan = self.stock(kind).path, self.lab.plan(PLANS[kind])
+        flags = ["--finetune-from-model", stock, "--quantization-config-path", plan, "--quant-noise-pq", 0.1]
+        return self.lab.train(*flags, *ipq_flags(kind), "--ipq-teacher", stock, kind=kind, updates=7)
+
+    @functools.cache  # noqa: B019
+    def packed(self, kind: str) -> Path:
+        """The packed file of `ipq`."""
+        path = self.lab.new("packed.safetensors")
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(["export", "--path", str(self.ipq(kind).path), "--out", str(path)])
+        return path
+
+    @functools.cache  # noqa: B019
+    def dense(self, kind: str) -> Path:
+        """The stock checkpoint of `packed`."""
+        path = self.lab.new("dense.pt")
+        with contextlib.redirect_stdout(io.StringIO()):
+            main(["to-dense", str(self.packed(kind)), "--out", str(path)])
+        return path
 
 
 @contextlib.contextmanager
 def forgetful_fairseq():
-    """Runs in one process must not see each other's best loss and meters."""
-    for function, name in (
-        (fairseq.checkpoint_utils.save_checkpoint, "best"),
-        (fairseq_cli.train.should_stop_early, "best"),
-    ):
-        vars(function).pop(name, None)
+    """Runs in one process must not see each other's best loss and meters; and logs keep all their digits."""
+    vars(fairseq.checkpoint_utils.save_checkpoint).pop("best", None)
+    vars(fairseq_cli.train.should_stop_early).pop("best", None)
     metrics.reset()
-    yield
+    with mock.patch("fairseq.logging.meters.safe_round", lambda number, digits: number):
+        yield
     metrics.reset()
 
 
@@ -222,18 +305,35 @@ def recorded(folder: Path):
         runs[-1].valid.append({name: float(value) for name, value in values.items()})
         return stats(cfg, trainer, values, tracking_best)
 
-    train = fairseq_cli.train
-    with mock.patch.object(train, "Trainer", Recorded), mock.patch.object(train, "get_valid_stats", get_valid_stats):
-        with mock.patch("fairseq.logging.meters.safe_round", lambda number, digits: number):
-            yield runs
+    with (
+        mock.patch.object(fairseq_cli.train, "Trainer", Recorded),
+        mock.patch.object(fairseq_cli.train, "get_valid_stats", get_valid_stats),
+    ):
+        yield runs
 
 
-def batch(rows=4, length=12, seed=0, padded=True) -> dict:
+def state_of(path) -> dict:
+    """A checkpoint's content, as fairseq wrote it."""
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def old_style(state: dict) -> dict:
+    """A checkpoint as fairseq wrote it before Hydra: `args`, a Namespace, instead of `cfg`."""
+    cfg = state["cfg"]
+    flat: dict = {}
+    for section in ("common", "dataset", "optimization", "checkpoint", "distributed_training"):
+        flat |= cfg[section]
+    for section in ("task", "criterion", "optimizer", "lr_scheduler", "model"):
+        flat |= {name: value for name, value in cfg[section].items() if name != "_name"}
+        flat["arch" if section == "model" else section] = cfg[section]["_name"]
+    return {**state, "cfg": None, "args": Namespace(**flat)}
+
+
+def batch(rows=4, length=12, seed=0) -> dict:
     """A sample as fairseq's criterions want it; the second row ends in padding."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(4, WORDS, (rows, length + 1), generator=generator)
-    if padded:
-        words[1, length // 2 :] = 1
+    words[1, length // 2 :] = 1
     tokens, target = words[:, :-1].contiguous(), words[:, 1:].contiguous()
     return {
         "net_input": {"src_tokens": tokens, "src_lengths": torch.full((rows,), length)},
@@ -251,22 +351,8 @@ def one_error(captured) -> str:
     return lines[0].removeprefix("error: ")
 
 
-def python(*arguments, **kwargs) -> subprocess.CompletedProcess:
+def python(*arguments, **settings) -> subprocess.CompletedProcess:
     """A Python of its own that can import the package."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=env, capture_output=True, text=True, timeout=120, **kwargs
-    )
-
-
-def old_style(state: dict, **renamed) -> dict:
-    """A checkpoint as fairseq wrote it before Hydra: `args`, a Namespace, instead of `cfg`."""
-    cfg = state["cfg"]
-    flat: dict = {}
-    for section in ("common", "dataset", "optimization", "checkpoint", "distributed_training"):
-        flat |= cfg[section]
-    for section in ("task", "criterion", "optimizer", "lr_scheduler", "model"):
-        flat |= {name: value for name, value in cfg[section].items() if name != "_name"}
-        flat[section] = cfg[section]["_name"]
-    flat |= {"arch": flat.pop("model"), **renamed}
-    return {**state, "cfg": None, "args": Namespace(**flat)}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False, **settings)

@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
 
 class Zoo(nn.Module):
-    """One of each: tied embedding and projection, LayerNorm, attention, Linear with a bias, depthwise Conv2d, buffer."""
+    """Tied embedding and projection, LayerNorm, attention, Linear with a bias, depthwise Conv2d, buffer."""
 
     def __init__(self, words=16, dim=8):
         super().__init__()
@@ -94,6 +94,18 @@ ZOO_PLAN = {
         {"match": "conv", "block_size": 9},
     ]
 }
+#: Run first in a Python of its own.
+WITHOUT_FAIRSEQ = '''
+import sys
+
+class Blocks:
+    """An import of fairseq fails, as where it is not installed."""
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "fairseq":
+            raise ImportError("fairseq is blocked")
+
+sys.meta_path.insert(0, Blocks())
+'''
 TOKENS = torch.tensor([[3, 5, 7, 1, 2], [0, 15, 4, 4, 9]])
 
 
@@ -115,6 +127,11 @@ def noised(model, p=0.5, block_size=4, match=".*"):
 def hits(seen, block_size):
     """(n,) bool: the blocks of a weight that are all zero."""
     return seen.detach().reshape(-1, block_size).eq(0).all(1)
+
+
+def weight_of(linear):
+    """The weight that calling a Linear without bias applies."""
+    return linear(torch.eye(linear.in_features)).t()
 
 
 def stored(module):

@@ -76,12 +76,15 @@ class Manifest:
 def _quantized_tensor(entry: Any) -> QuantizedTensor:
     tensor = QuantizedTensor(**(entry | {"shape": tuple(entry["shape"])}))
     numbers = (*tensor.shape, tensor.block_size, tensor.n_centroids)
-    if tensor.scheme != "pq" or not all(type(n) is int and n > 0 for n in numbers):
+    if tensor.scheme != "pq" or len(tensor.shape) < 2 or not all(type(n) is int and n > 0 for n in numbers):
         raise DamagedFileError(f"its manifest is damaged (a tensor entry {entry!r} that no version writes)")
     return tensor
 
 
 def _check_types(manifest: Manifest, sha256: Any) -> None:
-    strings = [*manifest.ties, *manifest.ties.values(), manifest.producer, sha256]
-    if not all(isinstance(s, str) for s in strings) or not isinstance(manifest.model, dict):
+    mappings = (manifest.model, manifest.plan, manifest.ties)
+    if not all(isinstance(m, dict) for m in mappings):
         raise DamagedFileError("its manifest is damaged (a field of the wrong type)")
+    names = [*manifest.tensors, *manifest.ties, *manifest.ties.values(), manifest.producer, sha256]
+    if not all(isinstance(name, str) and name.isprintable() for name in names):
+        raise DamagedFileError("its manifest is damaged (a name that is not plain text)")

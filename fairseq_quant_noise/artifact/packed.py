@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..layers import PQWeight, quantized_weights
 from ..layers.quantized import CENTROIDS, CODES
 from ..plan import Plan
+from ..weights import tensor_name
 from .manifest import Manifest, QuantizedTensor
 
 
@@ -47,8 +48,8 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     """
     from .. import __version__
 
-    quantized = {f"{name}.weight": weight for name, weight in quantized_weights(model).items()}
-    tensors, ties = _each_once(model, set(quantized))
+    quantized = {tensor_name(name): weight for name, weight in quantized_weights(model).items()}
+    tensors, ties = _each_once(model, quantized)
     for name, weight in quantized.items():
         tensors[f"{name}.{CODES}"] = weight.codes
         tensors[f"{name}.{CENTROIDS}"] = weight.centroids.half()
@@ -64,9 +65,9 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     return Packed({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, manifest)
 
 
-def _each_once(model: nn.Module, quantized: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _each_once(model: nn.Module, quantized: Mapping[str, PQWeight]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The dense tensors of the state dict, and the ties of dense and quantized tensors alike."""
-    owners: dict[int, str] = {}
+    owners = {id(t): name for name, weight in quantized.items() for t in (weight.codes, weight.centroids)}
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

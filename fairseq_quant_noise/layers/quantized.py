@@ -6,6 +6,7 @@ It is a module of the name `weight`, so a checkpoint holds `….fc1.weight.codes
 holder of a tied weight holds the same PQWeight: quantized once, stored once, fine-tuned once.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ..access import intercept
-from ..blocks import code_shape
 from ..errors import UserError
 from ..weights import Weight, find_weights
 
@@ -116,15 +116,14 @@ def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """
     changed = []
     for weight in find_weights(model):
-        codes = state.get(f"{weight.name}.weight.{CODES}")
-        centroids = state.get(f"{weight.name}.weight.{CENTROIDS}")
+        codes = state.get(f"{weight.tensor_name}.{CODES}")
+        centroids = state.get(f"{weight.tensor_name}.{CENTROIDS}")
         if codes is None or centroids is None or isinstance(weight.stored, nn.Module):
             continue
-        expected = code_shape(weight.shape, centroids.shape[1])
-        if tuple(codes.shape) != expected:
+        if centroids.dim() != 2 or codes.numel() * centroids.shape[1] != math.prod(weight.shape):
             raise UserError(
-                f"{weight.name}: codes of shape {tuple(codes.shape)} do not fit a weight of shape {weight.shape} "
-                f"in blocks of {centroids.shape[1]}, which needs {expected}; the file is of another architecture"
+                f"{weight.name}: codes of shape {tuple(codes.shape)} and centroids of shape {tuple(centroids.shape)} "
+                f"do not fit a weight of shape {weight.shape}; the file is of another architecture"
             )
         quantize_weight_(weight, torch.empty_like(codes), torch.empty_like(centroids, dtype=torch.float32))
         changed.append(weight.name)

@@ -6,6 +6,9 @@ What "one forward" means, and so when J is drawn anew:
   activation checkpointing runs again during backward;
 - calling a part of the model directly (`model.decoder(...)`) draws too, once the last draw's backward has run.
 
+A layer that runs again during backward gets the J of its own forward, even when another forward came between: the
+checkpoint restores the random state, and that tells the draw.
+
 The seed of a draw comes from torch's global generator, which fairseq seeds at every update, so that runs repeat and
 resume exactly. Each weight then has its own generator: its noise does not depend on the order in which layers run,
 or on LayerDrop. Outside a forward, and in eval mode, `module.weight` is the stored Parameter.
@@ -26,11 +29,17 @@ from .distortions import DISTORTIONS
 from .psi import draw_blocks, psi
 
 _ATTRIBUTE = "_quant_noise"  # on the root module: its NoiseDraw
+_MAX_SEEDS = 10_000  # of forwards whose backward never came
 
 
 def _in_backward() -> bool:
     """Whether autograd is running, which is when checkpointed layers run again."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _random_state() -> bytes:
+    """Torch's random state on the CPU, which both fairseq's and torch's checkpointing put back for a second run."""
+    return bytes(torch.get_rng_state().numpy())
 
 
 class NoiseDraw:
@@ -42,6 +51,9 @@ class NoiseDraw:
         self.seed: int | None = None
         self.spent = True  # the current draw's backward has run
         self.handles: list[Any] = []
+        self.noised: list[nn.Module] = []  # whose weights are noised
+        self.seeds: dict[bytes, int] = {}  # random state on entering a module -> the seed of that forward
+        self.latest: int | None = None  # the seed to return to after a layer has run again
 
     def watch(self, module: nn.Module) -> None:
         """Count `module` as running between its call and its return."""
@@ -49,14 +61,30 @@ class NoiseDraw:
         self.handles.append(module.register_forward_hook(self._leave, always_call=True))
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
-        fresh = module is self.root or (self.depth == 0 and self.spent)
-        if fresh and module.training and not _in_backward():
-            self.seed = int(torch.randint(2**62, (1,)))
-            self.spent = False
+        if _in_backward():
+            if self.depth == 0:
+                self.latest = self.seed
+                self.seed = self.seeds.get(_random_state(), self.seed)
+        else:
+            self._enter_forward(module)
         self.depth += 1
 
+    def _enter_forward(self, module: nn.Module) -> None:
+        if module is self.root:
+            self.depth = 0  # a forward that was interrupted has not left
+        fresh = module is self.root or (self.depth == 0 and self.spent)
+        if fresh and any(m.training for m in self.noised):
+            if self.spent or len(self.seeds) > _MAX_SEEDS:
+                self.seeds.clear()
+            self.seed = int(torch.randint(2**62, (1,)))
+            self.spent = False
+        if self.seed is not None and module.training:
+            self.seeds[_random_state()] = self.seed
+
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self.depth -= 1
+        self.depth = max(self.depth - 1, 0)
+        if self.depth == 0 and self.latest is not None:
+            self.seed, self.latest = self.latest, None
 
 
 class WeightNoise:
@@ -93,7 +121,7 @@ class WeightNoise:
 
 
 def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
-    parts = name.split(".")
+    parts = name.split(".") if name else []
     return [model, *(model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts) + 1))]
 
 
@@ -105,11 +133,13 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
     Raises:
         UserError: the model has noise already, a rule matches nothing, or a block size does not divide.
     """
-    if hasattr(model, _ATTRIBUTE):
+    if any("_weight_noise" in module.__dict__ for module in model.modules()):
         raise UserError("the model has noise already; call detach_noise(model) first, or give the noise once")
     weights = find_weights(model)
     matches = match_rules("noise", rules, [w.name for w in weights])
     for weight, matched in zip(weights, matches, strict=True):
+        if matched:
+            weight.check_ties()
         for rule in matched:
             check_block_size(weight.name, weight.module, rule.block_size)
     draw = NoiseDraw(model)
@@ -119,6 +149,7 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
         noise = WeightNoise(draw, index, matched)
         for name, module in weight.holders:
             intercept(module)
+            draw.noised.append(module)
             module._weight_noise = noise  # type: ignore[assignment]
             watched.update((id(m), m) for m in _ancestors(model, name))
     for module in watched.values():

@@ -45,22 +45,21 @@ def kmeans(vectors: Tensor, n_centroids: int, *, iterations: int = 20, seed: int
 
     ``iterations`` EM steps over a sample from k-means++ seeds, then as many over every vector, fewer once no code
     changes. At most K distinct vectors are returned exactly, the last one repeated up to K. The same input and
-    seed give the same bits; the global random state is left alone.
-    Raises UserError when K is not in 1 .. 256, or the vectors are none, not (n, d), or hold NaN or inf.
+    seed give the same bits; the global random state is left alone. Raises UserError when K is not in 1 .. 256,
+    or the vectors are none, not (n, d), or hold NaN or inf.
     """
     vectors = _checked(vectors, n_centroids)  # (n, d)
     generator = torch.Generator().manual_seed(seed)
     sample = vectors[torch.randperm(len(vectors), generator=generator)[:SAMPLE].to(vectors.device)]  # (m, d)
     frame = _frame(sample, vectors)
-    centroids = _distinct(sample, vectors, n_centroids)  # (K, d) or None
+    few = sample[: 16 * n_centroids]  # enough to seed from, and mostly enough to show K distinct vectors
+    centroids = _distinct(few, vectors, n_centroids)  # (K, d) or None
     if centroids is None:
         restarts = range(min(16, 256 // n_centroids))  # few centroids end in worse minima, and cost less
-        seeds = [
-            _plus_plus(sample[: 16 * n_centroids], frame, n_centroids, generator) for _ in restarts
-        ]  # (K, d) each
+        seeds = [_plus_plus(few, frame, n_centroids, generator) for _ in restarts]  # (K, d) each
         starts = [_lloyd(sample, frame, start, iterations) for start in seeds]  # (K, d) each
-        centroids = min(starts, key=lambda start: _encode(sample, frame, start)[1])
-        centroids = _lloyd(vectors, frame, centroids, iterations).float()  # (K, d)
+        best = min(starts, key=lambda start: _encode(sample, frame, start)[1])  # (K, d)
+        centroids = _lloyd(vectors, frame, best, iterations).float()  # (K, d)
     codes, sse = _encode(vectors, frame, centroids)
     return Clustering(centroids, codes.to(torch.uint8), sse)
 
@@ -85,11 +84,10 @@ def _frame(sample: Tensor, vectors: Tensor) -> Frame:
 
 
 def _distinct(sample: Tensor, vectors: Tensor, n_centroids: int) -> Tensor | None:
-    """The distinct vectors padded to (K, d), or None if they are more than K, as a few mostly show at once."""
-    many = len(sample[: 16 * n_centroids].unique(dim=0)) > n_centroids
-    values = vectors if many else vectors.unique(dim=0)  # (n or fewer, d)
-    padding = values[-1:].expand(max(n_centroids - len(values), 0), -1)  # (K - distinct, d)
-    return torch.cat([values, padding]) if len(values) <= n_centroids else None
+    """The distinct vectors padded to (K, d), or None if they are more than K, as the sample may show at once."""
+    if len(sample.unique(dim=0)) > n_centroids or len(values := vectors.unique(dim=0)) > n_centroids:
+        return None
+    return torch.cat([values, values[-1:].expand(n_centroids - len(values), -1)])
 
 
 def _plus_plus(sample: Tensor, frame: Frame, n_centroids: int, generator: torch.Generator) -> Tensor:

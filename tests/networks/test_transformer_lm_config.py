@@ -68,10 +68,7 @@ def test_options_are_read_as_fairseq_reads_them():
     assert old.tie_adaptive_proj
     assert old.no_decoder_final_norm
     assert not read({"decoder_final_norm": True}, VOCAB).no_decoder_final_norm
-    assert (
-        read({"dropout": 0.1, "unheard_of": 1, "scale_fc": False, "base_layers": 0}, VOCAB, 3).padding_idx
-        == 3
-    )
+    assert read({"dropout": 0.1, "unheard_of": 1, "scale_fc": False, "base_layers": 0}, VOCAB, 3).padding_idx == 3
 
 
 def test_registry():

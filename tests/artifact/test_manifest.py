@@ -1,0 +1,93 @@
+"""What a packed file says about itself."""
+
+import json
+
+import pytest
+from toys import refuses
+
+from fairseq_quant_noise.artifact.manifest import FORMAT_VERSION, ZERO_HASH, Manifest, QuantizedTensor
+from fairseq_quant_noise.errors import DamagedFileError
+
+FULL = Manifest(
+    producer="fairseq_quant_noise 0.1.0",
+    model={"architecture": "quant_noise_transformer_lm", "cfg": {"model": {"é": [1, None]}}, "vocab_size": 9},
+    plan={"noise": [], "stages": [{"match": "decoder\\.fc", "block_size": {"default": 8}}]},
+    tensors={"fc.weight": QuantizedTensor("pq", (6, 8), 4, 3), "c.weight": QuantizedTensor("pq", (2, 1, 3, 3), 9, 2)},
+    ties={"out.weight": "fc.weight"},
+)
+
+
+@pytest.mark.parametrize("manifest", [Manifest("me"), FULL], ids=["empty", "full"])
+def test_a_manifest_comes_back_from_its_json(manifest):
+    assert Manifest.from_json(manifest.to_json("ab" * 32)) == (manifest, "ab" * 32)
+    assert Manifest.from_json(manifest.to_json())[1] == ZERO_HASH
+
+
+def test_the_json_is_one_line_of_ascii_with_sorted_keys():
+    text = FULL.to_json()
+    assert "\n" not in text
+    assert text.isascii()
+    keys = list(json.loads(text))
+    assert keys == sorted(keys) == ["format_version", "model", "plan", "producer", "sha256", "tensors", "ties"]
+
+
+def test_the_order_of_entries_does_not_change_the_bytes():
+    backwards = Manifest(FULL.producer, FULL.model, FULL.plan, dict(reversed(FULL.tensors.items())), FULL.ties)
+    assert backwards.to_json() == FULL.to_json()
+
+
+def edited(**changes):
+    return json.dumps(json.loads(FULL.to_json()) | changes)
+
+
+def entry(**changes):
+    good = {"scheme": "pq", "shape": [6, 8], "block_size": 4, "n_centroids": 3}
+    return edited(tensors={"fc.weight": good | changes})
+
+
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, "1", None, 1.5])
+def test_an_unknown_version_is_refused_with_the_known_one(version):
+    message = rf"format version .* is unknown here \(this package reads {FORMAT_VERSION}\); update"
+    with refuses(message, DamagedFileError):
+        Manifest.from_json(edited(format_version=version))
+
+
+DAMAGED = {
+    "empty": "",
+    "no JSON": "{",
+    "a list": "[]",
+    "a number": "1",
+    "null": "null",
+    "deep": "[" * 100_000,
+    "an empty mapping": "{}",
+    "without a hash": json.dumps({"format_version": 1}),
+    "tensors is a list": edited(tensors=[]),
+    "a tensor is a list": edited(tensors={"fc": []}),
+    "a tensor is a string": edited(tensors={"fc": "pq"}),
+    "a scheme that no version writes": entry(scheme="int4"),
+    "a shape that is a number": entry(shape=8),
+    "a shape of strings": entry(shape=["6", "8"]),
+    "a negative shape": entry(shape=[-6, 8]),
+    "a shape of zero": entry(shape=[0, 8]),
+    "a shape of truths": entry(shape=[True, 8]),
+    "an empty shape": entry(shape=[]),
+    "blocks of zero": entry(block_size=0),
+    "blocks of a fraction": entry(block_size=4.0),
+    "no centroids": entry(n_centroids=0),
+    "an unknown field": entry(bits=8),
+    "ties is a list": edited(ties=[]),
+    "ties is null": edited(ties=None),
+    "ties is a string": edited(ties="a"),
+    "a tie to a number": edited(ties={"a": 5}),
+    "a tie to a list": edited(ties={"a": []}),
+    "model is a list": edited(model=[]),
+    "plan is a number": edited(plan=5),
+    "producer is null": edited(producer=None),
+    "the hash is a number": edited(sha256=5),
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_manifest_is_refused_in_one_line(text):
+    with refuses("manifest is damaged", DamagedFileError):
+        Manifest.from_json(text)

@@ -1,0 +1,68 @@
+"""A weight to codes and centroids: shapes, the error it reports, and what it refuses."""
+
+import pytest
+import torch
+from toys import refuses
+
+from fairseq_quant_noise.pq.encode import encode
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("shape", "d", "codes"), [((32, 16), 4, (32, 4)), ((8, 4, 3, 3), 9, (8, 4))])
+def test_there_is_a_byte_for_each_block_and_a_row_for_each_row(shape, d, codes):
+    found = encode("fc", normal(*shape), d, 8)
+    assert (found.codes.shape, found.codes.dtype) == (codes, torch.uint8)
+    assert (found.centroids.shape, found.centroids.dtype) == ((8, d), torch.float32)
+
+
+def test_the_relative_error_is_that_of_the_decoded_weight():
+    weight = normal(32, 16)
+    found = encode("fc", weight, 4, 16)
+    decoded = found.centroids[found.codes.long()].view(32, 16)
+    assert found.relative_error == pytest.approx(((weight - decoded).norm() / weight.norm()).item(), rel=1e-5)
+    assert 0.2 < found.relative_error < 0.8
+
+
+def test_a_zero_weight_has_no_error():
+    found = encode("fc", torch.zeros(8, 8), 4, 4)
+    assert found.relative_error == 0.0
+    assert not found.centroids.any()
+
+
+def test_a_seed_gives_the_same_bits_and_the_global_random_state_is_left_alone():
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    a, b = (encode("fc", normal(64, 16), 4, 16, seed=5) for _ in range(2))
+    assert torch.equal(a.codes, b.codes)
+    assert torch.equal(a.centroids, b.centroids)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_encoded_in_fp32(dtype):
+    assert encode("fc", normal(16, 8).to(dtype), 4, 8).centroids.dtype == torch.float32
+
+
+def test_a_parameter_is_encoded_without_its_graph():
+    assert not encode("fc", torch.nn.Parameter(normal(16, 8)), 4, 8).centroids.requires_grad
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(value):
+    weight = normal(16, 8)
+    weight[3, 3] = value
+    with refuses("^decoder.fc1: the weight holds NaN or infinity; quantize a checkpoint from before it diverged"):
+        encode("decoder.fc1", weight, 4, 8)
+
+
+def test_a_weight_beyond_fp16_is_refused_by_name():
+    with refuses(r"^fc: a weight of 7e\+04 does not fit fp16 centroids \(at most 65504\)"):
+        encode("fc", torch.full((4, 4), -70_000.0), 4, 1)
+
+
+def test_the_largest_fp16_number_is_encoded():
+    found = encode("fc", torch.full((8, 8), 65504.0), 4, 2)
+    assert found.centroids.half().isfinite().all()
