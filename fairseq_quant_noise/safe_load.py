@@ -40,6 +40,6 @@ def _refusal(path: str | Path, message: str) -> str:
     if found is None:
         return f"checkpoint {path}: not a whole PyTorch checkpoint; copy or download it again"
     return (
-        f"checkpoint {path}: refused, its pickle calls for {found[1]}, which could run code; if you trust it, load it once "
-        "with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', and save it again"
+        f"checkpoint {path}: refused, its pickle calls for {found[1]}, which could run code; if you trust it, load it "
+        "once with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', and save it again"
     )
