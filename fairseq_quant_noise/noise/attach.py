@@ -37,9 +37,9 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _random_state() -> bytes:
-    """Torch's random state on the CPU, which both fairseq's and torch's checkpointing put back for a second run."""
-    return bytes(torch.get_rng_state().numpy())
+def _random_state() -> int:
+    """A hash of torch's random state on the CPU, which fairseq's and torch's checkpointing put back for a second run."""
+    return hash(bytes(torch.get_rng_state().numpy()))
 
 
 class NoiseDraw:
@@ -52,7 +52,7 @@ class NoiseDraw:
         self.spent = True  # the current draw's backward has run
         self.handles: list[Any] = []
         self.noised: list[nn.Module] = []  # whose weights are noised
-        self.seeds: dict[bytes, int] = {}  # random state on entering a module -> the seed of that forward
+        self.seeds: dict[int, int] = {}  # random state on entering a module -> the seed of that forward
         self.latest: int | None = None  # the seed to return to after a layer has run again
 
     def watch(self, module: nn.Module) -> None:

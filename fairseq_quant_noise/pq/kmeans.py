@@ -52,11 +52,11 @@ def kmeans(vectors: Tensor, n_centroids: int, *, iterations: int = 20, seed: int
     generator = torch.Generator().manual_seed(seed)
     sample = vectors[torch.randperm(len(vectors), generator=generator)[:SAMPLE].to(vectors.device)]  # (m, d)
     frame = _frame(sample, vectors)
-    few = sample[: 16 * n_centroids]  # enough to seed from, and mostly enough to show K distinct vectors
+    few = sample[: 16 * n_centroids]  # enough to show that more than K are distinct, where so many are
     centroids = _distinct(few, vectors, n_centroids)  # (K, d) or None
     if centroids is None:
         restarts = range(min(16, 256 // n_centroids))  # few centroids end in worse minima, and cost less
-        seeds = [_plus_plus(few, frame, n_centroids, generator) for _ in restarts]  # (K, d) each
+        seeds = [_plus_plus(sample, frame, n_centroids, generator) for _ in restarts]  # (K, d) each
         starts = [_lloyd(sample, frame, start, iterations) for start in seeds]  # (K, d) each
         best = min(starts, key=lambda start: _encode(sample, frame, start)[1])  # (K, d)
         centroids = _lloyd(vectors, frame, best, iterations).float()  # (K, d)
