@@ -43,21 +43,23 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Perplexity against size: from the dense model to the packed one, for both runs."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for (name, run), color in zip(runs.items(), ("#b3541e", "#1e6fb3"), strict=True):
-        sizes = [run["dense_bytes"] / MIB, run["file_bytes"] / MIB, run["file_bytes"] / MIB]
-        scores = [run["ppl_dense"], run["ppl_one_shot"], run["ppl_ipq"]]
-        axes.plot(sizes, scores, ":", color=color, alpha=0.6)
-        axes.plot(sizes[:1], scores[:1], "o", color=color, label=f"{name}: dense")
-        axes.plot(sizes[1:2], scores[1:2], "x", color=color, label=f"{name}: iPQ, one-shot")
-        axes.plot(sizes[2:], scores[2:], "s", color=color, label=f"{name}: iPQ, fine-tuned")
-        for x, y in zip(sizes, scores, strict=True):
-            axes.annotate(f"{y:.1f}", (x, y), textcoords="offset points", xytext=(7, 3), fontsize=8, color=color)
-    axes.set(xscale="log", xlabel="size, MiB (log scale)", ylabel="test perplexity (lower is better)")
-    axes.set_title("Quant-Noise: what the file costs in perplexity")
-    axes.margins(x=0.2, y=0.15)
-    axes.legend(fontsize=8)
+    """Perplexity of each run, dense and in the packed file, before and after the fine-tuning of the centroids."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    keys = ("ppl_dense", "ppl_one_shot", "ppl_ipq")
+    for i, ((name, run), color) in enumerate(zip(runs.items(), ("#c9793f", "#1e6fb3"), strict=True)):
+        bars = axes.bar(
+            [k + (i - 0.5) * 0.38 for k in range(3)], [run[key] for key in keys], 0.36, color=color, label=name
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
+    run = runs["quant-noise"]
+    dense, packed = f"{run['dense_bytes'] / MIB:.2f} MiB", f"{run['file_bytes'] / MIB:.2f} MiB"
+    labels = (f"dense\n{dense}", f"iPQ, one-shot\n{packed}", f"iPQ, fine-tuned\n{packed}")
+    axes.set_xticks(range(3), labels)
+    axes.set_ylabel("test perplexity (lower is better)")
+    axes.set_title(f"A file {run['ratio']:.0f} times smaller, and what it costs")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.12)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 

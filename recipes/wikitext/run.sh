@@ -49,7 +49,7 @@ case "$SIZE" in
       --lr 2e-3 --lr-scheduler cosine --lr-period-updates 2700 --warmup-updates 300 --warmup-init-lr 1e-7
       --max-tokens 2048 --max-update 3000 --num-workers 0)
     TUNE=(--optimizer adam --adam-betas "(0.9,0.98)" --clip-norm 1.0
-      --lr 1e-3 --lr-scheduler cosine --lr-period-updates 450 --max-tokens 2048 --max-update 450 --num-workers 0)
+      --lr 1e-3 --lr-scheduler cosine --lr-period-updates 300 --max-tokens 2048 --max-update 300 --num-workers 0)
     EVAL=(--cpu --tokens-per-sample 128 --max-tokens 2048 --sample-break-mode none --num-workers 0)
     ;;
   *) die "SIZE is $SIZE; give paper or cpu" ;;
