@@ -29,6 +29,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
 
 import fairseq_quant_noise
 from fairseq_quant_noise.cli import main
@@ -75,6 +76,16 @@ BANDS = {
     "n_centroids": 16,
 }
 PLANS = {"plain": {"stages": [FFN, WORD_VECTORS, ATTENTION]}, "adaptive": {"stages": [FFN, BANDS, ATTENTION]}}
+
+
+#: Options that differ from run to run: set in the finished configuration, for Hydra takes half a second to make one.
+#: test_cluster.py gives them on a command line.
+LATE = {
+    "--restore-file": "checkpoint.restore_file",
+    "--finetune-from-model": "checkpoint.finetune_from_model",
+    "--quantization-config-path": "common.quantization_config_path",
+    "--ipq-teacher": "criterion.ipq_teacher",
+}
 
 
 def ipq_flags(kind: str) -> list[str]:
@@ -165,14 +176,23 @@ class Lab:
         stop = ["--max-update", str(updates)] if updates else []
         return [*base, *stop, *map(str, flags)]
 
-    @functools.cache  # noqa: B019 (Hydra takes half a second)
+    @functools.cache  # noqa: B019 (one object a session)
     def _config(self, *flags, **settings):
         args = options.parse_args_and_arch(options.get_training_parser(), self.arguments(*flags, **settings))
         return convert_namespace_to_omegaconf(args)
 
     def config(self, *flags, **settings):
         """fairseq's configuration for this command line."""
-        return copy.deepcopy(self._config(*flags, **settings))
+        flags, late = list(map(str, flags)), {}
+        for option, key in LATE.items():
+            if option in flags:
+                at = flags.index(option)
+                late[key] = flags[at + 1]
+                del flags[at : at + 2]
+        cfg = copy.deepcopy(self._config(*flags, **settings))
+        for key, value in late.items():
+            OmegaConf.update(cfg, key, value)
+        return cfg
 
     def train(self, *flags, save=None, **settings) -> Run:
         """fairseq-train, here. Settings: save (the folder to save in), arch, kind, updates."""
@@ -182,14 +202,17 @@ class Lab:
             fairseq.distributed.utils.call_main(cfg, fairseq_cli.train.main)
         return runs[-1]
 
+    @functools.cache  # noqa: B019
+    def _eval_config(self):
+        arguments = [*self.eval_arguments("later"), "--user-dir", USER_DIR, "--log-format", "none"]
+        return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_eval_lm_parser(), arguments))
+
     def eval_lm(self, path) -> float:
         """The perplexity that fairseq-eval-lm gives on the validation data."""
-        parser = options.get_eval_lm_parser()
-        args = options.parse_args_and_arch(
-            parser, input_args=[*self.eval_arguments(path), "--user-dir", USER_DIR, "--log-format", "none"]
-        )
+        cfg = copy.deepcopy(self._eval_config())
+        cfg.common_eval.path = str(path)
         with forgetful_fairseq():
-            return float(fairseq_cli.eval_lm.main(convert_namespace_to_omegaconf(args))["perplexity"])
+            return float(fairseq_cli.eval_lm.main(cfg)["perplexity"])
 
     def eval_arguments(self, path) -> list[str]:
         """fairseq-eval-lm's command line, without the plugin."""
@@ -198,19 +221,24 @@ class Lab:
         )
         return [str(self.data), "--path", str(path), *base.split()]
 
-    def validate(self, path) -> dict:
-        """What fairseq-validate logs of the validation data, unrounded."""
-        flags = "--task language_modeling --cpu --batch-size 16 --num-workers 0 --log-format none"
-        arguments = [str(self.data), "--path", str(path), "--user-dir", USER_DIR, *flags.split()]
-        arguments += ["--required-batch-size-multiple", "1"]
-        args, given = (
+    @functools.cache  # noqa: B019
+    def _validate_config(self):
+        arguments = [str(self.data), "--path", "later", "--user-dir", USER_DIR, "--task", "language_modeling"]
+        arguments += split("--cpu --batch-size 16 --num-workers 0 --log-format none --required-batch-size-multiple 1")
+        every, given = (
             options.parse_args_and_arch(options.get_validation_parser(), arguments, suppress_defaults=given)
             for given in (False, True)
         )
+        return convert_namespace_to_omegaconf(every), given
+
+    def validate(self, path) -> dict:
+        """What fairseq-validate logs of the validation data, unrounded."""
+        cfg, given = copy.deepcopy(self._validate_config())
+        cfg.common_eval.path = given.path = str(path)
         logged: dict = {}
         progress = "fairseq.logging.progress_bar.NoopProgressBar.print"
         with forgetful_fairseq(), mock.patch(progress, lambda bar, stats, **_: logged.update(stats)):
-            fairseq_cli.validate.main(convert_namespace_to_omegaconf(args), given)
+            fairseq_cli.validate.main(cfg, given)
         return {name: float(value) for name, value in logged.items()}
 
     def model(self, *flags, seed=5, **settings):

@@ -284,7 +284,7 @@ def test_load_gives_the_same_scores_where_fairseq_is_absent(lab, runs):
 WRONG = {
     "plan: no checkpoint": ("plan --path /nowhere/a.pt --plan {plan}", 2, ["/nowhere/a.pt"]),
     "plan: no plan": ("plan --path {stock} --plan /nowhere/p.yaml", 2, ["/nowhere/p.yaml"]),
-    "plan: a text for a checkpoint": ("plan --path {text} --plan {plan}", 2, ["{text}"]),
+    "plan: a text for a checkpoint": ("plan --path {text} --plan {plan}", 3, ["{text}"]),
     "plan: a folder for a checkpoint": ("plan --path {folder} --plan {plan}", 2, ["{folder}"]),
     "plan: a packed file for a checkpoint": ("plan --path {packed} --plan {plan}", 2, ["{packed}"]),
     "plan: neither path nor arch": ("plan --plan {plan}", 2, ["--path", "--arch"]),
@@ -317,7 +317,7 @@ WRONG = {
     "verify: cut short": ("verify {short}", 3, ["{short}"]),
     "verify: no file": ("verify /nowhere/f.safetensors", 2, ["/nowhere/f.safetensors"]),
     "to-dense: damaged": ("to-dense {damaged} --out {out}", 3, ["{damaged}"]),
-    "to-dense: a text": ("to-dense {text} --out {out}", 2, ["{text}"]),
+    "to-dense: a text": ("to-dense {text} --out {out}", 3, ["{text}"]),
     "to-dense: no folder": ("to-dense {packed} --out /nowhere/f.pt", 2, ["--out", "/nowhere"]),
 }
 

@@ -80,11 +80,12 @@ evaluate() {
 }
 
 mkdir -p "$OUT"
-step "train, noise $NOISE" "$OUT/.trained" train
-step "quantize in three stages" "$OUT/.quantized" quantize_in_stages
-step "write the packed file" "$OUT/.exported" export_packed
-step "one-shot iPQ, to compare" "$OUT/.one-shot" quantize_one_shot
-step "evaluate dense" "$OUT/.eval-dense" evaluate "$OUT/dense/checkpoint_best.pt" "$OUT/eval-dense.log"
-step "evaluate one-shot" "$OUT/.eval-one-shot" evaluate "$OUT/one-shot.safetensors" "$OUT/eval-one-shot.log"
-step "evaluate the packed file" "$OUT/.eval-packed" evaluate "$OUT/model.safetensors" "$OUT/eval-packed.log"
+SETTING="$SIZE noise $NOISE" # a step is done again when this changes
+step "train, noise $NOISE" "$OUT/.trained" train "$SETTING"
+step "quantize in three stages" "$OUT/.quantized" quantize_in_stages "$SETTING $PLAN"
+step "write the packed file" "$OUT/.exported" export_packed "$SETTING $PLAN"
+step "one-shot iPQ, to compare" "$OUT/.one-shot" quantize_one_shot "$SETTING $PLAN"
+step "evaluate dense" "$OUT/.eval-dense" evaluate "$OUT/dense/checkpoint_best.pt" "$OUT/eval-dense.log" "$SETTING $PLAN"
+step "evaluate one-shot" "$OUT/.eval-one-shot" evaluate "$OUT/one-shot.safetensors" "$OUT/eval-one-shot.log" "$SETTING $PLAN"
+step "evaluate the packed file" "$OUT/.eval-packed" evaluate "$OUT/model.safetensors" "$OUT/eval-packed.log" "$SETTING $PLAN"
 python "$REPO/recipes/results.py" "$OUT" --noise "$NOISE"

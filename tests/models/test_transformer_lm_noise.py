@@ -106,7 +106,7 @@ def test_the_flag_noises_every_weight(lab, kind, reads):
 def test_a_hundred_forwards_leave_the_stored_weights_alone(lab, kind, dtype):
     model = build(lab, kind, "--quant-noise-pq", 0.5).to(dtype).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    sample = batch(rows=2, length=4, padded=False)
+    sample = batch(rows=2, length=4)
     for _ in range(100):
         model(**sample["net_input"])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
