@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import fairseq.checkpoint_utils
+import fairseq.distributed.utils
+import torch
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 
@@ -66,6 +68,18 @@ def packed_state(path: str | Path) -> dict[str, Any]:
     }
 
 
+def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
+    """What fairseq's `_broadcast_object_slow` returns: `obj` of rank `src_rank`, on every rank.
+
+    fairseq sends what rank 0 has loaded through torch.save and torch.load, which refuses its configuration since torch
+    2.6, so that no checkpoint loads on several processes. The other ranks are this program: what they send is trusted.
+    """
+    box = [obj]
+    torch.distributed.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
+    return box[0]
+
+
 def install() -> None:
     """Make fairseq's programs load through this module."""
     fairseq.checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    fairseq.distributed.utils._broadcast_object_slow = broadcast_object

@@ -60,8 +60,9 @@ def carry_over(old: Any, new: Any) -> None:
             _part(to.data, cut_to).copy_(_part(from_.data, cut_from))
         for name, value in source.state.get(from_, {}).items():
             _carry_entry(target.state[to], name, value, to, cut_from, cut_to)
-    if hasattr(old, "scaler") and hasattr(new, "scaler"):
-        new.scaler = old.scaler
+    for name in ("scaler", "_grad_scaler"):  # of fp16 and of amp
+        if name in vars(old) and name in vars(new):
+            setattr(new, name, vars(old)[name])
 
 
 def _carry_entry(state: Any, name: str, value: Any, to: Tensor, cut_from: slice | None, cut_to: slice | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from .artifact import dense_state, read
 from .artifact.writer import replace_file
 from .safe_load import safe_load
-from .trained import stock_name
+from .trained import stock_name, unwrapped
 
 
 def stock_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -38,9 +38,7 @@ def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any])
         options = cfg["model"]
         options.update({k: stock_name(path, options[k]) for k in ("_name", "arch") if isinstance(options.get(k), str)})
         options.update({k: 0.0 for k in ("quant_noise_pq", "quant_noise_scalar") if options.get(k)})
-        criterion = cfg.get("criterion") or {}
-        if criterion.get("_name") == "ipq":
-            cfg["criterion"] = {"_name": criterion["ipq_criterion"]}
+        cfg["criterion"] = unwrapped(cfg.get("criterion") or {})
     if args is not None:
         args = copy.deepcopy(args)
         args.arch = stock_name(path, args.arch)

@@ -46,7 +46,6 @@ class Row:
     n_centroids: int | None
     bytes: float  # the paper's accounting; 0 for a tied copy
     tied_to: str | None  # the tensor that stores it
-    stage: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -134,10 +133,10 @@ def make_table(model: nn.Module, targets: Sequence[Target] = ()) -> Table:
         else:
             d, k = target.block_size, target.n_centroids
             size = pq_bytes(math.prod(code_shape(shape, d)), d, k)
-            row = Row(name, "pq", shape, d, k, size, None, target.stage)
+            row = Row(name, "pq", shape, d, k, size, None)
         rows.append(row if owner == name else _tied(row, owner))
     return Table(rows)
 
 
 def _tied(row: Row, owner: str) -> Row:
-    return Row(row.name, row.scheme, row.shape, row.block_size, row.n_centroids, 0.0, owner, row.stage)
+    return Row(row.name, row.scheme, row.shape, row.block_size, row.n_centroids, 0.0, owner)

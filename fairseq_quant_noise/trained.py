@@ -3,6 +3,7 @@
 What the packed file records of a checkpoint, and the names under which the stock models go, are decided here.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ MODELS = ("transformer_lm",)  # fairseq's names of the models that this package 
 
 #: What a packed file keeps of fairseq's configuration: enough to evaluate. Paths of the machine that trained it go.
 _SECTIONS = ("model", "task", "criterion")
+#: Options of other sections that a criterion's defaults refer to, as ${optimization.sentence_avg}.
+_REFERRED = {"optimization": ("sentence_avg",), "distributed_training": ("ddp_backend",), "common": ("tpu",)}
 _MACHINE = {"data": "", "plasma_path": ""}
 
 
@@ -64,9 +67,10 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
     model = kept["model"]
     architecture = PREFIX + stock_name(path, str(model.get("_name") or model.get("arch")))
     model["_name"] = architecture
-    criterion = kept.get("criterion", {})
-    if criterion.get("_name") == "ipq":  # evaluation needs what it wraps, not its teacher
-        kept["criterion"] = {"_name": criterion["ipq_criterion"], **_shared_options(criterion)}
+    if "criterion" in kept:
+        kept["criterion"] = unwrapped(kept["criterion"])
+    for referred, names in _REFERRED.items():
+        kept[referred] = {name: cfg[referred][name] for name in names if name in (cfg.get(referred) or {})}
     for section in kept.values():
         section.update({k: v for k, v in _MACHINE.items() if k in section})
     vocab = vocabulary_size(state["model"])
@@ -92,8 +96,12 @@ def _configuration(path: str | Path, state: Mapping[str, Any]) -> Mapping[str, A
     }
 
 
-def _shared_options(criterion: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in criterion.items() if k in ("sentence_avg", "ddp_backend")}
+def unwrapped(criterion: Mapping[str, Any]) -> dict[str, Any]:
+    """A criterion's configuration; of `ipq` the one it wraps, for evaluation needs neither its teacher nor its name."""
+    if criterion.get("_name") != "ipq":
+        return dict(criterion)
+    options = json.loads(criterion.get("ipq_criterion_options") or "{}")
+    return {**options, "_name": criterion["ipq_criterion"]}
 
 
 def stock_name(path: str | Path, name: str) -> str:

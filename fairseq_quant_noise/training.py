@@ -51,9 +51,10 @@ class StageController:
         with exits_on_user_error():
             self.plan = Plan.of(config_path)
             self.by_epoch = not max_update > 0 and max_epoch > 0 and not any(r.updates for r in self.plan.stages)
-            self.starts = stage_starts(self.plan, max_epoch if self.by_epoch else max_update)
+            self.total = max_epoch if self.by_epoch else max_update
+            self.starts = stage_starts(self.plan, self.total)
         self.done = 0  # stages quantized so far
-        self.origin: int | None = None  # the update at which the first stage started
+        self.origin: int | None = None  # the update (or epoch, from 0) at which the first stage started
         self.loading = False
 
     def set_trainer(self, trainer: Any) -> None:
@@ -64,6 +65,9 @@ class StageController:
             _check_trainer(trainer)
             if self.plan.noise:
                 attach_rules(model, self.plan.noise)
+            load_teacher = getattr(trainer.get_criterion(), "load_teacher", None)
+            if load_teacher is not None:  # a missing teacher stops the run now, not after the first k-means
+                load_teacher()
             self.targets = resolve_stages(self.plan, model)
             self.table = make_table(model, self.targets)
         _log_table(self.table)
@@ -73,10 +77,12 @@ class StageController:
 
     def begin_epoch(self, epoch: int) -> None:
         """Called by the Trainer as an epoch (from 1) begins."""
-        if self.origin is None:
-            self.origin = self.trainer.get_num_updates()
-        now = epoch - 1 if self.by_epoch else self.trainer.get_num_updates() - self.origin
-        self._advance(now)
+        now = epoch - 1 if self.by_epoch else self.trainer.get_num_updates()
+        if self.origin is None:  # a run that goes on from a dense checkpoint shares what is left
+            self.origin = now
+            with exits_on_user_error():
+                self.starts = stage_starts(self.plan, self.total - now)
+        self._advance(now - self.origin)
 
     def step_update(self, num_updates: int) -> None:
         """Called by the Trainer after every update."""

@@ -75,7 +75,7 @@ def test_a_weight_is_counted_by_hand():
     model = nn.ModuleDict({"fc": nn.Linear(16, 512)})
     weight, bias = table(model, {"stages": [stage("fc")]}).rows
     assert (weight.name, weight.scheme, weight.shape) == ("fc.weight", "pq", (512, 16))
-    assert (weight.block_size, weight.n_centroids, weight.stage) == (8, 256, 0)
+    assert (weight.block_size, weight.n_centroids) == (8, 256)
     assert weight.bytes == 1024 + 256 * 8 * 2
     assert (bias.name, bias.scheme, bias.bytes) == ("fc.bias", "dense", 4 * 512)
 

@@ -53,34 +53,34 @@ class IPQCriterion(FairseqCriterion):
 
     inner_class: type[FairseqCriterion]
 
-    def __init__(self, task: Any, inner: FairseqCriterion, teacher: nn.Module | None, weight: float) -> None:
+    def __init__(self, task: Any, inner: FairseqCriterion, teacher_path: str | None, weight: float) -> None:
         super().__init__(task)
         self.inner = inner
-        self.teachers = [teacher] if teacher is not None else []  # in a list: not a part of what is trained
+        self.teacher_path = teacher_path
+        self.teachers: list[nn.Module] = []  # in a list: not a part of what is trained
         self.weight = weight
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "IPQCriterion":
-        """The wrapped criterion with its own options, and the teacher, ready to use."""
+        """The wrapped criterion with its own options. The teacher is loaded when training asks for it."""
         with exits_on_user_error():
             inner = _build_inner(cfg, task)
             if not 0 <= cfg.ipq_distillation_weight <= 1:
                 raise UserError(f"--ipq-distillation-weight is {cfg.ipq_distillation_weight}; give 0 to 1")
-            teacher = _load_teacher(cfg.ipq_teacher, task) if cfg.ipq_teacher else None
         summed = staticmethod(type(inner).logging_outputs_can_be_summed)
         wrapper = type(
             f"IPQ{type(inner).__name__}",
             (cls,),
             {"inner_class": type(inner), "logging_outputs_can_be_summed": summed},
         )
-        made: IPQCriterion = wrapper(task, inner, teacher, cfg.ipq_distillation_weight)
+        made: IPQCriterion = wrapper(task, inner, cfg.ipq_teacher, cfg.ipq_distillation_weight)
         return made
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         """As any criterion's: (loss, sample size, logging output). Validation reports the wrapped loss alone."""
         recorder = Recorder(model)
         loss, sample_size, logging_output = self.inner(recorder, sample, reduce=reduce)
-        if self.training and self.teachers and self.weight > 0:
+        if self.training and self.teacher_path and self.weight > 0:
             distilled = distillation_loss(recorder, self._teacher(loss), sample, self.padding_idx)
             logging_output["ipq_distillation"] = distilled.data
             loss = (1 - self.weight) * loss + self.weight * distilled
@@ -88,7 +88,14 @@ class IPQCriterion(FairseqCriterion):
         logging_output |= {"ipq_mib": now / MIB, "ipq_ratio": dense / now, "ipq_forwards": 1}
         return loss, sample_size, logging_output
 
+    def load_teacher(self) -> None:
+        """Read the teacher's checkpoint, once; without --ipq-teacher nothing happens. Evaluation never needs it."""
+        if self.teacher_path and not self.teachers:
+            with exits_on_user_error():
+                self.teachers.append(_load_teacher(self.teacher_path, self.task))
+
     def _teacher(self, like: Any) -> nn.Module:
+        self.load_teacher()
         teacher = self.teachers[0]
         first = next(teacher.parameters())
         if first.device != like.device:

@@ -70,7 +70,8 @@ class Quantizable:
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
         """As fairseq's; weights that the checkpoint holds as codes become quantized weights first."""
         names = prune_state_dict(state_dict, _copy(model_cfg))
-        adopt_quantized(self, names)  # type: ignore[arg-type]
+        with exits_on_user_error():
+            adopt_quantized(self, names)  # type: ignore[arg-type]
         return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
 
 

@@ -38,7 +38,7 @@ def _in_backward() -> bool:
 
 
 def _random_state() -> int:
-    """A hash of torch's random state on the CPU, which fairseq's and torch's checkpointing put back for a second run."""
+    """A hash of torch's random state on the CPU, which fairseq's and torch's checkpointing put back before a rerun."""
     return hash(bytes(torch.get_rng_state().numpy()))
 
 

@@ -63,7 +63,7 @@ def test_training_through_the_wrapper_logs_what_it_wraps_logs(lab):
 )
 def test_a_wrong_option_ends_in_one_line(lab, flags, names, capsys):
     with pytest.raises(SystemExit) as end:
-        lab.criterion("--criterion", "ipq", *flags)
+        lab.criterion("--criterion", "ipq", *flags).load_teacher()
     assert end.value.code == 2
     message = one_error(capsys.readouterr())
     assert all(name in message for name in names), message
