@@ -3,10 +3,14 @@
 pytest's default import mode does the first for a folder with a conftest.py.
 """
 
+import logging
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# fairseq's programs give the root logger the standard output of the moment, which pytest has closed by the next test.
+logging.raiseExceptions = False
 
 
 @pytest.fixture(scope="session")

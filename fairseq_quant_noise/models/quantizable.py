@@ -63,6 +63,7 @@ class Quantizable:
             rules = noise_rules(args)
             with _without_fairseq_noise(args):
                 model: nn.Module = super().build_model(args, task)  # type: ignore[misc]
+            _clear_uninitialised(model)
             if rules:
                 attach_rules(model, rules)
         return model
@@ -73,6 +74,13 @@ class Quantizable:
         with exits_on_user_error():
             adopt_quantized(self, names)  # type: ignore[arg-type]
         return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
+
+
+def _clear_uninitialised(model: nn.Module) -> None:
+    """fairseq keeps one-number buffers for their dtype alone and never writes them: checkpoints would hold stray memory."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("_float_tensor"):
+            buffer.zero_()
 
 
 def _copy(model_cfg: Any) -> Any:
