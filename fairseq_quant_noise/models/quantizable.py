@@ -77,7 +77,7 @@ class Quantizable:
 
 
 def _clear_uninitialised(model: nn.Module) -> None:
-    """fairseq keeps one-number buffers for their dtype alone and never writes them: checkpoints would hold stray memory."""
+    """fairseq keeps one-number buffers for their dtype alone, never written: checkpoints would hold stray memory."""
     for name, buffer in model.named_buffers():
         if name.endswith("_float_tensor"):
             buffer.zero_()
