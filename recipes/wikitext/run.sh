@@ -74,7 +74,7 @@ quantize_one_shot() {
 
 # evaluate MODEL LOG
 evaluate() {
-  fairseq-eval-lm "$DATA" --user-dir "$PLUGIN" --path "$1" --gen-subset "$SUBSET" "${EVAL[@]}" --no-progress-bar |
+  fairseq-eval-lm "$DATA" --user-dir "$PLUGIN" --path "$1" --gen-subset "$SUBSET" "${EVAL[@]}" --no-progress-bar 2>&1 |
     tee "$2.part"
   mv "$2.part" "$2"
 }
