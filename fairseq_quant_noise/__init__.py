@@ -33,10 +33,11 @@ def register() -> None:
     Raises:
         ImportError: fairseq is not installed.
     """
-    from . import checkpoints, criterions, models, precision, training  # noqa: F401
+    from . import checkpoints, criterions, models, precision, trainer_hooks, training  # noqa: F401
 
     checkpoints.install()
     precision.install()
+    trainer_hooks.install()
     training.install()
 
 

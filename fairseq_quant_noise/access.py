@@ -5,7 +5,7 @@ embedding, so a hook on `forward` misses both. Here the module's class is replac
 which `weight` is a property. What is stored stays where it was (`_parameters['weight']`, so names, `state_dict`,
 optimizers and DDP see no difference); what is read may be noised, or decoded from codes:
 
-    module._modules['weight']   a quantized weight: reading decodes it
+    module._modules['weight']   a quantized weight: reading decodes it (or distorts what it is trained on)
     module._weight_noise        a noise: reading while a training forward runs distorts the stored Parameter
 """
 
@@ -25,11 +25,21 @@ class WeightAccess:
     def weight(self) -> Tensor:
         """The weight as this use of it should see it, of the dense weight's shape."""
         quantized = self._modules.get("weight")
-        if quantized is not None:
-            return quantized.decode()
-        stored = self._parameters["weight"]
         noise = self.__dict__.get("_weight_noise")
-        return stored if noise is None else noise(self, stored)
+        if quantized is None:
+            stored = self._parameters["weight"]
+            return stored if noise is None else noise(self, stored)
+        latent = quantized._parameters.get("latent")
+        if latent is None or noise is None or not quantized.training:
+            return quantized.decode()
+        return noise(self, latent)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """A quantized weight that is still dense in store is saved under the dense weight's own name."""
+        quantized = self._modules.get("weight")
+        if quantized is not None and "latent" in quantized._parameters and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight.latent"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 
 @functools.cache

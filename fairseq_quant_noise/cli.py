@@ -56,9 +56,19 @@ def quantize(args: argparse.Namespace) -> None:
     the_plan = Plan.of(args.plan)
     if not the_plan.stages:
         raise UserError(f"quantize: plan {args.plan} has no stages; add what to quantize")
+    calibration = None
+    if the_plan.activations is not None:
+        if args.calibration_data is None:
+            raise UserError(
+                f"quantize: plan {args.plan} quantizes activations, whose ranges need data; give --calibration-data "
+                "DATA, the folder that fairseq-train reads"
+            )
+        from .calibration import calibration_on
+
+        calibration = calibration_on(args.path, args.calibration_data, the_plan.activations.calibration_batches)
     _check_out(args.out)
     trained = load_trained(args.path)
-    quantize_(trained.model, the_plan, seed=args.seed, progress=_progress)
+    quantize_(trained.model, the_plan, seed=args.seed, calibration=calibration, progress=_progress)
     packed = pack(trained.model, the_plan, trained.config)
     write(packed, args.out)
     print_inspection(args.out, packed)
@@ -149,7 +159,17 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
     "quantize": (
         quantize,
         "fairseq-quant-noise quantize --path dense.pt --plan configs/plans/small.yaml --out model.safetensors",
-        [_PATH, _PLAN, _OUT, _option("--seed", type=int, default=0, help="of k-means (default 0)")],
+        [
+            _PATH,
+            _PLAN,
+            _OUT,
+            _option("--seed", type=int, default=0, help="of k-means (default 0)"),
+            _option(
+                "--calibration-data",
+                metavar="DATA",
+                help="binarized data whose training split gives the ranges of activations, for a plan that has them",
+            ),
+        ],
     ),
     "export": (
         export,

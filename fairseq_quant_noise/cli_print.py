@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import Packed
-from .artifact.manifest import QuantizedTensor
-from .blocks import code_shape
-from .table import MIB, Table, pq_bytes
+from .artifact.manifest import FORMAT_VERSION
+from .table import MIB, Table, rest_bits
 
 
 def print_table(table: Table) -> None:
@@ -55,14 +54,15 @@ def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) ->
 def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
     """The keys of `inspect --json`. `ratio` is dense bytes over bytes on disk."""
     manifest = packed.manifest
-    suffixes = {f"{name}{part}" for name in manifest.tensors for part in (".codes", ".centroids")}
+    inside = {part for name in manifest.tensors for part in packed.parts(name)}
+    rest = rest_bits(entry.scheme for entry in manifest.tensors.values())
     rows = [_row(packed, name, None) for name in manifest.tensors]
-    rows += [_row(packed, name, None) for name in packed.tensors if name not in suffixes]
+    rows += [_row(packed, name, None, rest) for name in packed.tensors if name not in inside]
     rows += [_row(packed, copy, owner) for copy, owner in manifest.ties.items()]
     file_bytes = Path(path).stat().st_size
     dense_bytes = sum(4 * math.prod(r["shape"]) for r in rows if r["tied_to"] is None)
     return {
-        "format_version": 1,
+        "format_version": FORMAT_VERSION,
         "file_bytes": file_bytes,
         "paper_bytes": sum(r["paper_bytes"] for r in rows),
         "dense_bytes": dense_bytes,
@@ -70,11 +70,12 @@ def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
         "producer": manifest.producer,
         "model": manifest.model.get("architecture"),
         "plan": manifest.plan,
+        "inputs": manifest.inputs,
         "tensors": sorted(rows, key=lambda r: r["name"]),
     }
 
 
-def _row(packed: Packed, name: str, tied_to: str | None) -> dict[str, Any]:
+def _row(packed: Packed, name: str, tied_to: str | None, rest: int = 32) -> dict[str, Any]:
     entry = packed.manifest.tensors.get(tied_to or name)
     dense = None if entry else packed.tensors[tied_to or name]
     shape = list(entry.shape) if entry else list(dense.shape)  # type: ignore[union-attr]
@@ -85,16 +86,9 @@ def _row(packed: Packed, name: str, tied_to: str | None) -> dict[str, Any]:
         "block_size": entry.block_size if entry else None,
         "n_centroids": entry.n_centroids if entry else None,
         "bytes": 0 if tied_to else packed.tensor_bytes(name),
-        "paper_bytes": 0.0 if tied_to else _paper_bytes(entry, shape),
+        "paper_bytes": 0.0 if tied_to else entry.paper_bytes if entry else math.prod(shape) * rest / 8,
         "tied_to": tied_to,
     }
-
-
-def _paper_bytes(entry: QuantizedTensor | None, shape: list[int]) -> float:
-    if entry is None:
-        return 4.0 * math.prod(shape)
-    n_blocks = math.prod(code_shape(entry.shape, entry.block_size))
-    return pq_bytes(n_blocks, entry.block_size, entry.n_centroids)
 
 
 def _shape(shape: Iterable[int]) -> str:

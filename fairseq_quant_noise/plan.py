@@ -5,7 +5,9 @@
     stages:
       - {match: 'decoder\\.layers\\.\\d+\\.fc[12]', scheme: pq, block_size: 8, n_centroids: 256, updates: 4500}
       - {match: 'decoder\\.embed_tokens\\..*', block_size: {default: 8, '.*\\.1': 4}}
+      - {match: 'decoder\\.layers\\.\\d+\\.self_attn\\..*', scheme: int8, range: channel}
     centroids: {dtype: fp16}
+    activations: {bits: 8, range: histogram, calibration_batches: 8}
 
 `match` is a regular expression that must match a whole module name. A rule that matches nothing, a weight that two
 stages match, an unknown key: errors, before any work. fairseq's own quantization YAML is a plan too
@@ -26,6 +28,32 @@ from .fairseq_yaml import is_fairseq_format, setting_by_feature, stages_of
 
 #: One number for all, a number per name (`default` and regular expressions), or fairseq's per module type.
 Setting = int | Mapping[str, Any]
+SCHEDULES = ("constant", "linear", "cosine", "step")
+_CENTROID_BITS = {"fp16": 16, "int8": 8}
+CHOICES = ("subvectors", "clusters")
+EPOCH = "epoch"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How p gets from `start` (in YAML: `from`) to the rule's p over the first `updates` (`noise/schedule.py`)."""
+
+    kind: str = "constant"  # constant, linear, cosine, step
+    start: float = 0.0  # p at the first update
+    updates: int = 0  # until p is reached
+    steps: int = 4  # of equal height, of kind step
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise UserError(f"schedule: unknown kind {self.kind!r}; known kinds: {', '.join(SCHEDULES)}")
+        _check_probability("schedule: from", self.start)
+        _check_positive("schedule: steps", self.steps)
+        if self.kind != "constant":
+            _check_positive("schedule: updates", self.updates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in YAML."""
+        return {"kind": self.kind, "from": self.start, "updates": self.updates, "steps": self.steps}
 
 
 @dataclass(frozen=True)
@@ -33,20 +61,64 @@ class NoiseRule:
     """Noise for the weights whose module name matches."""
 
     match: str  # regular expression over module names, full match
-    p: float  # the share of blocks hit in each forward, in [0, 1]
-    kind: str = "proxy"  # a name in noise.distortions.DISTORTIONS
-    block_size: int = 8  # d
+    p: float  # the share of blocks hit in each forward, in [0, 1]; 1 is quantization-aware training
+    kind: str | tuple[str, ...] = "proxy"  # proxy, mean, pq, int2 … int8 (noise/distortions.py), or a list to compose
+    block_size: int | None = None  # d; without it, 1 where all kinds are intN, else 8
+    choice: str = "subvectors"  # blocks are hit independently, or with all blocks of their centroid: clusters
+    n_centroids: int = 256  # K of the codebook that pq and clusters need
+    range: str = "tensor"  # of intN: tensor, channel, histogram (scalar/ranges.py)
+    refresh: int | str | None = None  # codebooks and ranges are found anew after so many updates, or each `epoch`
+    schedule: Schedule | None = None  # of p
 
     def __post_init__(self) -> None:
         from .noise.distortions import DISTORTIONS
+        from .scalar import RANGES
 
+        where = f"noise rule '{self.match}'"
         _check_regex("noise", self.match)
-        if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not 0 <= self.p <= 1:
-            raise UserError(f"noise rule '{self.match}': p is {self.p!r}; give a probability from 0 to 1")
-        if not isinstance(self.kind, str) or self.kind not in DISTORTIONS:
-            known = ", ".join(DISTORTIONS)
-            raise UserError(f"noise rule '{self.match}': unknown kind {self.kind!r}; known kinds: {known}")
-        _check_positive(f"noise rule '{self.match}': block_size", self.block_size)
+        _check_probability(f"{where}: p", self.p)
+        if isinstance(self.kind, list):
+            object.__setattr__(self, "kind", tuple(self.kind))
+        if self.schedule is not None and not isinstance(self.schedule, Schedule):
+            object.__setattr__(self, "schedule", _schedule(where, self.schedule))
+        strange = [kind for kind in self.kinds or ((),) if not isinstance(kind, str) or kind not in DISTORTIONS]
+        if strange:
+            raise UserError(f"{where}: unknown kind {strange[0]!r}; known kinds: {', '.join(DISTORTIONS)}")
+        for name, value, known in (("choice", self.choice, CHOICES), ("range", self.range, RANGES)):
+            if value not in known:
+                raise UserError(f"{where}: unknown {name} {value!r}; known: {', '.join(known)}")
+        _check_positive(f"{where}: block_size", self.d)
+        _check_positive(f"{where}: n_centroids", self.n_centroids)
+        if self.n_centroids > 256:
+            raise UserError(f"{where}: n_centroids is {self.n_centroids}; a code is a byte, give at most 256")
+        if self.refresh not in (None, EPOCH):
+            _check_positive(f"{where}: refresh (updates, or '{EPOCH}')", self.refresh)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds in the order in which they are applied."""
+        return self.kind if isinstance(self.kind, tuple) else (self.kind,)
+
+    @property
+    def d(self) -> int:
+        """The block size in numbers."""
+        if self.block_size is not None:
+            return self.block_size
+        return 1 if all(kind.startswith("int") for kind in self.kinds) else 8
+
+    @property
+    def interval(self) -> int | str:
+        """Updates between fits, or `epoch`: a codebook each epoch, a histogram each 100 updates, min and max always."""
+        if self.refresh is not None:
+            return self.refresh
+        if "pq" in self.kinds or self.choice == "clusters":
+            return EPOCH
+        return 100 if self.range == "histogram" else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in YAML."""
+        kind = self.kind if isinstance(self.kind, str) else list(self.kind)
+        return asdict(self) | {"kind": kind, "schedule": self.schedule and self.schedule.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -54,17 +126,30 @@ class StageRule:
     """One stage: the weights whose module name matches are quantized together."""
 
     match: str  # regular expression over module names, full match
-    scheme: str = "pq"  # product quantization
-    block_size: Setting = 8  # d
-    n_centroids: Setting = 256  # K, 256 at most: a code is a byte
+    scheme: str = "pq"  # pq (product quantization), or int2 … int8
+    block_size: Setting = 8  # d, of pq
+    n_centroids: Setting = 256  # K of pq, 256 at most: a code is a byte
+    range: str = "tensor"  # of intN: tensor, channel, histogram (scalar/ranges.py)
     updates: int | None = None  # of fine-tuning in this stage; without it, the stages share --max-update
 
     def __post_init__(self) -> None:
+        from .scalar import BITS, RANGES
+
         _check_regex("stage", self.match)
-        if self.scheme != "pq":
-            raise UserError(f"stage '{self.match}': unknown scheme {self.scheme!r}; known schemes: pq")
+        schemes = ["pq", *(f"int{bits}" for bits in BITS)]
+        if self.scheme not in schemes:
+            raise UserError(
+                f"stage '{self.match}': unknown scheme {self.scheme!r}; known schemes: {', '.join(schemes)}"
+            )
+        if self.range not in RANGES:
+            raise UserError(f"stage '{self.match}': unknown range {self.range!r}; known: {', '.join(RANGES)}")
         if self.updates is not None:
             _check_positive(f"stage '{self.match}': updates", self.updates)
+
+    @property
+    def bits(self) -> int | None:
+        """N of intN; None for pq."""
+        return None if self.scheme == "pq" else int(self.scheme.removeprefix("int"))
 
     def block_size_of(self, name: str, module: nn.Module) -> int:
         """d for the weight of `module`. Raises UserError when the rule gives it none."""
@@ -82,11 +167,37 @@ class StageRule:
 class Centroids:
     """How centroids are stored."""
 
-    dtype: str = "fp16"  # of the centroids in the file, and of the centroids that evaluation uses
+    dtype: str = "fp16"  # of the centroids in the file, and of the centroids that evaluation uses: fp16 or int8
 
     def __post_init__(self) -> None:
-        if self.dtype != "fp16":
-            raise UserError(f"centroids: unknown dtype {self.dtype!r}; known dtypes: fp16")
+        if self.dtype not in _CENTROID_BITS:
+            raise UserError(f"centroids: unknown dtype {self.dtype!r}; known dtypes: {', '.join(_CENTROID_BITS)}")
+
+    @property
+    def bits(self) -> int:
+        """Of a number."""
+        return _CENTROID_BITS[self.dtype]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The inputs of the quantized weights' products, in N bits (`layers/inputs.py`)."""
+
+    bits: int = 8  # N, 2 to 8
+    range: str = "histogram"  # or tensor
+    calibration_batches: int = 8  # forwards that a range is the mean of, 255 at most
+
+    def __post_init__(self) -> None:
+        from .layers.inputs import KINDS
+        from .scalar import BITS
+
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise UserError(f"activations: bits is {self.bits!r}; give 2 to 8")
+        if self.range not in KINDS:
+            raise UserError(f"activations: unknown range {self.range!r}; known: {', '.join(KINDS)}")
+        _check_positive("activations: calibration_batches", self.calibration_batches)
+        if self.calibration_batches > 255:
+            raise UserError(f"activations: calibration_batches is {self.calibration_batches}; give at most 255")
 
 
 @dataclass(frozen=True)
@@ -96,6 +207,7 @@ class Plan:
     noise: tuple[NoiseRule, ...] = ()
     stages: tuple[StageRule, ...] = ()
     centroids: Centroids = field(default_factory=Centroids)
+    activations: Activations | None = None  # left as they are without it
 
     @classmethod
     def of(cls, source: "str | Path | Mapping[str, Any] | Plan") -> "Plan":
@@ -115,11 +227,18 @@ class Plan:
             noise=_rules(NoiseRule, "noise", source.get("noise") or ()),
             stages=_rules(StageRule, "stages", source.get("stages") or ()),
             centroids=_build(Centroids, "centroids", source.get("centroids") or {}),
+            activations=_activations(source),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dicts; `Plan.of` takes them back."""
-        return asdict(self) | {"noise": [asdict(r) for r in self.noise], "stages": [asdict(r) for r in self.stages]}
+        return asdict(self) | {"noise": [r.to_dict() for r in self.noise], "stages": [asdict(r) for r in self.stages]}
+
+
+def _activations(source: Mapping[str, Any]) -> Activations | None:
+    """`activations: {}` stands for the defaults; without the key, or with none after it, there are none."""
+    given = source.get("activations")
+    return None if given is None else _build(Activations, "activations", given)
 
 
 class Rule(Protocol):
@@ -183,7 +302,7 @@ def _build(cls: type[D], where: str, source: Any) -> D:
     if missing:
         raise UserError(f"plan: {where} lacks the key '{missing[0]}'")
     for f in wanted:
-        if f.name in ("block_size", "n_centroids") and f.name in source:
+        if cls is StageRule and f.name in ("block_size", "n_centroids") and f.name in source:
             _check_setting(f"plan: {where}: {f.name}", source[f.name])
     return cls(**source)
 
@@ -208,6 +327,19 @@ def _check_setting(where: str, value: Any) -> None:
 def _check_positive(where: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where} is {value!r}; give a whole number from 1 up")
+
+
+def _check_probability(where: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{where} is {value!r}; give a probability from 0 to 1")
+
+
+def _schedule(where: str, source: Any) -> Schedule:
+    """A schedule from its keys in YAML, where `start` is called `from`."""
+    if not isinstance(source, Mapping):
+        raise UserError(f"{where}: schedule must be a mapping such as {{kind: linear, from: 0.0, updates: 1000}}")
+    _check_keys(f"{where}: schedule", source, ["kind", "from", "updates", "steps"])
+    return Schedule(**{("start" if key == "from" else key): value for key, value in source.items()})
 
 
 def _check_regex(where: str, pattern: Any) -> None:

@@ -2,17 +2,17 @@
 
 from torch import nn
 
-from .layers import PQWeight
-from .table import pq_bytes
+from .layers import QuantizedWeight
+from .table import rest_bits
+from .weights import find_weights
 
 
 def model_bytes(model: nn.Module) -> tuple[float, int]:
-    """(bytes now, bytes if all were dense): codes and fp16 centroids where quantized, 4 bytes a number elsewhere."""
-    dense = 4 * sum(p.numel() for p in model.parameters())
-    now = float(dense)
-    for module in model.modules():
-        if isinstance(module, PQWeight):
-            now += pq_bytes(module.codes.numel(), module.block_size, module.n_centroids)
-            now -= 4 * module.centroids.numel()
-            dense += 4 * (module.shape.numel() - module.centroids.numel())
-    return now, dense
+    """(bytes now, bytes if all were dense): quantized weights as `table.py` counts them, 4 bytes a number elsewhere."""
+    stored = [weight.stored for weight in find_weights(model)]
+    quantized = [s for s in stored if isinstance(s, QuantizedWeight)]
+    inside = {id(p) for weight in quantized for p in weight.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    schemes = [s.scheme if isinstance(s, QuantizedWeight) else "dense" for s in stored]
+    now = rest * rest_bits(schemes) / 8 + sum(weight.paper_bytes for weight in quantized)
+    return now, 4 * (rest + sum(weight.shape.numel() for weight in quantized))

@@ -11,7 +11,7 @@ import torch
 from .artifact import dense_state, read
 from .artifact.writer import replace_file
 from .safe_load import safe_load
-from .trained import stock_name, unwrapped
+from .trained import FAIRSEQ_NOISE_OPTIONS, NOISE_FLAGS, PREFIX, stock_name, unwrapped
 
 
 def stock_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -37,7 +37,9 @@ def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any])
     if cfg and cfg.get("model"):
         options = cfg["model"]
         options.update({k: stock_name(path, options[k]) for k in ("_name", "arch") if isinstance(options.get(k), str)})
-        options.update({k: 0.0 for k in ("quant_noise_pq", "quant_noise_scalar") if options.get(k)})
+        options.update({k: 0.0 for k in NOISE_FLAGS if options.get(k)})
+        for name in [n for n in options if n.startswith(PREFIX) and n not in FAIRSEQ_NOISE_OPTIONS]:
+            del options[name]
         cfg["criterion"] = unwrapped(cfg.get("criterion") or {})
     if args is not None:
         args = copy.deepcopy(args)

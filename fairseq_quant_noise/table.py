@@ -2,15 +2,16 @@
 
 The paper counts (arXiv 2004.07320, section 7.4 and table 1; MiB = bytes / 2^20), for a weight of n blocks:
 
-    codes       n * log2(K) / 8 bytes
-    centroids   K * d * 2 bytes (fp16)
-    the rest    4 bytes a number (fp32), biases and norms included
+    pq          n * log2(K) / 8 bytes of codes, K * d * 2 bytes of centroids (fp16; K * d for int8 ones)
+    intN        N / 8 bytes a number; scales apart
+    the rest    4 bytes a number (fp32), biases and norms included; but where every weight is of one scheme intN,
+                the rest counts N / 8 bytes a number too (its 236 and 118 MB are the dense model's 942 by 4 and by 8)
 
 It works on the meta device, so that the sizes of a model cost nothing.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import nn
 
 from .blocks import check_block_size, code_shape
 from .errors import UserError
+from .layers.pq import pq_bytes
+from .layers.scalar import int_bytes
 from .plan import Plan, StageRule, match_rules
 from .pq.kmeans import effective_centroids
 from .weights import Weight, find_weights
@@ -31,8 +34,18 @@ class Target:
 
     weight: Weight
     stage: int  # index into the plan's stages
-    block_size: int  # d
-    n_centroids: int  # K: the rule's, or less for a weight with fewer than 4 K blocks
+    rule: StageRule
+    block_size: int | None = None  # d, of pq
+    n_centroids: int | None = None  # K of pq: the rule's, or less for a weight with fewer than 4 K blocks
+    centroid_bits: int = 16
+
+    @property
+    def paper_bytes(self) -> float:
+        """By the paper's accounting."""
+        numbers = math.prod(self.weight.shape)
+        if self.block_size is None or self.n_centroids is None:
+            return int_bytes(numbers, self.rule.bits or 32)
+        return pq_bytes(numbers // self.block_size, self.block_size, self.n_centroids, self.centroid_bits)
 
 
 @dataclass(frozen=True)
@@ -40,7 +53,7 @@ class Row:
     """One tensor of the model."""
 
     name: str
-    scheme: str  # pq, or dense
+    scheme: str  # pq, int2 ... int8, or dense
     shape: tuple[int, ...]
     block_size: int | None
     n_centroids: int | None
@@ -84,11 +97,6 @@ class Table:
         }
 
 
-def pq_bytes(n_blocks: int, block_size: int, n_centroids: int) -> float:
-    """Codes and fp16 centroids of one weight, the paper's accounting."""
-    return n_blocks * math.log2(max(n_centroids, 1)) / 8 + n_centroids * block_size * 2
-
-
 def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
     """Which weights the plan quantizes, in which stage and how, in the order of the model.
 
@@ -105,35 +113,45 @@ def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
                 "narrow one of them, for a weight is quantized once"
             )
         if rules:
-            targets.append(_target(weight, plan.stages.index(rules[0]), rules[0]))
+            targets.append(_target(weight, plan.stages.index(rules[0]), rules[0], plan.centroids.bits))
     return targets
 
 
-def _target(weight: Weight, stage: int, rule: StageRule) -> Target:
+def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> Target:
     weight.check_ties()
+    if rule.bits is not None:
+        return Target(weight, stage, rule)
     block_size = rule.block_size_of(weight.name, weight.module)
     check_block_size(weight.name, weight.module, block_size)
     n_blocks = math.prod(code_shape(weight.shape, block_size))
     n_centroids = effective_centroids(n_blocks, rule.n_centroids_of(weight.name, weight.module))
-    return Target(weight, stage, block_size, n_centroids)
+    return Target(weight, stage, rule, block_size, n_centroids, centroid_bits)
+
+
+def rest_bits(schemes: Iterable[str]) -> int:
+    """Bits a number that the paper counts for biases and norms, for the schemes of all weights (see above)."""
+    found = set(schemes)
+    if len(found) == 1 and (scheme := found.pop()).startswith("int"):
+        return int(scheme.removeprefix("int"))
+    return 32
 
 
 def make_table(model: nn.Module, targets: Sequence[Target] = ()) -> Table:
     """A row for each parameter of `model` (tied copies included), quantized as `targets` say, dense elsewhere."""
     by_name = {t.weight.tensor_name: t for t in targets}
     first = {id(t.weight.stored): t.weight.tensor_name for t in targets}  # the owner, whichever holder comes first
+    schemes = [by_name[w.tensor_name].rule.scheme if w.tensor_name in by_name else "dense" for w in find_weights(model)]
+    rest = rest_bits(schemes)
     rows = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = tuple(parameter.shape)
         owner = first.setdefault(id(parameter), name)
         target = by_name.get(owner)
         if target is None:
-            size = float(4 * math.prod(shape))
-            row = Row(name, "dense", shape, None, None, size, None)
+            row = Row(name, "dense", shape, None, None, math.prod(shape) * rest / 8, None)
         else:
             d, k = target.block_size, target.n_centroids
-            size = pq_bytes(math.prod(code_shape(shape, d)), d, k)
-            row = Row(name, "pq", shape, d, k, size, None)
+            row = Row(name, target.rule.scheme, shape, d, k, target.paper_bytes, None)
         rows.append(row if owner == name else _tied(row, owner))
     return Table(rows)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .layers import adopt_quantized
-from .layers.quantized import CODES
+from .layers.pq import CODES
 from .networks import build
 from .safe_load import safe_load
 
@@ -26,6 +26,9 @@ MODELS = ("transformer_lm",)  # fairseq's names of the models that this package 
 _SECTIONS = ("model", "task", "criterion")
 #: Options of other sections that a criterion's defaults refer to, as ${optimization.sentence_avg}.
 _REFERRED = {"optimization": ("sentence_avg",), "distributed_training": ("ddp_backend",), "common": ("tpu",)}
+#: fairseq's options that say how much noise a training has.
+NOISE_FLAGS = ("quant_noise_pq", "quant_noise_scalar")
+FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
 _MACHINE = {"data": "", "plasma_path": ""}
 
 
@@ -67,6 +70,7 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
     model = kept["model"]
     architecture = PREFIX + stock_name(path, str(model.get("_name") or model.get("arch")))
     model["_name"] = architecture
+    model.update({name: 0 for name in NOISE_FLAGS if model.get(name)})  # the file is evaluated, not trained
     if "criterion" in kept:
         kept["criterion"] = unwrapped(kept["criterion"])
     for referred, names in _REFERRED.items():

@@ -18,7 +18,7 @@ from .models.quantizable import Quantizable
 from .noise import attach_rules
 from .optimizer_carry import carry_over
 from .plan import Plan
-from .quantize import quantize_targets
+from .quantize import quantize_inputs, quantize_targets
 from .table import MIB, Table, make_table, resolve_stages
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ class StageController:
         logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
         started = time.perf_counter()
         quantize_targets(targets, seed=self.trainer.cfg.common.seed, where=f"{where} ")
+        if self.plan.activations is not None:
+            quantize_inputs(self.trainer.get_model(), self.plan.activations, targets)
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
         self._rebuild_optimizer()
 

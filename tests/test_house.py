@@ -12,7 +12,10 @@ from fairseq_quant_noise.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fairseq_quant_noise"
-ADAPTERS = ("models", "criterions", "tasks", "checkpoints.py", "training.py", "precision.py")  # these know fairseq
+ADAPTERS = (  # these know fairseq
+    *("models", "criterions", "tasks", "calibration.py", "checkpoints.py", "monitor.py", "precision.py", "trainer_hooks.py"),
+    "training.py",
+)
 CORE = [p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in ADAPTERS]
 FOLDERS = ("fairseq_quant_noise", "tests", "benchmarks", "scripts", "recipes")
 OURS = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]

@@ -10,18 +10,23 @@ from torch import nn
 from toys import refuses, zoo
 
 from fairseq_quant_noise.errors import UserError
-from fairseq_quant_noise.plan import NoiseRule, Plan, StageRule, match_rules
+from fairseq_quant_noise.plan import Activations, NoiseRule, Plan, Schedule, StageRule, match_rules
 from fairseq_quant_noise.table import resolve_stages
 
 PLANS = sorted((Path(__file__).parents[1] / "configs" / "plans").glob("*.yaml"))
 NOISE = {"match": ".*", "p": 0.1}
 FULL = {
-    "noise": [{"match": "fc", "p": 0.05, "kind": "proxy", "block_size": 4}],
+    "noise": [
+        {"match": "fc", "p": 0.05, "kind": "proxy", "block_size": 4},
+        {"match": "emb", "p": 1, "kind": ["pq", "int8"], "choice": "clusters", "n_centroids": 16, "range": "channel"}
+        | {"refresh": "epoch", "schedule": {"kind": "step", "from": 0.1, "updates": 100, "steps": 5}},
+    ],
     "stages": [
         {"match": "fc", "scheme": "pq", "block_size": 4, "n_centroids": 16, "updates": 100},
         {"match": "emb", "block_size": {"default": 8, ".*b": 4}, "n_centroids": {"default": 256}},
     ],
     "centroids": {"dtype": "fp16"},
+    "activations": {"bits": 4, "range": "tensor", "calibration_batches": 3},
 }
 FAIRSEQ = {
     "n_centroids": {"Linear": {"key": "in_features", "value": {"*": 256}}},
@@ -32,16 +37,69 @@ FAIRSEQ = {
 
 def test_every_key_is_read():
     plan = Plan.of(FULL)
-    assert plan.noise == (NoiseRule("fc", 0.05, "proxy", 4),)
-    assert plan.stages[0] == StageRule("fc", "pq", 4, 16, 100)
+    schedule = Schedule("step", 0.1, 100, 5)
+    assert plan.noise == (
+        NoiseRule("fc", 0.05, "proxy", 4),
+        NoiseRule("emb", 1, ("pq", "int8"), None, "clusters", 16, "channel", "epoch", schedule),
+    )
+    assert plan.stages[0] == StageRule("fc", "pq", 4, 16, updates=100)
     assert plan.centroids.dtype == "fp16"
+    assert plan.activations == Activations(4, "tensor", 3)
 
 
 def test_what_is_left_out_has_the_papers_values():
     plan = Plan.of({"noise": [NOISE], "stages": [{"match": "fc"}]})
-    assert plan.noise[0] == NoiseRule(".*", 0.1, kind="proxy", block_size=8)
+    rule = plan.noise[0]
+    assert (rule.kind, rule.d, rule.choice, rule.n_centroids) == ("proxy", 8, "subvectors", 256)
+    assert (rule.range, rule.interval, rule.schedule) == ("tensor", 1, None)
     assert plan.stages[0] == StageRule("fc", scheme="pq", block_size=8, n_centroids=256, updates=None)
     assert Plan.of({}) == Plan()
+    assert Plan.of({}).activations is None
+    assert Plan.of({"activations": {}}).activations == Activations(8, "histogram", 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "d"),
+    [
+        ("proxy", 8),
+        ("mean", 8),
+        ("pq", 8),
+        ("int8", 1),
+        (["int8", "int2"], 1),
+        (["pq", "int8"], 8),
+        (["int8", "mean"], 8),
+    ],
+    ids=str,
+)
+def test_numbers_are_noised_one_by_one_where_all_kinds_are_scalar(kind, d):
+    assert NoiseRule(".*", 0.1, kind).d == d
+    assert NoiseRule(".*", 0.1, kind, block_size=4).d == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "interval"),
+    [
+        ({"kind": "int8"}, 1),
+        ({"kind": "int8", "range": "channel"}, 1),
+        ({"kind": "int8", "range": "histogram"}, 100),
+        ({"kind": "pq"}, "epoch"),
+        ({"kind": ["pq", "int8"], "range": "histogram"}, "epoch"),
+        ({"choice": "clusters"}, "epoch"),
+        ({"kind": "pq", "refresh": 50}, 50),
+        ({"kind": "int8", "refresh": "epoch"}, "epoch"),
+    ],
+    ids=str,
+)
+def test_the_interval_of_codebooks_and_ranges(keys, interval):
+    assert NoiseRule(".*", 0.1, **keys).interval == interval
+
+
+def test_a_list_of_kinds_and_a_schedule_are_read_as_yaml_gives_them():
+    rule = NoiseRule(".*", 0.1, ["pq", "int8"], schedule={"kind": "linear", "from": 0.5, "updates": 10})
+    assert rule.kinds == rule.kind == ("pq", "int8")
+    assert rule.schedule == Schedule("linear", 0.5, 10)
+    assert NoiseRule(".*", 0.1, schedule={}).schedule == Schedule("constant")
+    assert hash(rule) == hash(NoiseRule(".*", 0.1, ("pq", "int8"), schedule=rule.schedule))
 
 
 @pytest.mark.parametrize("source", [{}, FULL, FAIRSEQ, *PLANS], ids=str)
@@ -90,7 +148,37 @@ NOISE_VALUES = [
     ({"p": True}, "p is True"),
     ({"p": None}, "p is None"),
     ({"kind": "zero"}, "unknown kind 'zero'; known kinds: proxy"),
-    ({"kind": ["proxy", "int8"]}, r"kind"),
+    ({"kind": "int9"}, "unknown kind 'int9'"),
+    ({"kind": ["pq", "zero"]}, "unknown kind 'zero'"),
+    ({"kind": [["pq"]]}, r"unknown kind \['pq'\]"),
+    ({"kind": []}, r"noise rule '\.\*': .*kind.*; known kinds: proxy, mean, pq, int2"),
+    ({"kind": 8}, "kind"),
+    ({"kind": None}, "kind"),
+    ({"kind": {"pq": 1}}, "kind"),
+    ({"choice": "blocks"}, r"noise rule '\.\*': unknown choice 'blocks'; known: subvectors, clusters"),
+    ({"choice": None}, "unknown choice None"),
+    ({"range": "row"}, r"noise rule '\.\*': unknown range 'row'; known: tensor, channel, histogram"),
+    ({"range": ["tensor"]}, "unknown range"),
+    ({"n_centroids": 0}, r"noise rule '\.\*': n_centroids is 0; give a whole number from 1 up"),
+    ({"n_centroids": 257}, "n_centroids is 257; a code is a byte, give at most 256"),
+    ({"n_centroids": {"default": 8}}, "n_centroids is"),
+    ({"refresh": 0}, r"noise rule '\.\*': refresh \(updates, or 'epoch'\) is 0; give a whole number from 1 up"),
+    ({"refresh": "daily"}, r"refresh \(updates, or 'epoch'\) is 'daily'"),
+    ({"refresh": 1.5}, "is 1.5"),
+    ({"refresh": True}, "is True"),
+    ({"schedule": "linear"}, r"noise rule '\.\*': schedule must be a mapping such as {kind: linear"),
+    ({"schedule": 5}, "schedule must be a mapping"),
+    (
+        {"schedule": {"until": 5}},
+        r"noise rule '\.\*': schedule: unknown key 'until'; known keys: kind, from, updates, st",
+    ),
+    ({"schedule": {"start": 0.5}}, "schedule: unknown key 'start'"),
+    ({"schedule": {"kind": "zigzag"}}, "schedule: unknown kind 'zigzag'; known kinds: constant, linear, cosine, step"),
+    ({"schedule": {"kind": ["linear"]}}, "schedule: unknown kind"),
+    ({"schedule": {"kind": "linear"}}, "schedule: updates is 0; give a whole number from 1 up"),
+    ({"schedule": {"kind": "linear", "updates": 1.5}}, "schedule: updates is 1.5"),
+    ({"schedule": {"kind": "cosine", "updates": 9, "from": 1.5}}, "schedule: from is 1.5; give a probability"),
+    ({"schedule": {"kind": "step", "updates": 9, "steps": 0}}, "schedule: steps is 0"),
     ({"block_size": 0}, "block_size is 0; give a whole number from 1 up"),
     ({"block_size": 8.0}, "block_size is 8.0"),
     ({"block_size": True}, "block_size is True"),
@@ -98,7 +186,7 @@ NOISE_VALUES = [
 ]
 STAGE_VALUES = [
     ({"match": "["}, r"stage rule '\[': not a regular expression"),
-    ({"scheme": "int8"}, "stage 'fc': unknown scheme 'int8'; known schemes: pq"),
+    ({"scheme": "int9"}, "stage 'fc': unknown scheme 'int9'; known schemes: pq, int2"),
     ({"scheme": ["pq"]}, "unknown scheme"),
     ({"block_size": 0}, "block_size is 0; give a whole number from 1 up"),
     ({"block_size": "8"}, "block_size is '8'"),
@@ -106,12 +194,24 @@ STAGE_VALUES = [
     ({"block_size": {"(": 8}}, "not a regular expression"),
     ({"n_centroids": -1}, "n_centroids is -1"),
     ({"n_centroids": {"default": 2.5}}, "n_centroids: 'default' is 2.5"),
+    ({"range": "row"}, "stage 'fc': unknown range 'row'; known: tensor, channel, histogram"),
     ({"updates": 0}, "stage 'fc': updates is 0; give a whole number from 1 up"),
     ({"updates": -5}, "updates is -5"),
     ({"updates": "4500"}, "updates is '4500'"),
     ({"updates": True}, "updates is True"),
 ]
-CENTROIDS = [({"centroids": {"dtype": d}}, "unknown dtype .*; known dtypes: fp16") for d in ("int8", "fp32", 16, None)]
+CENTROIDS = [({"centroids": {"dtype": d}}, "unknown dtype .*; known dtypes: fp16") for d in ("int4", "fp32", 16, None)]
+ACTIVATIONS = [
+    ("int8", "activations must be a mapping of keys to values, not str"),
+    ({"bit": 8}, "activations: unknown key 'bit'; known keys: bits, range, calibration_batches"),
+    ({"bits": 1}, "activations: bits is 1; give 2 to 8"),
+    ({"bits": 9}, "bits is 9"),
+    ({"bits": 8.0}, "bits is 8.0"),
+    ({"bits": "8"}, "bits is '8'"),
+    ({"range": "row"}, "activations: unknown range 'row'; known:"),
+    ({"calibration_batches": 0}, "activations: calibration_batches is 0; give a whole number from 1 up"),
+    ({"calibration_batches": 256}, "calibration_batches is 256; give at most 255"),
+]
 WRONG = [
     *UNKNOWN,
     *MISSING,
@@ -119,6 +219,7 @@ WRONG = [
     *[({"noise": [NOISE | change]}, message) for change, message in NOISE_VALUES],
     *[({"stages": [{"match": "fc"} | change]}, message) for change, message in STAGE_VALUES],
     *CENTROIDS,
+    *[({"activations": given}, message) for given, message in ACTIVATIONS],
 ]
 
 
@@ -161,17 +262,32 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
     max_leaves=4,
 )
+NOISE_KEYS = ["kind", "block_size", "choice", "n_centroids", "range", "refresh", "schedule"]
 RULE_KEYS = ["match", "p", "kind", "scheme", "block_size", "n_centroids", "updates"]
 RULES = st.lists(st.dictionaries(st.sampled_from(RULE_KEYS), JUNK, max_size=4), max_size=2)
 
 
-@given(st.fixed_dictionaries({}, optional={"noise": RULES | JUNK, "stages": RULES | JUNK, "centroids": JUNK}))
+@given(
+    st.fixed_dictionaries(
+        {}, optional={"noise": RULES | JUNK, "stages": RULES | JUNK, "centroids": JUNK, "activations": JUNK}
+    )
+)
 @settings(max_examples=50, deadline=None)
 def test_whatever_a_mapping_holds_it_is_a_plan_or_a_user_error(source):
     try:
         Plan.of(source)
     except UserError:
         return
+
+
+@given(st.dictionaries(st.sampled_from(NOISE_KEYS), JUNK, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_whatever_a_noise_rule_holds_it_comes_back_from_its_dict_or_is_refused(keys):
+    try:
+        plan = Plan.of({"noise": [NOISE | keys]})
+    except UserError:
+        return
+    assert Plan.of(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 # Rules against names

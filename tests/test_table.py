@@ -13,7 +13,8 @@ from fairseq_quant_noise.errors import UserError
 from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.quantize import quantize_
 from fairseq_quant_noise.sizes import model_bytes
-from fairseq_quant_noise.table import MIB, make_table, pq_bytes, resolve_stages
+from fairseq_quant_noise.layers.pq import pq_bytes
+from fairseq_quant_noise.table import MIB, make_table, resolve_stages
 from fairseq_quant_noise.trained import meta_model
 
 WIKITEXT = Path(__file__).parents[1] / "configs/plans/wikitext103.yaml"

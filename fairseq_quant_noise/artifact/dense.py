@@ -2,36 +2,57 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..layers.quantized import CENTROIDS, CODES
+from ..layers.inputs import NAME as INPUT_QUANTIZER
+from ..layers.pq import CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE, PQWeight
+from ..layers.quantized import parts_of
+from ..layers.scalar import AFFINE, SPEC, IntWeight, LatentIntWeight, spec_of
+
+_PARTS = (CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE, AFFINE, SPEC, "age")
 
 
 def dense_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
-    """`state` with every pair X.codes, X.centroids decoded into X; tied copies share one tensor.
+    """`state` with every quantized tensor decoded as evaluation sees it; tied copies share one tensor.
+
+    The rounding of inputs has no place in a dense state and is left out.
 
     Args:
         state: of a quantized model (from a packed file or a checkpoint), or of a dense one, which comes back as it is.
         shapes: of the dense tensors that are not matrices (convolutions), by name.
     """
+    owners = {name.rpartition(".")[0] for name in state if name.rpartition(".")[2] in (CENTROIDS, AFFINE)}
+    quantized = {name for name in owners if f"{name}.{SPEC}" in state or f"{name}.{CODES}" in state}
     dense: dict[str, Tensor] = {}
-    decoded: dict[tuple[int, int], Tensor] = {}
+    decoded: dict[tuple[int, ...], Tensor] = {}
     for name, tensor in state.items():
         owner, _, last = name.rpartition(".")
-        if last == CENTROIDS and f"{owner}.{CODES}" in state:
+        owner = owner if owner in quantized and last in _PARTS else name
+        if f".{INPUT_QUANTIZER}." in f".{name}" or owner in dense:
             continue
-        if last == CODES and f"{owner}.{CENTROIDS}" in state:
-            centroids = state[f"{owner}.{CENTROIDS}"]
-            key = (tensor.data_ptr(), centroids.data_ptr())
-            if key not in decoded:
-                decoded[key] = _decode(tensor, centroids)
-            dense[owner] = decoded[key].view((shapes or {}).get(owner, decoded[key].shape))
-        else:
+        if owner not in quantized:
             dense[name] = tensor
+            continue
+        parts = parts_of(state, owner, _PARTS)
+        latent = state.get(owner)
+        key = tuple(t.data_ptr() for t in (latent, *(parts.get(p) for p in (CODES, CENTROIDS))) if t is not None)
+        if key not in decoded:
+            decoded[key] = _decode(latent, parts)
+        dense[owner] = decoded[key].view((shapes or {}).get(owner, decoded[key].shape))
     return dense
 
 
-def _decode(codes: Tensor, centroids: Tensor) -> Tensor:
-    """(rows, blocks a row) codes and (K, d) centroids to the (rows, row) weight, centroids as the file holds them."""
-    stored = centroids.half().to(centroids.dtype)
-    return stored.index_select(0, codes.flatten().long()).view(codes.shape[0], -1)
+@torch.no_grad()
+def _decode(latent: Tensor | None, parts: Mapping[str, Tensor]) -> Tensor:
+    """The weight that evaluation sees; of pq as a matrix (rows, row)."""
+    if latent is not None:
+        bits, range_ = spec_of(parts)
+        return LatentIntWeight(nn.Parameter(latent, requires_grad=False), bits, range_).eval().decode()
+    if CENTROIDS in parts:
+        codes, centroids = parts[CODES], parts[CENTROIDS]
+        shape = (codes.shape[0], codes.numel() // codes.shape[0] * centroids.shape[1])
+        return (
+            PQWeight(codes, centroids, shape, int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)).eval().decode()
+        )
+    return IntWeight(parts[CODES], parts[AFFINE], spec_of(parts)[0]).decode()

@@ -1,35 +1,82 @@
-"""The manifest: what a packed file says about itself, in JSON, under the only key of safetensors' `__metadata__`.
+"""What a packed file says about itself, as JSON under the only key of safetensors' `__metadata__`.
 
-    {"format_version": 1, "producer": "fairseq_quant_noise 0.1.0",
+    {"format_version": 2, "producer": "fairseq_quant_noise 0.1.0",
      "model":   {"architecture": ..., "cfg": {...}, "vocab_size": ..., "padding_idx": ...}   or {} for any other module,
      "plan":    {...},
      "tensors": {"decoder.layers.0.fc1.weight": {"scheme": "pq", "shape": [512, 128], "block_size": 8, ...}, ...},
      "ties":    {"decoder.output_projection.weight": "decoder.embed_tokens.weight"},
+     "inputs":  {"decoder.layers.0.fc1": {"bits": 8, "low": -1.5, "high": 2.25}, ...},
      "sha256":  "<64 hexadecimal digits>"}
 
-`tensors` lists the quantized tensors; tensor NAME of scheme pq is stored as NAME.codes (U8) and NAME.centroids (F16),
-every other tensor under its own name, as it was. `sha256` is the hash of the whole file with these 64 digits zero.
+`tensors` lists the quantized tensors. Tensor NAME is stored, codes packed as `bits.py` says, as
+
+    scheme pq     NAME.codes (U8), NAME.centroids (F16); with centroid_bits 8: U8, and NAME.affine (F32, (2, 1))
+    scheme intN   NAME.codes (U8), NAME.affine (F32, (2, channels)): scales, then zero points
+
+and every other tensor under its own name, as it was. `inputs` are the modules whose input is rounded to codes, and
+their ranges. `sha256` is the hash of the whole file with these 64 digits zero.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from ..errors import DamagedFileError
+from ..layers.pq import pq_bytes
+from ..layers.scalar import int_bytes
+from ..scalar import BITS
+from .bits import code_bits
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
+SCALAR_SCHEMES = tuple(f"int{bits}" for bits in BITS)
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
     """A tensor that is stored in a quantized form."""
 
-    scheme: str  # pq
+    scheme: str  # pq, int2 ... int8
     shape: tuple[int, ...]  # of the dense tensor
-    block_size: int  # d
-    n_centroids: int  # K
+    block_size: int | None = None  # d, of pq
+    n_centroids: int | None = None  # K, of pq
+    centroid_bits: int = 16  # of pq: 16 (fp16) or 8
+    channels: int = 1  # of intN: how many scales
+
+    @property
+    def bits(self) -> int | None:
+        """N of intN; None for pq."""
+        return None if self.scheme == "pq" else int(self.scheme.removeprefix("int"))
+
+    @property
+    def n_codes(self) -> int:
+        """Codes in the tensor."""
+        return math.prod(self.shape) // (self.block_size or 1)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code in the file."""
+        return self.bits or code_bits(self.n_centroids or 1)
+
+    @property
+    def paper_bytes(self) -> float:
+        """By the paper's accounting (`table.py`)."""
+        if self.block_size is None or self.n_centroids is None:
+            return int_bytes(math.prod(self.shape), self.bits or 32)
+        return pq_bytes(self.n_codes, self.block_size, self.n_centroids, self.centroid_bits)
+
+    def check(self) -> None:
+        """Refuse what no version writes. Raises DamagedFileError."""
+        numbers = (*self.shape, self.channels, self.centroid_bits)
+        if self.scheme == "pq":
+            fits = self.block_size is not None and self.n_centroids is not None and self.centroid_bits in (8, 16)
+            numbers += (self.block_size, self.n_centroids)  # type: ignore[operator]
+        else:
+            fits = self.scheme in SCALAR_SCHEMES and self.block_size is None and self.n_centroids is None
+        if not fits or len(self.shape) < 2 or not all(type(n) is int and n > 0 for n in numbers):
+            raise DamagedFileError(f"its manifest is damaged (a tensor entry {self!r} that no version writes)")
 
 
 @dataclass(frozen=True)
@@ -41,6 +88,7 @@ class Manifest:
     plan: dict[str, Any] = field(default_factory=dict)  # that made the file
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)  # quantized tensors by name
     ties: dict[str, str] = field(default_factory=dict)  # tied copy -> the tensor in store
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by module: bits and range of its input
 
     def to_json(self, sha256: str = ZERO_HASH) -> str:
         """One line, sorted keys: the same manifest gives the same bytes."""
@@ -75,16 +123,18 @@ class Manifest:
 
 def _quantized_tensor(entry: Any) -> QuantizedTensor:
     tensor = QuantizedTensor(**(entry | {"shape": tuple(entry["shape"])}))
-    numbers = (*tensor.shape, tensor.block_size, tensor.n_centroids)
-    if tensor.scheme != "pq" or len(tensor.shape) < 2 or not all(type(n) is int and n > 0 for n in numbers):
-        raise DamagedFileError(f"its manifest is damaged (a tensor entry {entry!r} that no version writes)")
+    tensor.check()
     return tensor
 
 
 def _check_types(manifest: Manifest, sha256: Any) -> None:
-    mappings = (manifest.model, manifest.plan, manifest.ties)
+    mappings = (manifest.model, manifest.plan, manifest.ties, manifest.inputs, *manifest.inputs.values())
     if not all(isinstance(m, dict) for m in mappings):
         raise DamagedFileError("its manifest is damaged (a field of the wrong type)")
-    names = [*manifest.tensors, *manifest.ties, *manifest.ties.values(), manifest.producer, sha256]
+    for entry in manifest.inputs.values():
+        low, high, bits = entry.get("low"), entry.get("high"), entry.get("bits")
+        if type(low) is not float or type(high) is not float or not low <= high or bits not in BITS:
+            raise DamagedFileError("its manifest is damaged (a range of inputs that no version writes)")
+    names = [*manifest.inputs, *manifest.tensors, *manifest.ties, *manifest.ties.values(), manifest.producer, sha256]
     if not all(isinstance(name, str) and name.isprintable() for name in names):
         raise DamagedFileError("its manifest is damaged (a name that is not plain text)")

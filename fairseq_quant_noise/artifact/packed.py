@@ -1,41 +1,75 @@
 """A model as the tensors and the manifest of a packed file, and back to the state that a model loads."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..layers import PQWeight, quantized_weights
-from ..layers.quantized import CENTROIDS, CODES
+from ..layers import QuantizedWeight, input_quantizers, quantized_weights
+from ..layers.inputs import NAME as INPUT_QUANTIZER
+from ..layers.inputs import InputQuantizer
+from ..layers.pq import CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE
+from ..layers.scalar import AFFINE, SPEC
 from ..plan import Plan
+from ..scalar import Affine
 from ..weights import tensor_name
+from .bits import pack_bits, unpack_bits
 from .manifest import Manifest, QuantizedTensor
+
+PARTS = (CODES, CENTROIDS, AFFINE)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What is in a packed file. Tensors by the file's names, tied copies left out."""
+    """What is in a packed file. Tensors by the file's names, codes packed, tied copies left out."""
 
     tensors: dict[str, Tensor]
     manifest: Manifest
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state that the quantized model loads: centroids in fp32, tied copies filled in."""
-        state = {name: tensor.float() if self._is_centroids(name) else tensor for name, tensor in self.tensors.items()}
+        """The state that the quantized model loads: a byte a code, centroids in fp32, tied copies filled in."""
+        inside = {part for name in self.manifest.tensors for part in self.parts(name)}
+        state = {name: tensor for name, tensor in self.tensors.items() if name not in inside}
+        for name, entry in self.manifest.tensors.items():
+            state |= {f"{name}.{part}": tensor for part, tensor in self._quantized_state(name, entry)}
         for copy, owner in self.manifest.ties.items():
-            for suffix in (f".{CODES}", f".{CENTROIDS}") if owner in self.manifest.tensors else ("",):
-                state[copy + suffix] = state[owner + suffix]
+            parts = [key for key in state if key.startswith(f"{owner}.")] if owner in self.manifest.tensors else [owner]
+            state |= {copy + key.removeprefix(owner): state[key] for key in parts}
+        for name, inputs in self.manifest.inputs.items():
+            quantizer = InputQuantizer(inputs["bits"], "tensor", 1)
+            quantizer.range.copy_(torch.tensor([inputs["low"], inputs["high"]]))
+            quantizer.seen.fill_(1)
+            state |= {f"{name}.{INPUT_QUANTIZER}.{key}": value for key, value in quantizer.state_dict().items()}
         return state
 
-    def _is_centroids(self, name: str) -> bool:
-        owner, _, last = name.rpartition(".")
-        return last == CENTROIDS and owner in self.manifest.tensors
+    def parts(self, name: str) -> list[str]:
+        """The entries in the file of the tensor `name`."""
+        if name not in self.manifest.tensors:
+            return [name]
+        return [f"{name}.{part}" for part in PARTS if f"{name}.{part}" in self.tensors]
 
     def tensor_bytes(self, name: str) -> int:
-        """Bytes in the file of the tensor `name`: of codes and centroids, or of the dense tensor."""
-        parts = [f"{name}.{CODES}", f"{name}.{CENTROIDS}"] if name in self.manifest.tensors else [name]
-        return sum(self.tensors[p].numel() * self.tensors[p].element_size() for p in parts)
+        """Bytes in the file of the tensor `name`: of codes and what they need, or of the dense tensor."""
+        return sum(self.tensors[part].numel() * self.tensors[part].element_size() for part in self.parts(name))
+
+    def _quantized_state(self, name: str, entry: QuantizedTensor) -> Iterator[tuple[str, Tensor]]:
+        codes = unpack_bits(self.tensors[f"{name}.{CODES}"], entry.n_codes, entry.code_bits)
+        if entry.bits is not None:
+            yield CODES, codes.view(entry.shape)
+            yield AFFINE, self.tensors[f"{name}.{AFFINE}"]
+            yield SPEC, torch.tensor([entry.bits, 0], dtype=torch.uint8)
+            return
+        yield CODES, codes.view(entry.shape[0], -1)
+        centroids = self.tensors[f"{name}.{CENTROIDS}"]
+        if entry.centroid_bits == 16:
+            yield CENTROIDS, centroids.float()
+        else:
+            both = self.tensors[f"{name}.{AFFINE}"]
+            yield CENTROIDS, Affine.of_tensor(both, entry.centroid_bits).decode(centroids)
+            yield FILE_AFFINE, both
+            yield CENTROID_BITS, torch.tensor(entry.centroid_bits, dtype=torch.uint8)
 
 
 def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] | None = None) -> Packed:
@@ -49,43 +83,52 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     from .. import __version__
 
     quantized = {tensor_name(name): weight for name, weight in quantized_weights(model).items()}
-    tensors, ties = _each_once(model, quantized)
+    entries = {n: QuantizedTensor(w.scheme, tuple(w.shape), **w.facts()) for n, w in quantized.items()}
+    tensors, ties = _each_once(model)
     for name, weight in quantized.items():
-        tensors[f"{name}.{CODES}"] = weight.codes
-        tensors[f"{name}.{CENTROIDS}"] = weight.centroids.half()
+        parts = weight.parts()
+        parts[CODES] = pack_bits(parts[CODES], entries[name].code_bits)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    inputs = {
+        name: {"bits": q.bits, "low": float(q.range[0]), "high": float(q.range[1])}
+        for name, q in input_quantizers(model).items()
+        if int(q.seen)
+    }
     manifest = Manifest(
         producer=f"fairseq_quant_noise {__version__}",
         model=dict(config or {}),
         plan=plan.to_dict() if plan else {},
-        tensors={
-            name: QuantizedTensor("pq", tuple(w.shape), w.block_size, w.n_centroids) for name, w in quantized.items()
-        },
+        tensors=entries,
         ties=ties,
+        inputs=inputs,
     )
     return Packed({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, manifest)
 
 
-def _each_once(model: nn.Module, quantized: Mapping[str, PQWeight]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _each_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The dense tensors of the state dict, and the ties of dense and quantized tensors alike."""
-    owners = {id(t): name for name, weight in quantized.items() for t in (weight.codes, weight.centroids)}
+    owners = {id(weight): tensor_name(name) for name, weight in quantized_weights(model).items()}
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        logical = _logical_name(name, model)
-        owner = owners.setdefault(id(tensor), logical)
+        if f".{INPUT_QUANTIZER}." in f".{name}":
+            continue
+        logical, weight = _quantized_part(name, model)
+        owner = owners.setdefault(id(tensor if weight is None else weight), logical)
         if owner != logical:
             ties[logical] = owner
-        elif logical not in quantized:
+        elif weight is None:
             tensors[name] = tensor
     return tensors, ties
 
 
-def _logical_name(name: str, model: nn.Module) -> str:
-    """`X.weight` for the state entries X.weight.codes and X.weight.centroids; else the name itself."""
-    parent, _, last = name.rpartition(".")
-    if last in (CODES, CENTROIDS) and isinstance(_submodule(model, parent), PQWeight):
-        return parent
-    return name
+def _quantized_part(name: str, model: nn.Module) -> tuple[str, nn.Module | None]:
+    """For the state entries X.weight and X.weight.codes of a quantized weight: X.weight and the weight."""
+    for path in (name, name.rpartition(".")[0]):
+        module = _submodule(model, path)
+        if isinstance(module, QuantizedWeight):
+            return path, module
+    return name, None
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:

@@ -5,17 +5,18 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import safetensors
 import torch
 from torch import Tensor
 
-from ..blocks import code_shape
 from ..errors import DamagedFileError, UserError
-from ..layers.quantized import CENTROIDS, CODES
+from ..layers.pq import CENTROIDS, CODES
+from ..layers.scalar import AFFINE
+from .bits import packed_size, unpack_bits
 from .manifest import METADATA_KEY, ZERO_HASH, Manifest, QuantizedTensor
-from .packed import Packed
+from .packed import PARTS, Packed
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _CHUNK = 1 << 20
@@ -82,27 +83,48 @@ def _hash(file: BinaryIO, header: bytes) -> str:
 
 def _check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     for name, entry in manifest.tensors.items():
-        codes, centroids = tensors.get(f"{name}.{CODES}"), tensors.get(f"{name}.{CENTROIDS}")
-        if codes is None or centroids is None:
-            raise DamagedFileError(f"tensor {name}: its codes or centroids are missing")
-        _check_pq(name, entry, codes, centroids)
+        parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
+        wrong = _wrong(entry, parts)
+        if wrong:
+            raise DamagedFileError(f"tensor {name}: damaged ({wrong})")
     for copy, owner in manifest.ties.items():
         if owner not in tensors and owner not in manifest.tensors:
             raise DamagedFileError(f"tensor {copy}: tied to {owner!r}, which is not in the file")
 
 
-def _check_pq(name: str, entry: QuantizedTensor, codes: Tensor, centroids: Tensor) -> None:
-    row = math.prod(entry.shape[1:])
-    wrong: Any = None
-    if row % entry.block_size or codes.dtype != torch.uint8 or centroids.dtype != torch.float16:
-        wrong = "block size or dtype"
-    elif tuple(codes.shape) != code_shape(entry.shape, entry.block_size):
-        wrong = "codes' shape"
-    elif tuple(centroids.shape) != (entry.n_centroids, entry.block_size):
-        wrong = "centroids' shape"
-    elif int(codes.max()) >= entry.n_centroids:
-        wrong = f"a code beyond its {entry.n_centroids} centroids"
-    elif not bool(torch.isfinite(centroids).all()):
-        wrong = "a centroid that is not finite"
-    if wrong:
-        raise DamagedFileError(f"tensor {name}: damaged ({wrong})")
+def _wrong(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
+    """What is wrong with the stored parts of a quantized tensor, or None."""
+    needed = {CODES: torch.uint8}
+    if entry.bits is None:
+        needed[CENTROIDS] = torch.float16 if entry.centroid_bits == 16 else torch.uint8
+    if entry.bits is not None or entry.centroid_bits == 8:
+        needed[AFFINE] = torch.float32
+    if {part: tensor.dtype for part, tensor in parts.items()} != needed:
+        return "its parts are not " + ", ".join(f"{part} ({dtype})" for part, dtype in needed.items())
+    if math.prod(entry.shape[1:]) % (entry.block_size or 1) or entry.channels not in (1, entry.shape[0]):
+        return "block size or channels"
+    if tuple(parts[CODES].shape) != (packed_size(entry.n_codes, entry.code_bits),):
+        return "codes' shape"
+    if AFFINE in parts and not _is_affine(parts[AFFINE], entry):
+        return "scales or zero points"
+    return _wrong_codebook(entry, parts) if entry.n_centroids is not None else None
+
+
+def _wrong_codebook(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
+    k, centroids = entry.n_centroids or 0, parts[CENTROIDS]
+    if tuple(centroids.shape) != (k, entry.block_size):
+        return "centroids' shape"
+    if k < 2**entry.code_bits and int(unpack_bits(parts[CODES], entry.n_codes, entry.code_bits).max()) >= k:
+        return f"a code beyond its {k} centroids"
+    if centroids.is_floating_point() and not bool(torch.isfinite(centroids).all()):
+        return "a centroid that is not finite"
+    return None
+
+
+def _is_affine(both: Tensor, entry: QuantizedTensor) -> bool:
+    if tuple(both.shape) != (2, entry.channels):
+        return False
+    scale, zero_point = both
+    top = 2 ** (entry.bits or entry.centroid_bits) - 1
+    whole = (zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= top)
+    return bool((scale.isfinite() & (scale > 0) & whole).all())

@@ -1,5 +1,21 @@
 """Quantized weights inside a model: the module keeps its type and its name, and its weight is decoded when read."""
 
-from .quantized import PQWeight, adopt_quantized, quantize_weight_, quantized_weights
+from .adopt import adopt_quantized
+from .inputs import calibrating, input_quantizers, quantize_inputs_
+from .pq import PQWeight, quantize_weight_
+from .quantized import QuantizedWeight, quantized_weights
+from .scalar import IntWeight, LatentIntWeight, to_int_
 
-__all__ = ["PQWeight", "adopt_quantized", "quantize_weight_", "quantized_weights"]
+__all__ = [
+    "IntWeight",
+    "LatentIntWeight",
+    "PQWeight",
+    "QuantizedWeight",
+    "adopt_quantized",
+    "calibrating",
+    "input_quantizers",
+    "quantize_inputs_",
+    "quantize_weight_",
+    "quantized_weights",
+    "to_int_",
+]

@@ -13,10 +13,12 @@ from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ..cli_errors import exits_on_user_error
-from ..errors import UserError
-from ..layers import adopt_quantized
-from ..noise import attach_rules
-from ..plan import NoiseRule
+from ..layers import adopt_quantized, quantize_inputs_, to_int_
+from ..monitor import probe_next_forward
+from ..noise import attach_rules, noise_of
+from ..plan import Activations, NoiseRule
+from ..weights import find_weights
+from .options import SCALAR_BITS, noise_rules
 
 
 @contextmanager
@@ -39,22 +41,11 @@ def _update(options: Any, values: Mapping[str, Any]) -> None:
         vars(options).update(values)
 
 
-def noise_rules(options: Any) -> list[NoiseRule]:
-    """The `--quant-noise-*` flags as rules: shorthand for one rule over every weight.
-
-    Raises:
-        UserError: an option out of range.
-    """
-    if getattr(options, "quant_noise_scalar", 0):
-        raise UserError("--quant-noise-scalar: int8 noise is not part of this version; leave the option at 0")
-    p = getattr(options, "quant_noise_pq", 0) or 0
-    if not 0 <= p <= 1:
-        raise UserError(f"--quant-noise-pq is {p}; give a probability from 0 to 1")
-    return [NoiseRule(".*", p=p, block_size=options.quant_noise_pq_block_size)] if p else []
-
-
 class Quantizable:
     """Mixed into a fairseq model class, before it, to make it a model of this package."""
+
+    quant_noise_options: Mapping[str, int] = {}  # how often the noise is measured
+    _probed = -1  # the last update measured
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> nn.Module:
@@ -64,9 +55,23 @@ class Quantizable:
             with _without_fairseq_noise(args):
                 model: nn.Module = super().build_model(args, task)  # type: ignore[misc]
             _clear_uninitialised(model)
+            model.quant_noise_options = _measurements(args)  # type: ignore[assignment]
             if rules:
                 attach_rules(model, rules)
+            if getattr(args, "quant_noise_scalar", 0):
+                _evaluate_as_int8(model, rules[0])
         return model
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """fairseq says before each update which one it is; schedules and intervals of the noise go by it."""
+        super().set_num_updates(num_updates)  # type: ignore[misc]
+        noise = noise_of(self)  # type: ignore[arg-type]
+        if noise is not None:
+            noise.set_num_updates(num_updates)
+            every = self.quant_noise_options.get("quant_noise_log_interval", 0)
+            if every > 0 and num_updates % every == 0 and num_updates != self._probed:
+                self._probed = num_updates  # fairseq says it again for each part of an update
+                probe_next_forward(self)  # type: ignore[arg-type]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
         """As fairseq's; weights that the checkpoint holds as codes become quantized weights first."""
@@ -74,6 +79,23 @@ class Quantizable:
         with exits_on_user_error():
             adopt_quantized(self, names)  # type: ignore[arg-type]
         return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
+
+
+def _measurements(args: Any) -> dict[str, int]:
+    return {name: int(getattr(args, name, 0) or 0) for name in ("quant_noise_log_interval", "quant_noise_gap_batches")}
+
+
+def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:
+    """As fairseq documents `--quant-noise-scalar P`: training sees int8 noise, evaluation int8 weights and activations.
+
+    Ranges of the activations follow the training and are in the checkpoint.
+    """
+    weights = find_weights(model)
+    for weight in weights:
+        to_int_(weight, SCALAR_BITS, rule.range, noise=True)
+    activations = Activations(bits=SCALAR_BITS)
+    names = [weight.name for weight in weights]
+    quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)
 
 
 def _clear_uninitialised(model: nn.Module) -> None:

@@ -11,12 +11,13 @@ from fairseq.models.transformer_lm import (
     transformer_lm_baevski_wiki103,
 )
 
+from .options import QuantNoiseOptions
 from .quantizable import Quantizable
 
 
 @dataclass
-class QuantNoiseTransformerLanguageModelConfig(TransformerLanguageModelConfig):
-    """fairseq's options, unchanged: `--quant-noise-pq`, `--quant-noise-pq-block-size` and all the others."""
+class QuantNoiseTransformerLanguageModelConfig(QuantNoiseOptions, TransformerLanguageModelConfig):
+    """fairseq's options, unchanged (`--quant-noise-pq`, `--quant-noise-pq-block-size`, ...), and those of the noise."""
 
 
 @register_model("quant_noise_transformer_lm", dataclass=QuantNoiseTransformerLanguageModelConfig)

@@ -14,19 +14,21 @@ resume exactly. Each weight then has its own generator: its noise does not depen
 or on LayerDrop. Outside a forward, and in eval mode, `module.weight` is the stored Parameter.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..access import intercept, release
-from ..blocks import check_block_size
+from ..blocks import as_blocks, check_block_size
 from ..errors import UserError
-from ..plan import NoiseRule, match_rules
+from ..plan import EPOCH, NoiseRule, match_rules
 from ..weights import Weight, find_weights
-from .distortions import DISTORTIONS
-from .psi import draw_blocks, psi
+from .distortions import Codebook, make_distortion
+from .psi import draw_blocks, draw_clusters, psi
+from .schedule import p_at
 
 _ATTRIBUTE = "_quant_noise"  # on the root module: its NoiseDraw
 _MAX_SEEDS = 10_000  # of forwards whose backward never came
@@ -49,11 +51,36 @@ class NoiseDraw:
         self.root = root
         self.depth = 0  # how many watched modules are running
         self.seed: int | None = None
+        self.at = 0  # the update of this seed
         self.spent = True  # the current draw's backward has run
         self.handles: list[Any] = []
         self.noised: list[nn.Module] = []  # whose weights are noised
-        self.seeds: dict[int, int] = {}  # random state on entering a module -> the seed of that forward
-        self.latest: int | None = None  # the seed to return to after a layer has run again
+        self.seeds: dict[int, tuple[int, int]] = {}  # random state on entering a module -> seed, update of that forward
+        self.latest: tuple[int | None, int] | None = None  # what to return to after a layer has run again
+        self.weights: dict[str, WeightNoise] = {}  # by the weight's name
+        self.muted = False  # reads see the stored weight, for a measurement
+        self.update = 0  # the update that schedules and intervals go by
+        self.epoch = 0
+        self.counts = True  # each draw is an update, until somebody says which update it is
+        self.draws = 0
+
+    def set_num_updates(self, update: int) -> None:
+        """Say which update comes, from 0; from now on draws are not counted as updates."""
+        self.update, self.counts = update, False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same noise: plain containers and tensors."""
+        weights = {name: [rule.state() for rule in noise.rules] for name, noise in self.weights.items()}
+        return {"update": self.update, "draws": self.draws, "epoch": self.epoch, "weights": weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave; weights whose rules have changed start anew."""
+        self.update, self.draws, self.epoch = state["update"], state["draws"], state["epoch"]
+        for name, rules in state["weights"].items():
+            noise = self.weights.get(name)
+            if noise is not None and len(noise.rules) == len(rules):
+                for rule, saved in zip(noise.rules, rules, strict=True):
+                    rule.load_state(saved)
 
     def watch(self, module: nn.Module) -> None:
         """Count `module` as running between its call and its return."""
@@ -63,8 +90,8 @@ class NoiseDraw:
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if _in_backward():
             if self.depth == 0:
-                self.latest = self.seed
-                self.seed = self.seeds.get(_random_state(), self.seed)
+                self.latest = self.seed, self.at
+                self.seed, self.at = self.seeds.get(_random_state(), self.latest)
         else:
             self._enter_forward(module)
         self.depth += 1
@@ -78,43 +105,111 @@ class NoiseDraw:
                 self.seeds.clear()
             self.seed = int(torch.randint(2**62, (1,)))
             self.spent = False
+            if self.counts:
+                self.update = self.draws
+            self.draws += 1
+            self.at = self.update
         if self.seed is not None and module.training:
-            self.seeds[_random_state()] = self.seed
+            self.seeds[_random_state()] = self.seed, self.at
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self.depth = max(self.depth - 1, 0)
         if self.depth == 0 and self.latest is not None:
-            self.seed, self.latest = self.latest, None
+            (self.seed, self.at), self.latest = self.latest, None
+
+
+class RuleNoise:
+    """One rule on one weight: its J, its distortion, and when that was last fitted."""
+
+    def __init__(self, name: str, rule: NoiseRule, weight: Weight) -> None:
+        rows, numbers = weight.shape[0], math.prod(weight.shape)
+        self.rule = rule
+        self.n_blocks = numbers // rule.d
+        self.phi = make_distortion(name, rule, rows)
+        self.clusters = Codebook(name, rule, rows) if rule.choice == "clusters" else None
+        self.fitted: int | None = None  # the update, or the epoch, of the last fit
+
+    def refresh(self, stored: Tensor, draw: NoiseDraw) -> None:
+        """Fit the distortion and the clusters, where the rule's interval asks for it."""
+        by_epoch = self.rule.interval == EPOCH
+        now = draw.epoch if by_epoch else draw.update
+        step = 1 if by_epoch else int(self.rule.interval)
+        if self.fitted is not None and self.fitted <= now < self.fitted + step:
+            return
+        with torch.no_grad():
+            blocks = as_blocks(stored, self.rule.d)
+            self.phi.fit(blocks)
+            if self.clusters is not None:
+                self.clusters.fit(blocks)
+        # A layer that starts as zeros has no range or codebook yet.
+        self.fitted = now if bool(stored.detach().any()) else None
+
+    def draw_hit(self, p: float, generator: torch.Generator) -> Tensor | None:
+        """J as a (n,) mask, or None for all blocks."""
+        if p >= 1:
+            return None
+        if self.clusters is None:
+            return draw_blocks(self.n_blocks, p, generator)
+        assert self.clusters.codes is not None
+        assert self.clusters.centroids is not None
+        return draw_clusters(self.clusters.codes, len(self.clusters.centroids), p, generator)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to make the same noise."""
+        clusters = self.clusters.state() if self.clusters is not None else {}
+        return {"rule": self._measures(), "fitted": self.fitted, "phi": self.phi.state(), "clusters": clusters}
+
+    def _measures(self) -> list[Any]:
+        """What of the rule decides what is measured."""
+        rule = self.rule
+        return [list(rule.kinds), rule.d, rule.choice, rule.n_centroids, rule.range]
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave; a rule that measures something else starts anew."""
+        if state["rule"] != self._measures():
+            return
+        self.fitted = state["fitted"]
+        self.phi.load_state(state["phi"])
+        if self.clusters is not None:
+            self.clusters.load_state(state["clusters"])
 
 
 class WeightNoise:
     """The noise of one weight: rules, one after the other, each with its own J."""
 
-    def __init__(self, draw: NoiseDraw, index: int, rules: Sequence[NoiseRule]) -> None:
+    def __init__(self, draw: NoiseDraw, index: int, weight: Weight, rules: Sequence[NoiseRule]) -> None:
         self.draw = draw
         self.index = index  # makes the J of one weight independent of another's
-        self.rules = [(rule.p, rule.block_size, DISTORTIONS[rule.kind]) for rule in rules]
-        self.hits: list[Tensor] = []  # J of each rule, for the seed below
+        self.name = weight.name
+        self.rules = [RuleNoise(weight.name, rule, weight) for rule in rules]
+        self.hits: list[tuple[RuleNoise, Tensor | None]] = []  # the rules that act, and their J, for the seed below
         self.hits_of: tuple[int | None, torch.device | None] = (None, None)
 
     def __call__(self, module: nn.Module, stored: Tensor) -> Tensor:
         """The weight as `module` reads it: noised in a training forward, else `stored` itself."""
-        if not module.training or self.draw.depth == 0 or self.draw.seed is None:
+        if not module.training or self.draw.depth == 0 or self.draw.seed is None or self.draw.muted:
             return stored
         if self.hits_of != (self.draw.seed, stored.device):
-            self.hits = list(self._draw_blocks(stored))
-            self.hits_of = (self.draw.seed, stored.device)
+            self._draw_hits(stored)
         weight = stored
-        for hit, (_, block_size, phi) in zip(self.hits, self.rules, strict=True):
-            weight = psi(weight, hit, block_size, phi)
+        for rule, hit in self.hits:
+            weight = psi(weight, hit, rule.rule.d, rule.phi)
         if weight.requires_grad:
             weight.register_hook(self._spend)
         return weight
 
-    def _draw_blocks(self, stored: Tensor) -> list[Tensor]:
+    def _draw_hits(self, stored: Tensor) -> None:
+        """J of every rule, and what the rules measure, for the draw of now."""
         generator = torch.Generator(stored.device)
         generator.manual_seed((self.draw.seed or 0) + self.index)
-        return [draw_blocks(stored.numel() // d, p, generator) for p, d, _ in self.rules]
+        self.hits = []
+        for rule in self.rules:
+            p = p_at(rule.rule.p, rule.rule.schedule, self.draw.at)
+            if p > 0:
+                if not _in_backward():  # a layer that runs again has been fitted in its own forward
+                    rule.refresh(stored, self.draw)
+                self.hits.append((rule, rule.draw_hit(p, generator)))
+        self.hits_of = (self.draw.seed, stored.device)
 
     def _spend(self, gradient: Tensor) -> None:
         self.draw.spent = True
@@ -141,12 +236,12 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
         if matched:
             weight.check_ties()
         for rule in matched:
-            check_block_size(weight.name, weight.module, rule.block_size)
+            check_block_size(weight.name, weight.module, rule.d)
     draw = NoiseDraw(model)
     watched: dict[int, nn.Module] = {}
     noised = [(w, rules_of) for w, rules_of in zip(weights, matches, strict=True) if rules_of]
     for index, (weight, matched) in enumerate(noised):
-        noise = WeightNoise(draw, index, matched)
+        noise = draw.weights[weight.name] = WeightNoise(draw, index, weight, matched)
         for name, module in weight.holders:
             intercept(module)
             draw.noised.append(module)
@@ -156,6 +251,12 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
         draw.watch(module)
     model._quant_noise = draw  # type: ignore[assignment]
     return [w for w, _ in noised]
+
+
+def noise_of(model: nn.Module) -> NoiseDraw | None:
+    """The noise that `attach_rules` put on `model`, or None."""
+    found: NoiseDraw | None = model.__dict__.get(_ATTRIBUTE)
+    return found
 
 
 def detach_noise(model: nn.Module) -> None:

@@ -35,16 +35,31 @@ def draw_blocks(n_blocks: int, p: float, generator: torch.Generator) -> Tensor:
     return mask.bernoulli_(p, generator=generator)
 
 
-def psi(weight: Tensor, hit: Tensor, block_size: int, phi: Distortion) -> Tensor:
+def draw_clusters(codes: Tensor, n_centroids: int, p: float, generator: torch.Generator) -> Tensor:
+    """J by centroid: each of the K is hit with probability p, and all its blocks with it.
+
+    Args:
+        codes: (n,) uint8, each block's centroid.
+        n_centroids: K.
+    Returns:
+        (n,) bool, on the generator's device.
+    """
+    return draw_blocks(n_centroids, p, generator).index_select(0, codes.to(generator.device).long())
+
+
+def psi(weight: Tensor, hit: Tensor | None, block_size: int, phi: Distortion) -> Tensor:
     """The noised weight, of the shape and dtype of `weight`, with the straight-through gradient.
 
     Args:
         weight: the stored weight; it is not written to.
-        hit: (n,) bool, true for the blocks in J.
+        hit: (n,) bool, true for the blocks in J; None for all of them.
         block_size: d, with n * d = weight.numel().
         phi: the distortion.
     """
     with torch.no_grad():
         blocks = as_blocks(weight, block_size)  # (n, d)
-        distorted = torch.where(hit.unsqueeze(1), phi(blocks), blocks).view_as(weight)
+        distorted = phi(blocks, hit)
+        if hit is not None:
+            distorted = torch.where(hit.unsqueeze(1), distorted, blocks)
+        distorted = distorted.reshape(weight.shape)
     return StraightThrough.apply(weight, distorted)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..blocks import as_blocks, code_shape
 from ..errors import UserError
-from .kmeans import kmeans
+from .kmeans import assign, kmeans
 
 ITERATIONS = 20  # of k-means, the paper's setting
 FP16_MAX = 65504.0
@@ -45,3 +45,12 @@ def encode(name: str, weight: Tensor, block_size: int, n_centroids: int, *, seed
     norm = torch.linalg.vector_norm(weight.double()).item()
     error = math.sqrt(found.sse) / norm if norm else 0.0
     return Encoded(found.codes.view(code_shape(tuple(weight.shape), block_size)), found.centroids, error)
+
+
+def nearest(blocks: Tensor, centroids: Tensor) -> Tensor:
+    """For each of the (n, d) blocks the nearest of the (K, d) centroids: (n,) int64, distances in float32."""
+    if not len(blocks):
+        return torch.zeros(0, dtype=torch.long, device=blocks.device)
+    exponent = int(torch.maximum(blocks.abs().max().float(), centroids.abs().max().float()).frexp().exponent)
+    scale = 2.0 ** min(-exponent, 126)  # exact, and keeps squares in float32's range
+    return assign(blocks.float() * scale, centroids.float() * scale)

@@ -40,13 +40,16 @@ def effective_centroids(n_vectors: int, n_centroids: int) -> int:
     return n_centroids if n_centroids <= quarter else 1 << (quarter.bit_length() - 1)
 
 
-def kmeans(vectors: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0) -> Clustering:
+def kmeans(
+    vectors: Tensor, n_centroids: int, *, iterations: int = 20, seed: int = 0, start: Tensor | None = None
+) -> Clustering:
     """Cluster ``vectors`` (n, d), any dtype and device, around K = ``n_centroids`` centroids (module docstring).
 
     ``iterations`` EM steps over a sample from k-means++ seeds, then as many over every vector, fewer once no code
-    changes. At most K distinct vectors are returned exactly, the last one repeated up to K. The same input and
-    seed give the same bits; the global random state is left alone. Raises UserError when K is not in 1 .. 256,
-    or the vectors are none, not (n, d), or hold NaN or inf.
+    changes; from the centroids ``start`` (K, d), where they are given, at once over every vector. At most K distinct
+    vectors are returned exactly, the last one repeated up to K. The same input and seed give the same bits; the
+    global random state is left alone. Raises UserError when K is not in 1 .. 256, or the vectors are none, not
+    (n, d), or hold NaN or inf.
     """
     vectors = _checked(vectors, n_centroids)  # (n, d)
     generator = torch.Generator().manual_seed(seed)
@@ -54,7 +57,9 @@ def kmeans(vectors: Tensor, n_centroids: int, *, iterations: int = 20, seed: int
     frame = _frame(sample, vectors)
     few = sample[: 16 * n_centroids]  # enough to show that more than K are distinct, where so many are
     centroids = _distinct(few, vectors, n_centroids)  # (K, d) or None
-    if centroids is None:
+    if centroids is None and start is not None:
+        centroids = _lloyd(vectors, frame, start.to(vectors.device).double(), iterations).float()  # (K, d)
+    elif centroids is None:
         restarts = range(min(16, 256 // n_centroids))  # few centroids end in worse minima, and cost less
         seeds = [_plus_plus(sample, frame, n_centroids, generator) for _ in restarts]  # (K, d) each
         starts = [_lloyd(sample, frame, start, iterations) for start in seeds]  # (K, d) each
@@ -108,7 +113,7 @@ def _plus_plus(sample: Tensor, frame: Frame, n_centroids: int, generator: torch.
 
 def _encode(vectors: Tensor, frame: Frame, centroids: Tensor) -> tuple[Tensor, float]:
     """Codes (n,) and SSE of (n, d) with (K, d), in float64 throughout: centroids count as they were rounded."""
-    codes = _assign(frame(vectors), frame(centroids))  # (n,)
+    codes = assign(frame(vectors), frame(centroids))  # (n,)
     return codes, (vectors.double() - centroids[codes]).square_().sum().item()
 
 
@@ -116,14 +121,14 @@ def _lloyd(vectors: Tensor, frame: Frame, centroids: Tensor, iterations: int) ->
     """At most ``iterations`` EM steps over (n, d) from centroids (K, d) float64; ends once no code changes."""
     points, before = frame(vectors).float(), None  # (n, d), (n,)
     for _ in range(iterations):
-        codes = _assign(points, frame(centroids).float())  # (n,)
+        codes = assign(points, frame(centroids).float())  # (n,)
         if before is not None and torch.equal(codes, before):
             break
         centroids, before = _means(vectors, codes, centroids), codes  # (K, d), (n,)
     return centroids
 
 
-def _assign(points: Tensor, centroids: Tensor) -> Tensor:
+def assign(points: Tensor, centroids: Tensor) -> Tensor:
     """E-step: (n,) int64 argmin_k || c_k ||^2 - 2 b.c_k, the first one where several are least."""
     bias, slope = centroids.square().sum(1), centroids.t() * -2  # (K,), (d, K)
     rank = torch.arange(len(centroids), 0, -1, device=points.device, dtype=points.dtype)  # (K,)

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fairseq_quant_noise.noise.distortions import proxy
-from fairseq_quant_noise.noise.psi import draw_blocks, psi
+from fairseq_quant_noise.noise.distortions import Proxy
+from fairseq_quant_noise.noise.psi import draw_blocks, draw_clusters, psi
 
 HALVES = [torch.float32, torch.float16, torch.bfloat16]
+proxy = Proxy()
 
 
 def generator(seed=0):
@@ -40,12 +41,24 @@ def test_neighbouring_blocks_are_hit_independently():
     assert abs(both - 0.09 * 1e5) < 5 * math.sqrt(1e5 * 0.09 * 0.91)
 
 
+def test_blocks_of_one_centroid_are_hit_together_and_centroids_independently():
+    codes = torch.randint(200, (5000,), generator=generator(), dtype=torch.uint8)
+    count = 0
+    for seed in range(50):
+        hit = draw_clusters(codes, 200, 0.3, generator(seed))
+        hit_centroids = codes[hit].unique()
+        assert torch.equal(hit, torch.isin(codes, hit_centroids))
+        count += len(hit_centroids)
+    n = 50 * len(codes.unique())
+    assert abs(count - 0.3 * n) < 5 * math.sqrt(n * 0.3 * 0.7)
+
+
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32))
 @settings(max_examples=30, deadline=None)
 def test_blocks_in_j_are_distorted_whole_and_the_others_left_as_they_are(rows, per_row, d, seed):
     weight = torch.randn(rows, per_row * d, generator=generator(seed))
     hit = draw_blocks(rows * per_row, 0.5, generator(seed))
-    seen = psi(weight, hit, d, lambda blocks: blocks * 3).reshape(-1, d)
+    seen = psi(weight, hit, d, lambda blocks, hit: blocks * 3).reshape(-1, d)
     blocks = weight.reshape(-1, d)
     assert torch.equal(seen[hit], blocks[hit] * 3)
     assert torch.equal(seen[~hit], blocks[~hit])
@@ -83,3 +96,8 @@ def test_the_input_sees_the_noised_weight_in_its_gradient():
     seen = psi(weight, draw_blocks(12, 0.5, generator()), 4, proxy)
     (x @ seen.t()).sum().backward()
     torch.testing.assert_close(x.grad, seen.sum(0).expand(5, 8))
+
+
+def test_without_a_mask_every_block_is_hit():
+    weight = torch.randn(4, 8)
+    assert torch.equal(psi(weight, None, 4, lambda blocks, hit: blocks + 1), weight + 1)

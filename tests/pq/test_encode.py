@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toys import refuses
 
-from fairseq_quant_noise.pq.encode import encode
+from fairseq_quant_noise.pq.encode import encode, nearest
 
 
 def normal(*shape):
@@ -66,3 +68,36 @@ def test_a_weight_beyond_fp16_is_refused_by_name():
 def test_the_largest_fp16_number_is_encoded():
     found = encode("fc", torch.full((8, 8), 65504.0), 4, 2)
     assert found.centroids.half().isfinite().all()
+
+
+# The nearest centroid
+
+
+@given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 256), st.sampled_from([1e-12, 1.0, 1e12]))
+@settings(max_examples=40, deadline=None)
+def test_nearest_is_the_argmin_of_brute_force(n, d, k, size):
+    blocks, centroids = normal(n, d) * size, normal(k, d).flip(0) * 1.1 * size
+    distance = (blocks[:, None].double() - centroids.double()).square().sum(2)  # (n, K)
+    codes = nearest(blocks, centroids)
+    assert (codes.dtype, codes.shape) == (torch.int64, (n,))
+    chosen = distance.gather(1, codes[:, None])[:, 0]
+    assert torch.allclose(chosen, distance.min(1).values, rtol=1e-5, atol=1e-5 * size**2)
+
+
+def test_of_two_equally_near_centroids_the_first_is_taken():
+    assert nearest(torch.zeros(3, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])).tolist() == [0, 0, 0]
+
+
+def test_a_centroid_is_nearest_to_itself():
+    centroids = normal(256, 8)
+    assert nearest(centroids, centroids).tolist() == list(range(256))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_distances_are_in_float32_whatever_the_dtype(dtype):
+    blocks, centroids = normal(100, 4).to(dtype), normal(16, 4).flip(0)
+    assert torch.equal(nearest(blocks, centroids), nearest(blocks.float(), centroids))
+
+
+def test_no_blocks_have_no_codes():
+    assert nearest(torch.zeros(0, 4), normal(8, 4)).shape == (0,)

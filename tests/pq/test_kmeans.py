@@ -264,6 +264,55 @@ def test_common_offset():
     assert found.sse <= kmeans(vectors.double() - 1000.0, 64).sse * 1.02
 
 
+# From given centroids
+
+
+def sse(vectors: torch.Tensor, centroids: torch.Tensor) -> float:
+    return (vectors[:, None].double() - centroids.double()).square().sum(2).min(1).values.sum().item()
+
+
+@given(
+    n=st.integers(1, 300),
+    d=st.integers(1, 9),
+    k=st.integers(1, 64),
+    seed=st.integers(0, 9),
+    iterations=st.integers(0, 5),
+)
+@settings(max_examples=40, deadline=None)
+def test_from_given_centroids_the_error_is_not_above_theirs(n, d, k, seed, iterations):
+    vectors, start = normal(n, d, seed), normal(k, d, seed + 100)
+    before = start.clone()
+    found = kmeans(vectors, k, iterations=iterations, start=start)
+    check(vectors, found, k)
+    assert found.sse <= sse(vectors, start) * (1 + 1e-6)
+    assert torch.equal(start, before)
+    assert same(found, kmeans(vectors, k, iterations=iterations, start=start))
+
+
+def test_from_its_own_centroids_kmeans_finds_them_again():
+    vectors = normal(2000, 4)
+    first = kmeans(vectors, 16, iterations=500)
+    again = kmeans(vectors, 16, iterations=5, start=first.centroids)
+    assert torch.allclose(again.centroids, first.centroids, atol=1e-5)
+    assert (again.codes == first.codes).float().mean() > 0.999
+
+
+def test_a_warm_start_follows_vectors_that_moved_a_little():
+    vectors = normal(4000, 4)
+    old = kmeans(vectors, 64).centroids
+    moved = vectors + 0.05 * normal(4000, 4, seed=1)
+    warm = kmeans(moved, 64, iterations=5, start=old)
+    assert warm.sse < sse(moved, old)
+    assert warm.sse <= kmeans(moved, 64).sse * 1.03
+    assert (warm.centroids - old).norm(dim=1).max() < 0.5
+
+
+def test_a_warm_start_with_empty_clusters_puts_them_to_use():
+    vectors = normal(1000, 4)
+    start = torch.cat([normal(8, 4, seed=1), torch.full((8, 4), 100.0)])
+    assert len(kmeans(vectors, 16, start=start).codes.unique()) == 16
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     vectors = normal(20000, 4)

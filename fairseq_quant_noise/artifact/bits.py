@@ -1,0 +1,59 @@
+"""Codes of N bits, packed without gaps: in the file, int4 stands two a byte, and a code of K centroids in ceil(log2 K).
+
+Code i takes the bits i * N to (i + 1) * N - 1 of the stream; bit j of the stream is bit j % 8 of byte j // 8, the least
+significant first. The last byte is filled up with zeros.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20  # codes at a time, a multiple of 8: each chunk ends at a byte's end
+
+
+def code_bits(n_centroids: int) -> int:
+    """Bits of a code for K centroids, 1 at least."""
+    return max((n_centroids - 1).bit_length(), 1)
+
+
+def packed_size(n_codes: int, bits: int) -> int:
+    """Bytes that the codes take."""
+    return (n_codes * bits + 7) // 8
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Any shape of uint8 codes below 2^bits, flattened to (packed_size,) uint8."""
+    flat = codes.detach().cpu().reshape(-1)
+    if bits == 8:
+        return flat
+    parts = [_pack(part.numpy(), bits) for part in flat.split(_CHUNK)]
+    return torch.from_numpy(np.concatenate(parts)) if parts else flat
+
+
+def unpack_bits(packed: Tensor, n_codes: int, bits: int) -> Tensor:
+    """The (n_codes,) uint8 codes of `pack_bits`.
+
+    Args:
+        packed: (packed_size(n_codes, bits),) uint8.
+    """
+    if bits == 8:
+        return packed
+    step = _CHUNK * bits // 8
+    counts = [min(_CHUNK, n_codes - start) for start in range(0, n_codes, _CHUNK)]
+    parts = [_unpack(part.numpy(), n, bits) for part, n in zip(packed.split(step), counts, strict=True)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    if bits == 4:
+        even = np.append(codes, np.uint8(0)) if len(codes) % 2 else codes
+        return even[0::2] | (even[1::2] << 4)
+    each = (codes[:, None] >> np.arange(bits, dtype=np.uint8)) & 1  # (n, bits)
+    return np.packbits(each.reshape(-1), bitorder="little")
+
+
+def _unpack(packed: np.ndarray, n_codes: int, bits: int) -> np.ndarray:
+    if bits == 4:
+        return np.stack([packed & 15, packed >> 4], axis=1).reshape(-1)[:n_codes]
+    each = np.unpackbits(packed, bitorder="little")[: n_codes * bits].reshape(n_codes, bits)
+    return np.packbits(each, axis=1, bitorder="little").reshape(-1)

@@ -1,0 +1,61 @@
+"""Ranges of activations from a data set, by fairseq: its task reads the data and its criterion runs the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .errors import UserError
+from .layers import calibrating, input_quantizers
+
+SUBSET = "train"
+SENTENCES = 8  # of a batch
+
+
+def calibration_on(path: str | Path, data: str | Path, batches: int) -> Callable[[nn.Module], object]:
+    """A `calibration` for `quantize_`: forwards of the quantized network over the training split of `data`.
+
+    The network of the checkpoint `path` is built by fairseq too, with the same weights, and run on the first batches;
+    the ranges that it finds go to the network without fairseq, whose modules have the same names.
+
+    Args:
+        path: of the checkpoint.
+        data: the folder that fairseq-train read.
+        batches: how many.
+    Raises:
+        UserError: there is no such data.
+    """
+    if not Path(data).is_dir():
+        raise UserError(f"--calibration-data {data}: no such folder; give the folder that fairseq-train reads")
+    return lambda model: _calibrate(model, str(path), str(data), batches)
+
+
+def _calibrate(model: nn.Module, path: str, data: str, batches: int) -> None:
+    import fairseq.checkpoint_utils
+
+    from . import register
+
+    register()
+    models, cfg, task = fairseq.checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": data})
+    theirs = models[0]
+    theirs.load_state_dict(model.state_dict(), strict=True, model_cfg=cfg.model)
+    criterion = task.build_criterion(cfg.criterion)
+    with calibrating(theirs):
+        for sample in _samples(task, data, batches):
+            criterion(theirs, sample)
+    ours = input_quantizers(model)
+    for name, quantizer in input_quantizers(theirs).items():
+        ours[name].load_state_dict(quantizer.state_dict())
+
+
+def _samples(task: Any, data: str, batches: int) -> Any:
+    try:
+        task.load_dataset(SUBSET)
+    except (FileNotFoundError, AssertionError) as error:
+        raise UserError(f"--calibration-data {data}: no split '{SUBSET}' ({error}); binarize one") from None
+    iterator = task.get_batch_iterator(
+        dataset=task.dataset(SUBSET), max_sentences=SENTENCES, ignore_invalid_inputs=True, seed=1
+    ).next_epoch_itr(shuffle=True)
+    for _, sample in zip(range(batches), iterator, strict=False):
+        yield sample

@@ -1,0 +1,163 @@
+"""Activations in N bits: the input of each product with a quantized weight, on a range that is calibrated and frozen.
+
+A module that holds a quantized weight and multiplies by it (any holder but an Embedding, which looks up) gets a child
+`input_quantizer`, which its state holds as `….fc1.input_quantizer.range`. In eval mode the input is rounded to the
+codes of that range. The range is the mean over calibration forwards of each one's range:
+
+- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320, section 7.2);
+- in training, the first `batches` forwards, and one in a hundred from then on, so that it follows the weights.
+
+Until the first of them, the range is that of the input itself.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..scalar import RANGES, Affine, fake_quantize
+from ..scalar.ranges import histogram_range
+from ..weights import find_weights
+
+NAME = "input_quantizer"
+SPARSE = 100  # in training, one forward in so many is looked at after the first ones
+KINDS = ("tensor", "histogram")
+
+
+class InputQuantizer(nn.Module):
+    """Rounds a module's input to N bits.
+
+    Args:
+        bits: N.
+        range_: tensor (min and max) or histogram (`scalar/ranges.py`), of one forward's input.
+        batches: forwards that the range is a mean over.
+    """
+
+    def __init__(self, bits: int, range_: str, batches: int) -> None:
+        super().__init__()
+        self.bits, self.kind, self.batches = bits, range_, batches
+        self.register_buffer("range", torch.zeros(2))  # low, high
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # forwards
+        spec = [bits, RANGES.index(range_), min(batches, 255)]
+        self.register_buffer("spec", torch.tensor(spec, dtype=torch.uint8))
+        self.calibrating = False
+
+    range: Tensor
+    seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape, as its codes give it back; in training, and while calibrating, as it is."""
+        if not x.is_floating_point():
+            return x
+        if self.calibrating or (self.training and torch._C._current_graph_task_id() == -1):
+            self._observe(x.detach())
+        if self.calibrating or self.training:
+            return x
+        low, high = self.range if int(self.seen) else x.detach().float().aminmax()
+        return fake_quantize(x, Affine.of_range(low.reshape(1), high.reshape(1), self.bits))
+
+    def _observe(self, x: Tensor) -> None:
+        seen = int(self.seen)
+        self.seen += 1
+        if not self.calibrating and seen >= self.batches and seen % SPARSE:
+            return
+        if self.kind == "histogram":
+            found = torch.cat(histogram_range(x, self.bits))
+        else:
+            found = torch.stack(x.float().aminmax())
+        if bool(found.isfinite().all()):  # a batch that overflowed under fp16 is skipped by the optimizer too
+            self.range += (found - self.range) / min(seen + 1, self.batches)
+
+    def reset(self) -> None:
+        """Forget the range."""
+        self.range.zero_()
+        self.seen.zero_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "InputQuantizer":
+        kept = self.range
+        super()._apply(fn, recurse)
+        self.range = kept.to(self.range.device)  # float32, whatever the model's dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        missing: list[str] = lists[0]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        missing[:] = [name for name in missing if not name.startswith(prefix)]  # a checkpoint from before
+
+
+def quantize_input_(module: nn.Module, bits: int, range_: str, batches: int) -> None:
+    """Give `module` an input quantizer; one that is there stays."""
+    if NAME not in module._modules:
+        held = next(chain(module.parameters(), module.buffers()))
+        module.add_module(NAME, InputQuantizer(bits, range_, batches).to(held.device))
+        module.register_forward_pre_hook(_quantize_input)
+
+
+def _quantize_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (module._modules[NAME](inputs[0]), *inputs[1:])  # type: ignore[misc]
+
+
+def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: str, batches: int) -> None:
+    """Quantize the inputs of every module that multiplies by one of the weights `names` (owners' module names).
+
+    fairseq's attention is kept from its fast path, which reads the projections' weights and calls none of them.
+    """
+    wanted = set(names)
+    for weight in find_weights(model):
+        if weight.name in wanted:
+            for _, module in weight.holders:
+                if not isinstance(module, nn.Embedding):
+                    quantize_input_(module, bits, range_, batches)
+    for module in model.modules():
+        if "skip_embed_dim_check" in module.__dict__:
+            module.__dict__["skip_embed_dim_check"] = True
+
+
+def input_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
+    """The input quantizers of `model`, by the name of the module whose input they round."""
+    found = ((name, module._modules.get(NAME)) for name, module in model.named_modules())
+    return {name: quantizer for name, quantizer in found if isinstance(quantizer, InputQuantizer)}
+
+
+def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give `model` the input quantizers that `state` has ranges for, ready to load it."""
+    ours = dict(model.named_modules())
+    changed = False
+    for key, spec in state.items():
+        name, _, last = key.rpartition(f".{NAME}.")
+        if last == "spec" and name in ours:
+            bits, index, batches = spec.tolist()
+            quantize_input_(ours[name], bits, RANGES[index], batches)
+            changed = True
+    if changed:
+        quantize_inputs_(model, (), 0, KINDS[0], 0)
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Find the ranges anew: the model runs in eval mode inside, on inputs that are as they will be.
+
+    Raises:
+        UserError: no input reached a quantizer.
+    """
+    quantizers = input_quantizers(model)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    for quantizer in quantizers.values():
+        quantizer.reset()
+        quantizer.calibrating = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.calibrating = False
+        for module, training in modes.items():
+            module.training = training
+    silent = [name for name, quantizer in quantizers.items() if not int(quantizer.seen)]
+    if silent:
+        raise UserError(f"{silent[0]}: no calibration input reached it; give batches that use the whole model")

@@ -1,0 +1,148 @@
+"""A weight as a codebook and codes:  W_hat[block i] = centroids[codes[i]]     (arXiv 2004.07320, equation 3)."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..scalar import Affine, fake_quantize, fit_affine
+from ..weights import Weight
+from .quantized import QuantizedWeight, dense_weight, swap_in
+
+CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE = "codes", "centroids", "centroid_bits", "file_affine"
+
+
+class _Lookup(torch.autograd.Function):
+    """centroids[codes], with the gradient of a centroid averaged over the blocks that use it.
+
+    The sum that autograd would give grows with a cluster's size, so that one learning rate cannot fit all clusters
+    (kill-the-bits averages too, arXiv 1907.05686 section 3.4).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, centroids: Tensor, seen: Tensor, codes: Tensor) -> Tensor:
+        """`seen` is what the lookup reads: the centroids, or what their 8-bit codes make of them."""
+        ctx.save_for_backward(codes)
+        ctx.n_centroids = centroids.shape[0]
+        return seen.index_select(0, codes)  # (n, d)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (codes,) = ctx.saved_tensors
+        gradient = gradients[0].float()  # sums over thousands of blocks overflow or drown in half precision
+        total = gradient.new_zeros(ctx.n_centroids, gradient.shape[1]).index_add_(0, codes, gradient)  # (K, d)
+        count = torch.bincount(codes, minlength=ctx.n_centroids).clamp_(min=1).unsqueeze(1)  # (K, 1)
+        return (total / count).to(gradients[0].dtype), None, None
+
+
+def pq_bytes(n_blocks: int, block_size: int, n_centroids: int, centroid_bits: int = 16) -> float:
+    """Codes and centroids of one weight by the paper's accounting: log2 K bits a code, fp16 or int8 centroids."""
+    return n_blocks * math.log2(max(n_centroids, 1)) / 8 + n_centroids * block_size * centroid_bits / 8
+
+
+class PQWeight(QuantizedWeight):
+    """A product-quantized weight.
+
+    Args:
+        codes: (rows, blocks a row) uint8, each below K.
+        centroids: (K, d).
+        shape: of the dense weight.
+        centroid_bits: 16 for fp16 centroids, 8 for int8 ones.
+        affine: (2, 1), scale and zero point of the int8 centroids of a file, which `centroids` has been decoded from.
+    """
+
+    scheme = "pq"
+
+    def __init__(
+        self,
+        codes: Tensor,
+        centroids: Tensor,
+        shape: tuple[int, ...],
+        centroid_bits: int = 16,
+        affine: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer(FILE_AFFINE, affine)
+        self.register_buffer(CODES, codes)
+        self.centroids = nn.Parameter(centroids)
+        if centroid_bits != 16:  # so that checkpoints with fp16 centroids hold codes and centroids alone
+            self.register_buffer(CENTROID_BITS, torch.tensor(centroid_bits, dtype=torch.uint8))
+        self.bits = centroid_bits
+        self.shape = torch.Size(shape)
+
+    codes: Tensor
+    file_affine: Tensor | None
+
+    @property
+    def block_size(self) -> int:
+        """d."""
+        return self.centroids.shape[1]
+
+    @property
+    def n_centroids(self) -> int:
+        """K."""
+        return self.centroids.shape[0]
+
+    def affine(self) -> Affine:
+        """The codes of the centroids, when they are stored in 8 bits: one range for the codebook.
+
+        The file's own while the centroids are as they came from it: a range found again could differ in its last digit.
+        """
+        if self.file_affine is not None:
+            affine = Affine.of_tensor(self.file_affine, self.bits)
+            if torch.equal(fake_quantize(self.centroids, affine), self.centroids):
+                return affine
+        return fit_affine("centroids", self.centroids, self.bits, "tensor")
+
+    def stored_centroids(self) -> Tensor:
+        """The centroids as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""
+        if self.bits == 16:
+            return self.centroids.half().to(self.centroids.dtype)
+        return fake_quantize(self.centroids, self.affine())
+
+    def decode(self) -> Tensor:
+        """The dense weight; in eval mode from the centroids as the file holds them, so that scores agree.
+
+        In training, 8-bit centroids are seen rounded too, with straight-through gradients.
+        """
+        codes = self.codes.flatten().long()
+        if self.training:
+            seen = self.centroids.detach() if self.bits == 16 else self.stored_centroids()
+            return _Lookup.apply(self.centroids, seen, codes).view(self.shape)
+        return self.stored_centroids().index_select(0, codes).view(self.shape)
+
+    def facts(self) -> dict[str, Any]:
+        """d, K and the bits of a centroid's numbers."""
+        return {"block_size": self.block_size, "n_centroids": self.n_centroids, "centroid_bits": self.bits}
+
+    def parts(self) -> dict[str, Tensor]:
+        """Codes, centroids in fp16 or uint8, and the scale and zero point of the latter."""
+        if self.bits == 16:
+            return {CODES: self.codes, CENTROIDS: self.centroids.half()}
+        affine = self.affine()
+        return {CODES: self.codes, CENTROIDS: affine.codes(self.centroids), "affine": affine.to_tensor()}
+
+    @property
+    def paper_bytes(self) -> float:
+        """log2 K bits a code, fp16 or int8 centroids."""
+        return pq_bytes(self.codes.numel(), self.block_size, self.n_centroids, self.bits)
+
+    def extra_repr(self) -> str:
+        """Shape, block size and codebook size, for printing."""
+        return f"shape={tuple(self.shape)}, block_size={self.block_size}, n_centroids={self.n_centroids}"
+
+
+def quantize_weight_(weight: Weight, codes: Tensor, centroids: Tensor, centroid_bits: int = 16) -> PQWeight:
+    """Put codes and centroids in the place of a stored weight, for its owner and every alias; returns the new weight.
+
+    Args:
+        weight: a weight of the model, not quantized yet.
+        codes: (rows, blocks a row) uint8.
+        centroids: (K, d), taken in the dtype of the stored weight.
+        centroid_bits: 16 (fp16) or 8 (int8).
+    """
+    stored = dense_weight(weight)
+    quantized = PQWeight(codes.to(stored.device), centroids.to(stored), tuple(stored.shape), centroid_bits)
+    swap_in(weight, quantized)
+    return quantized

@@ -1,0 +1,205 @@
+"""A weight in N-bit codes (arXiv 2004.07320, equation 2): while it is trained, and as a file holds it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..noise.psi import StraightThrough
+from ..scalar import RANGES, Affine, fake_quantize, fit_affine
+from ..weights import Weight
+from .quantized import QuantizedWeight, dense_weight, swap_in
+
+LATENT, SPEC, AFFINE, CODES = "latent", "scalar", "affine", "codes"
+HISTOGRAM_REFRESH = 100  # training forwards between two searches for a histogram's range
+
+
+def int_bytes(numbers: int, bits: int) -> float:
+    """N bits a number; the scales apart, as the paper counts."""
+    return numbers * bits / 8
+
+
+class LatentIntWeight(QuantizedWeight):
+    """A dense weight that is seen through its N-bit codes, with straight-through gradients to the dense one.
+
+    A checkpoint holds the dense weight under its own name, `….fc1.weight`, and `….fc1.weight.scalar`: N and the range.
+    In eval mode the range is that of the weight as it is; in training min and max too, and a histogram's is searched
+    for again every HISTOGRAM_REFRESH forwards.
+
+    Args:
+        latent: the stored Parameter, which keeps its place in the optimizer.
+        bits: N.
+        range_: tensor, channel or histogram.
+        name: of the module, for messages.
+    """
+
+    def __init__(self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight") -> None:
+        super().__init__()
+        self.name = name
+        self.latent = latent
+        self.bits, self.range = bits, range_
+        on = latent.device
+        self.register_buffer(SPEC, torch.tensor([bits, RANGES.index(range_)], dtype=torch.uint8, device=on))
+        self.register_buffer(AFFINE, torch.zeros(2, self.channels, device=on))  # of the last search, in training
+        self.register_buffer("age", torch.zeros((), dtype=torch.long, device=on))  # training forwards
+        self._fitted: tuple[tuple[int, int], Affine] | None = None
+
+    affine: Tensor
+    age: Tensor
+
+    @property
+    def scheme(self) -> str:  # type: ignore[override]
+        """intN."""
+        return f"int{self.bits}"
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Of the weight."""
+        return self.latent.shape
+
+    @property
+    def channels(self) -> int:
+        """How many scales there are."""
+        return self.latent.shape[0] if self.range == "channel" else 1
+
+    def fit(self) -> Affine:
+        """The codes of the weight as it is."""
+        version = (self.latent.data_ptr(), self.latent._version)
+        if self._fitted is None or self._fitted[0] != version:
+            self._fitted = (version, fit_affine(self.name, self.latent, self.bits, self.range))
+        return self._fitted[1]
+
+    def decode(self) -> Tensor:
+        """The weight as its codes give it back."""
+        if not self.training:
+            return fake_quantize(self.latent, self.fit())
+        return StraightThrough.apply(self.latent, fake_quantize(self.latent, self._in_training()))
+
+    def _in_training(self) -> Affine:
+        if self.range != "histogram":
+            return fit_affine(self.name, self.latent, self.bits, self.range)
+        if torch._C._current_graph_task_id() == -1:  # not a layer that runs again in backward
+            if int(self.age) % HISTOGRAM_REFRESH == 0:
+                self.affine.copy_(fit_affine(self.name, self.latent, self.bits, self.range).to_tensor())
+            self.age += 1
+        return Affine.of_tensor(self.affine, self.bits)
+
+    def facts(self) -> dict[str, Any]:
+        """How many scales there are."""
+        return {"channels": self.channels}
+
+    def parts(self) -> dict[str, Tensor]:
+        """Codes (a byte each), scales and zero points."""
+        affine = self.fit()
+        return {CODES: affine.codes(self.latent.detach()), AFFINE: affine.to_tensor()}
+
+    @property
+    def paper_bytes(self) -> float:
+        """N bits a number."""
+        return int_bytes(self.latent.numel(), self.bits)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LatentIntWeight":
+        affine = self.affine
+        super()._apply(fn, recurse)
+        self.affine = affine.to(self.affine.device)  # scales stay in float32
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix[:-1]] = destination.pop(prefix + LATENT)  # under the dense weight's own name
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        missing: list[str] = lists[0]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        missing[:] = [name for name in missing if name not in (prefix + SPEC, prefix + AFFINE, prefix + "age")]
+        self._fitted = None
+
+    def extra_repr(self) -> str:
+        """Shape, bits and range, for printing."""
+        return f"shape={tuple(self.shape)}, bits={self.bits}, range={self.range}"
+
+
+class IntWeight(QuantizedWeight):
+    """A weight in N-bit codes that is not trained any more.
+
+    Args:
+        codes: uint8, of the weight's shape.
+        affine: (2, 1) or (2, C): scales and zero points (`Affine.to_tensor`), float32.
+        bits: N.
+        dtype: of the decoded weight; it follows `.half()` and `.to(dtype)`, the scales do not.
+    """
+
+    def __init__(self, codes: Tensor, affine: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.bits = bits
+        self.register_buffer(CODES, codes)
+        self.register_buffer(AFFINE, affine)
+        self.register_buffer(SPEC, torch.tensor([bits, 0], dtype=torch.uint8, device=codes.device))
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=codes.device), persistent=False)
+
+    codes: Tensor
+    affine: Tensor
+    like: Tensor
+
+    @property
+    def scheme(self) -> str:  # type: ignore[override]
+        """intN."""
+        return f"int{self.bits}"
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Of the weight."""
+        return self.codes.shape
+
+    def decode(self) -> Tensor:
+        """(q - z) * s."""
+        return Affine.of_tensor(self.affine, self.bits).decode(self.codes).to(self.like.dtype)
+
+    def facts(self) -> dict[str, Any]:
+        """How many scales there are."""
+        return {"channels": self.affine.shape[1]}
+
+    def parts(self) -> dict[str, Tensor]:
+        """Codes (a byte each), scales and zero points."""
+        return {CODES: self.codes, AFFINE: self.affine}
+
+    @property
+    def paper_bytes(self) -> float:
+        """N bits a number."""
+        return int_bytes(self.codes.numel(), self.bits)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "IntWeight":
+        affine = self.affine
+        super()._apply(fn, recurse)
+        self.affine = affine.to(self.affine.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and bits, for printing."""
+        return f"shape={tuple(self.shape)}, bits={self.bits}"
+
+
+def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> LatentIntWeight:
+    """Make a stored weight one that is seen in N-bit codes, for its owner and every alias; returns the new weight.
+
+    Args:
+        weight: a weight of the model, not quantized yet.
+        bits: N.
+        range_: tensor, channel or histogram.
+        noise: keep the noise on it: training then sees the noise's share of codes, evaluation all of them.
+    """
+    quantized = LatentIntWeight(dense_weight(weight), bits, range_, weight.name)
+    kept = [module.__dict__.get("_weight_noise") for _, module in weight.holders]
+    swap_in(weight, quantized)
+    if noise:
+        for (_, module), its in zip(weight.holders, kept, strict=True):
+            if its is not None:
+                module._weight_noise = its
+    return quantized
+
+
+def spec_of(parts: Mapping[str, Tensor]) -> tuple[int, str]:
+    """(N, range) of the entry `scalar` of a state."""
+    bits, index = parts[SPEC].tolist()
+    return bits, RANGES[index]

@@ -1,0 +1,187 @@
+"""Does the noise do what it should? Two measurements on a model with noise.
+
+    distortion   || psi(W) - W || / || W ||  of the weights, and || y(psi(W)) - y(W) || / || y(W) ||  of the outputs of
+                 the layers on the same input, by kind of layer, in one training forward
+    target       the model as it would be if its weights were quantized now, without fine-tuning
+
+Norms are Frobenius norms over all layers of a kind. A kind is the last part of a module's name that is no number
+(`fc1`); projections go under their module's (`self_attn`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import as_blocks
+from ..plan import NoiseRule
+from ..weights import Weight, find_weights
+from .attach import WeightNoise, noise_of
+from .distortions import make_distortion
+
+
+@dataclass
+class Distortion:
+    """Sums of squares for one kind of layer."""
+
+    weight: list[float]  # of psi(W) - W, of W
+    output: list[float]  # of y(psi(W)) - y(W), of y(W)
+
+    @property
+    def of_weight(self) -> float | None:
+        """Relative; None for weights that are all zero."""
+        return _relative(self.weight)
+
+    @property
+    def of_output(self) -> float | None:
+        """Relative; None where no output was seen."""
+        return _relative(self.output)
+
+
+def _relative(sums: list[float]) -> float | None:
+    return (sums[0] / sums[1]) ** 0.5 if sums[1] > 0 else None
+
+
+def kind_of(name: str) -> str:
+    """The kind of layer of the module `name`: decoder.layers.0.fc1 -> fc1, ….self_attn.q_proj -> self_attn."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    if len(parts) > 1 and parts[-1].endswith("_proj"):
+        parts.pop()
+    return parts[-1] if parts else "model"
+
+
+class Probe:
+    """Measures the next training forward of `model`, once, then hands {kind: Distortion} to `report` and is gone.
+
+    Layers are run twice more, on their own input and the same random numbers, so that the forward itself, its gradient
+    and the random state stay what they would have been. A layer whose weights are read without calling the modules that
+    hold them (fairseq's attention) is measured as a whole.
+    """
+
+    def __init__(self, model: nn.Module, report: Callable[[dict[str, Distortion]], None]) -> None:
+        self.draw = noise_of(model)
+        self.report = report
+        self.found: dict[str, Distortion] = {}
+        self.called: set[nn.Module] = set()
+        self.busy = False
+        self.handles: list[Any] = []
+        if self.draw is None:
+            return
+        self.holders = {m: name for name, m in model.named_modules() if "_weight_noise" in m.__dict__}
+        parents = {model.get_submodule(name.rpartition(".")[0]): name for name in self.holders.values()}
+        self.parents = {m: name.rpartition(".")[0] for m, name in parents.items() if m is not model}
+        self.handles.append(model.register_forward_pre_hook(self._weights))
+        for module in {**self.holders, **self.parents}:
+            self.handles.append(module.register_forward_hook(self._outputs, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(self._end, always_call=True))
+
+    def _of(self, name: str) -> Distortion:
+        return self.found.setdefault(kind_of(name), Distortion([0.0, 0.0], [0.0, 0.0]))
+
+    @torch.no_grad()
+    def _weights(self, model: nn.Module, inputs: Any) -> None:
+        """The draw has been made, the layers have not run yet."""
+        done: set[WeightNoise] = set()
+        for module, name in self.holders.items():
+            noise: WeightNoise = module.__dict__["_weight_noise"]
+            if noise not in done and module.training:
+                done.add(noise)
+                stored = _latent(module)
+                _add(self._of(name).weight, noise(module, stored), stored)
+
+    def _outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.busy or not module.training:
+            return
+        self.called.add(module)
+        name = self.holders.get(module)
+        if name is None:
+            inside = [child for child in module.children() if child in self.holders]
+            if all(child in self.called for child in inside):
+                return
+            name = self.parents[module]
+        self.busy = True
+        try:
+            with torch.no_grad():
+                noised, clean = self._run(module, args, kwargs, False), self._run(module, args, kwargs, True)
+        finally:
+            self.busy = False
+        if noised is not None and clean is not None:
+            _add(self._of(name).output, noised, clean)
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any, muted: bool) -> Tensor | None:
+        assert self.draw is not None
+        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+        with torch.random.fork_rng(devices):
+            self.draw.muted = muted
+            try:
+                output = module.forward(*args, **kwargs)
+            finally:
+                self.draw.muted = False
+        first = output[0] if isinstance(output, tuple | list) else output
+        return first if isinstance(first, Tensor) and first.is_floating_point() else None
+
+    def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        if model.training and self.found:
+            self.report(self.found)
+
+
+def _latent(module: nn.Module) -> Tensor:
+    """The numbers that the noise distorts."""
+    parameter = module._parameters.get("weight")
+    return module._modules["weight"].latent if parameter is None else parameter  # type: ignore[union-attr, return-value]
+
+
+def _add(sums: list[float], seen: Tensor, clean: Tensor) -> None:
+    sums[0] += float((seen.float() - clean.float()).square().sum(dtype=torch.float64))
+    sums[1] += float(clean.float().square().sum(dtype=torch.float64))
+
+
+def target_rules(model: nn.Module) -> dict[str, NoiseRule]:
+    """What the noise of each weight prepares it for: its rule, in which pq stands for proxy and mean; by name.
+
+    Of several rules the last one counts.
+    """
+    draw = noise_of(model)
+    rules = {name: noise.rules[-1].rule for name, noise in draw.weights.items()} if draw is not None else {}
+    return {name: replace(rule, kind=tuple(_scheme(k) for k in rule.kinds), p=1.0) for name, rule in rules.items()}
+
+
+def _scheme(kind: str) -> str:
+    return "pq" if kind in ("proxy", "mean") else kind
+
+
+@torch.no_grad()
+def quantized_values(model: nn.Module, rules: Mapping[str, NoiseRule]) -> list[tuple[nn.Parameter, Tensor]]:
+    """The dense weights that `rules` name, each with its value after quantization by the rule's kinds."""
+    return [(stored, _quantized(weight, stored, rules[weight.name])) for weight, stored in _dense(model, rules)]
+
+
+def _dense(model: nn.Module, rules: Mapping[str, NoiseRule]) -> Iterator[tuple[Weight, nn.Parameter]]:
+    for weight in find_weights(model):
+        if weight.name in rules and isinstance(weight.stored, nn.Parameter):
+            yield weight, weight.stored
+
+
+def _quantized(weight: Weight, stored: Tensor, rule: NoiseRule) -> Tensor:
+    phi = make_distortion(weight.name, rule, stored.shape[0])
+    blocks = as_blocks(stored, rule.d)
+    phi.fit(blocks)
+    return phi(blocks, None).reshape(stored.shape).contiguous()
+
+
+@contextmanager
+def swapped(values: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """The parameters have the other values inside."""
+    kept = [parameter.data for parameter, _ in values]
+    try:
+        for parameter, value in values:
+            parameter.data = value
+        yield
+    finally:
+        for (parameter, _), before in zip(values, kept, strict=True):
+            parameter.data = before

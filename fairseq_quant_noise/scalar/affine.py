@@ -1,0 +1,81 @@
+"""Affine codes of N bits: phi_intN of the paper (arXiv 2004.07320, equation 2, in its standard form).
+
+    s = (max W - min W) / (2^N - 1),   z = round(-min W / s)
+    q = clamp(round(w / s) + z, 0, 2^N - 1),   phi(w) = (q - z) * s
+
+with ties rounded to even. `fake_quantize` is torch's own operator, and `codes` and `decode` agree with it bit for bit.
+All is computed in float32, whatever the weight's dtype.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: The bit widths N that have a scheme `intN`.
+BITS = range(2, 9)
+_SMALLEST_SCALE = 2.0**-100  # its inverse, and products with the codes, stay in float32's normal range
+
+
+@dataclass(frozen=True)
+class Affine:
+    """How numbers become codes: of a whole tensor, or of each slice along its first dimension (output channel)."""
+
+    scale: Tensor  # s: (1,) for a tensor, (C,) for C channels; float32
+    zero_point: Tensor  # z: as `scale`; int32, in 0 .. 2^N - 1
+    bits: int  # N
+
+    @classmethod
+    def of_range(cls, low: Tensor, high: Tensor, bits: int) -> "Affine":
+        """The codes for numbers between `low` and `high`, (1,) or (C,); the range is widened to hold 0, which is exact.
+
+        A range that is empty (all zeros) gets scale 1.
+        """
+        low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+        steps = 2**bits - 1
+        scale = high / steps - low / steps  # not (high - low), which overflows for the largest floats
+        scale = torch.where(scale > 0, scale.clamp(min=_SMALLEST_SCALE), torch.ones_like(scale))
+        zero_point = (-low / scale).round().clamp(0, steps).int()
+        return cls(scale, zero_point, bits)
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether each channel has its own scale."""
+        return self.scale.numel() > 1
+
+    def to_tensor(self) -> Tensor:
+        """(2, 1) or (2, C), float32: scales, then zero points, which float32 holds exactly."""
+        return torch.stack([self.scale, self.zero_point.float()])
+
+    @classmethod
+    def of_tensor(cls, both: Tensor, bits: int) -> "Affine":
+        """What `to_tensor` gave."""
+        return cls(both[0], both[1].int(), bits)
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """q, uint8, of the shape of `weight`."""
+        scale, zero_point = self._spread(weight.dim())
+        rounded = (weight.float() * (1 / scale)).round_() + zero_point
+        return rounded.clamp_(0, 2**self.bits - 1).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(q - z) * s, float32, of the shape of `codes`."""
+        scale, zero_point = self._spread(codes.dim())
+        return (codes.float() - zero_point) * scale
+
+    def _spread(self, dims: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, ready to broadcast over a tensor of `dims` dimensions."""
+        shape = (-1, *[1] * (dims - 1))
+        return self.scale.view(shape), self.zero_point.float().view(shape)
+
+
+def fake_quantize(weight: Tensor, affine: Affine) -> Tensor:
+    """phi_intN(weight), of the shape and dtype of `weight`; without a gradient."""
+    top = 2**affine.bits - 1
+    with torch.no_grad():
+        full = weight.detach().float()
+        if affine.per_channel:
+            seen = torch.fake_quantize_per_channel_affine(full, affine.scale, affine.zero_point, 0, 0, top)
+        else:
+            seen = torch.fake_quantize_per_tensor_affine(full, affine.scale, affine.zero_point, 0, top)
+        return seen.to(weight.dtype)

@@ -1,0 +1,68 @@
+"""The range [low, high] that affine codes span: of the whole tensor, of each output channel, or found on a histogram.
+
+    tensor      min and max of all numbers
+    channel     min and max of each slice along the first dimension (a Linear's or Conv2d's output, an Embedding's word)
+    histogram   of the whole tensor, clipped where the squared error of the codes, read off a histogram, is least
+
+Ranges of one number (1,), or of one a channel (C,).
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .affine import Affine
+
+RANGES = ("tensor", "channel", "histogram")
+BINS = 2048
+_SHRINK = 64  # clips tried for each end
+_ROUNDS = 2  # over both ends
+
+
+def fit_affine(name: str, weight: Tensor, bits: int, range_: str) -> Affine:
+    """The affine codes of `bits` bits for `weight`, by a range of the kind `range_`.
+
+    Args:
+        name: the weight's name, for messages.
+        weight: of two dimensions or more; channels lie along the first.
+    Raises:
+        UserError: the weight holds NaN or infinity.
+    """
+    weight = weight.detach()
+    rows = weight.reshape(weight.shape[0], -1) if range_ == "channel" else weight.reshape(1, -1)
+    low, high = rows.aminmax(dim=1)
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise UserError(f"{name}: the weight holds NaN or infinity; use a checkpoint from before it diverged")
+    if range_ == "histogram":
+        low, high = histogram_range(weight, bits)
+    return Affine.of_range(low, high, bits)
+
+
+def histogram_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The clipped range (low, high), each (1,), of least squared error on a histogram of `values`.
+
+    Both ends are moved towards 0 together, over _SHRINK fractions of their distance; then each in turn, from its
+    extreme, the other one held.
+    """
+    values = values.detach().float().reshape(-1)
+    least, most = values.aminmax()
+    least, most = least.reshape(1).clamp(max=0), most.reshape(1).clamp(min=0)
+    if not bool(most > least):
+        return least, most
+    counts = torch.histc(values, BINS, least.item(), most.item())  # (BINS,)
+    centers = least + (most - least) * (torch.arange(BINS, device=values.device) + 0.5) / BINS  # (BINS,)
+    fractions = torch.linspace(1, 1 / _SHRINK, _SHRINK, device=values.device)  # (F,)
+    low, high = _best(least * fractions, most * fractions, centers, counts, bits)
+    for _ in range(_ROUNDS):
+        low = _best(least * fractions, high.expand(_SHRINK), centers, counts, bits)[0]
+        high = _best(low.expand(_SHRINK), most * fractions, centers, counts, bits)[1]
+    return low, high
+
+
+def _best(lows: Tensor, highs: Tensor, centers: Tensor, counts: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Of the ranges (F,) the one, (1,) and (1,), with the least error over the histogram."""
+    affine = Affine.of_range(lows, highs, bits)
+    points = centers.expand(len(lows), -1)  # (F, BINS): a channel for each range
+    error = (affine.decode(affine.codes(points)) - points).square_() @ counts  # (F,)
+    best = error.argmin()
+    return lows[best].reshape(1), highs[best].reshape(1)

@@ -1,0 +1,90 @@
+"""What fairseq's Trainer must tell the noise, what its checkpoints must keep of it, and when it is measured.
+
+The noise goes by updates, which fairseq tells the model itself, and by epochs, which it does not. Codebooks and ranges
+that were found at an earlier update are in the checkpoint, so that a resumed run makes the noise it would have made.
+"""
+
+from typing import Any
+
+import fairseq.trainer
+
+from .layers import QuantizedWeight
+from .monitor import Gap
+from .noise import noise_of
+
+STATE_KEY = "quant_noise"  # in a checkpoint's extra_state
+
+_Trainer = fairseq.trainer.Trainer
+_begin_epoch, _save_checkpoint, _load_checkpoint = (
+    _Trainer.begin_epoch,
+    _Trainer.save_checkpoint,
+    _Trainer.load_checkpoint,
+)
+_catalog_shared_params = fairseq.trainer._catalog_shared_params
+_begin_valid_epoch, _valid_step = _Trainer.begin_valid_epoch, _Trainer.valid_step
+
+
+def begin_epoch(trainer: Any, epoch: int) -> Any:
+    """Trainer.begin_epoch, and the noise's."""
+    result = _begin_epoch(trainer, epoch)
+    noise = noise_of(trainer.get_model())
+    if noise is not None:
+        noise.epoch = epoch
+    return result
+
+
+def begin_valid_epoch(trainer: Any, epoch: int) -> Any:
+    """Trainer.begin_valid_epoch; the gap is measured anew."""
+    options = getattr(trainer.get_model(), "quant_noise_options", {})
+    trainer.quant_noise_gap = Gap(trainer, options.get("quant_noise_gap_batches", 0))
+    return _begin_valid_epoch(trainer, epoch)
+
+
+def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
+    """Trainer.valid_step, and the gap on the same batch."""
+    result = _valid_step(trainer, sample, raise_oom)
+    gap = trainer.__dict__.get("quant_noise_gap")
+    if gap is not None:
+        gap.step(sample)
+    return result
+
+
+def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
+    """Trainer.save_checkpoint, with the noise's state in `extra_state`."""
+    noise = noise_of(trainer.get_model())
+    if noise is not None:
+        extra_state = {**extra_state, STATE_KEY: noise.state_dict()}
+    return _save_checkpoint(trainer, filename, extra_state)
+
+
+def load_checkpoint(trainer: Any, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
+    """Trainer.load_checkpoint; a run that goes on takes the noise's state, one that starts anew does not."""
+    extra_state = _load_checkpoint(trainer, filename, reset_optimizer, *args, **kwargs)
+    noise = noise_of(trainer.get_model())
+    if noise is not None and extra_state is not None and STATE_KEY in extra_state and not reset_optimizer:
+        noise.load_state_dict(extra_state[STATE_KEY])
+    return extra_state
+
+
+def catalog_shared_params(module: Any, *args: Any) -> Any:
+    """fairseq's list of tied parameters, for the Trainer to tie again, without those of quantized weights.
+
+    Their holders share the whole quantized weight, which stays shared; and its parts cannot be set from outside.
+    """
+    shared = _catalog_shared_params(module, *args)
+    if args:  # a call within the recursion
+        return shared
+    inside = {
+        f"{name}." for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, QuantizedWeight)
+    }
+    return [paths for paths in shared if not paths[0].startswith(tuple(inside))] if inside else shared
+
+
+def install() -> None:
+    """Put these methods in the Trainer's place."""
+    fairseq.trainer._catalog_shared_params = catalog_shared_params
+    _Trainer.begin_epoch = begin_epoch
+    _Trainer.begin_valid_epoch = begin_valid_epoch
+    _Trainer.valid_step = valid_step
+    _Trainer.save_checkpoint = save_checkpoint
+    _Trainer.load_checkpoint = load_checkpoint
