@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .errors import UserError
-from .layers import calibrating, input_quantizers
+from .layers import adopt_quantized, calibrating, input_quantizers
 
 SUBSET = "train"
 SENTENCES = 8  # of a batch
@@ -38,8 +38,9 @@ def _calibrate(model: nn.Module, path: str, data: str, batches: int) -> None:
 
     register()
     models, cfg, task = fairseq.checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": data})
-    theirs = models[0]
-    theirs.load_state_dict(model.state_dict(), strict=True, model_cfg=cfg.model)
+    theirs, state = models[0], model.state_dict()
+    adopt_quantized(theirs, state)  # a stock checkpoint builds fairseq's own model, which does not do it itself
+    theirs.load_state_dict(state, strict=True, model_cfg=cfg.model)
     criterion = task.build_criterion(cfg.criterion)
     with calibrating(theirs):
         for sample in _samples(task, data, batches):

@@ -40,7 +40,8 @@ def quantize_(
     Returns:
         The same model.
     Raises:
-        UserError: the plan does not fit the model; the model is then unchanged.
+        UserError: the plan does not fit the model, which is then unchanged; or the calibration inputs do not reach all
+            of it, which is quantized by then.
     """
     plan = Plan.of(plan)
     if not plan.stages:

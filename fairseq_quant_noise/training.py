@@ -120,7 +120,9 @@ class StageController:
         return {"plan": self.plan.to_dict(), "done": self.done, "origin": self.origin, "starts": self.starts}
 
     def _save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
-        return self._save(filename, {**extra_state, STATE_KEY: self.state_dict()})
+        if self.plan.stages:
+            extra_state = {**extra_state, STATE_KEY: self.state_dict()}
+        return self._save(filename, extra_state)
 
     def _load_checkpoint(self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
         self.loading = True  # the Trainer reports the checkpoint's update before the state below is read
@@ -129,7 +131,7 @@ class StageController:
         finally:
             self.loading = False
         state = (extra_state or {}).get(STATE_KEY)
-        if state is not None:
+        if state is not None and state["plan"]["stages"]:  # else a plan of noise alone trained it
             with exits_on_user_error():
                 self._resume(filename, state, reset_optimizer)
         return extra_state

@@ -61,3 +61,63 @@ step() {
   printf '%s' "$line" >"$stamp.part" && mv "$stamp.part" "$stamp"
   say "[done] $name ($(minutes $((SECONDS - began))))"
 }
+
+# lock DIR: trainings outlive a shell that was killed hard (kill -9). They hold this lock, and the next run waits for
+# them.
+lock() {
+  exec 8>"$1/.lock"
+  if command -v flock >/dev/null && ! flock -n 8; then
+    say "waiting for an earlier run in $1 that is still going on"
+    flock 8
+  fi
+}
+
+# progress NAME LOG: one line with the last figures in the log of fairseq-train, nothing while there are none.
+progress() {
+  tail -n 50 "$2" 2>/dev/null | grep -oE '(loss=|ppl=|num_updates=)[0-9.]+' | tail -n 3 | tr '\n' ' ' |
+    sed "s|^|    $1: |;s| \$|\n|" || true # nothing logged yet
+}
+
+# The small language model of quickstart.sh and table1.sh. They set DATA, UPDATES, IPQ_UPDATES and SEED.
+PLUGIN="$REPO/fairseq_quant_noise"
+
+# lm_flags: sets LM_FLAGS, which dense trainings and fine-tunings have in common. --required-batch-size-multiple 1:
+# otherwise fairseq's validation leaves out the sentences that do not fill a multiple of 8, and disagrees with
+# fairseq-eval-lm.
+lm_flags() {
+  LM_FLAGS=(
+    "$DATA" --user-dir "$PLUGIN" --task language_modeling --arch quant_noise_transformer_lm_small
+    --tokens-per-sample 128 --max-tokens 1024 --required-batch-size-multiple 1
+    --optimizer adam --adam-betas "(0.9, 0.98)" --clip-norm 1.0 --lr-scheduler cosine
+    --seed "$SEED" --num-workers 0 --no-progress-bar --log-interval 50 --log-format simple
+  )
+  if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then LM_FLAGS+=(--cpu); fi
+}
+
+# lm_train DIR NOISE_FLAGS...: a dense model in DIR. Killed, it goes on from its last checkpoint.
+lm_train() {
+  local dir="$1"
+  shift
+  fairseq-train "${LM_FLAGS[@]}" --criterion cross_entropy "$@" \
+    --lr 2e-3 --warmup-updates 200 --warmup-init-lr 1e-7 \
+    --lr-period-updates $((UPDATES - 200)) --max-update "$UPDATES" \
+    --save-interval-updates 500 --keep-interval-updates 1 --no-epoch-checkpoints --save-dir "$dir"
+}
+
+# lm_ipq DENSE PLAN DIR FLAGS...: iPQ of the best model in DENSE. Each stage of the plan quantizes its weights by
+# k-means and fine-tunes what there is so far.
+lm_ipq() {
+  local dense="$1" plan="$2" dir="$3"
+  shift 3
+  fairseq-train "${LM_FLAGS[@]}" --criterion ipq --ipq-criterion cross_entropy "$@" \
+    --quantization-config-path "$plan" --finetune-from-model "$dense/checkpoint_best.pt" \
+    --lr 1e-3 --lr-period-updates "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
+    --save-interval-updates 50 --keep-interval-updates 1 --no-epoch-checkpoints --save-dir "$dir"
+}
+
+# lm_evaluate MODEL LOG: perplexity on the test split with fairseq's own program.
+lm_evaluate() {
+  fairseq-eval-lm "$DATA" --user-dir "$PLUGIN" --path "$1" --gen-subset test --tokens-per-sample 128 \
+    --max-tokens 2048 --num-workers 0 --no-progress-bar --cpu >"$2.part" 2>&1 || { tail -n 5 "$2.part" >&2; return 1; }
+  mv "$2.part" "$2"
+}

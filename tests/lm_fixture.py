@@ -345,6 +345,17 @@ def state_of(path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=False)
 
 
+def same(one, other):
+    """Whether two nests of tensors and numbers are the same, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
 def old_style(state: dict) -> dict:
     """A checkpoint as fairseq wrote it before Hydra: `args`, a Namespace, instead of `cfg`."""
     cfg = state["cfg"]

@@ -1,5 +1,6 @@
 """The package in four functions, for any nn.Module."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from toys import TOKENS, WITHOUT_FAIRSEQ, ZOO_PLAN, hits, quiet, refuses, zoo
+from toys import INT_PLANS, TOKENS, WITHOUT_FAIRSEQ, ZOO_PLAN, hits, quiet, refuses, zoo
 
 from fairseq_quant_noise import Plan, attach_noise, detach_noise, load, quantize_, save
 from fairseq_quant_noise.artifact import pack, read
@@ -108,6 +109,47 @@ def test_a_language_model_loads_without_a_network(place):
     assert torch.equal(loaded(TOKENS), model(TOKENS))
 
 
+@pytest.mark.parametrize("name", ["int8", "int4 by channel", "int3 by histogram", "mixed"])
+def test_codes_of_n_bits_go_through_the_file_unchanged(place, name):
+    model = quantize_(zoo(), INT_PLANS[name], progress=quiet).eval()
+    save(model, place, INT_PLANS[name])
+    loaded = load(place, into=zoo(1))
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+    assert loaded.out._modules["weight"] is loaded.emb._modules["weight"]
+    save(loaded, place.with_name("again"), INT_PLANS[name])
+    assert place.with_name("again").read_bytes() == place.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plan", [ZOO_PLAN, INT_PLANS["int8"]], ids=["pq", "int8"])
+def test_a_half_model_goes_through_the_file_into_a_half_network(place, plan, dtype):
+    model = quantize_(zoo().to(dtype), plan, progress=quiet).eval()
+    save(model, place)
+    loaded = load(place, into=zoo(1).to(dtype))
+    assert loaded.fc.weight.dtype == dtype
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+
+
+INT8_INPUTS = {"stages": [{"match": ".*", "scheme": "int8", "range": "channel"}], "activations": {}}
+
+
+def test_a_language_model_in_n_bits_with_rounded_inputs_loads_without_a_network(place):
+    torch.manual_seed(0)
+    lm = build("quant_noise_transformer_lm", LM, 40)
+    model = quantize_(lm, INT8_INPUTS, calibration=[TOKENS], progress=quiet).eval()
+    save(model, place, INT8_INPUTS, lm_config())
+    assert torch.equal(load(place)(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("plan", [LM_PLAN, INT8_INPUTS], ids=["pq", "int8"])
+def test_a_model_loaded_without_a_network_can_be_moved_and_copied(place, plan):
+    model = quantize_(build("quant_noise_transformer_lm", LM, 40), plan, calibration=[TOKENS], progress=quiet)
+    save(model, place, plan, lm_config())
+    loaded = load(place)
+    assert torch.equal(copy.deepcopy(loaded).to("cpu")(TOKENS), loaded(TOKENS))
+    assert loaded.to("cpu", torch.float64)(TOKENS).dtype == torch.float64
+
+
 def test_a_dense_model_goes_through_the_file_unchanged(place):
     save(zoo(), place)
     loaded = load(place, into=zoo(1))
@@ -160,17 +202,17 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("plan", [ZOO_PLAN, INT_PLANS["int8"], None], ids=["pq", "int8", "dense"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_network_that_does_not_fit_is_refused_in_one_line(place, name, quantize):
-    save(quantize_(zoo(), ZOO_PLAN, progress=quiet) if quantize else zoo(), place)
+def test_a_network_that_does_not_fit_is_refused_in_one_line(place, name, plan):
+    save(quantize_(zoo(), plan, progress=quiet) if plan else zoo(), place)
     with refuses("fit"):
-        load(place, into=OTHERS[name])
+        load(place, into=copy.deepcopy(OTHERS[name]))
 
 
 def test_a_network_of_another_kind_is_refused_with_the_cure(place):
-    save(zoo(), place, config=lm_config(architecture="quant_noise_roberta"))
-    with refuses("model 'quant_noise_roberta' is not implemented without fairseq"):
+    save(zoo(), place, config=lm_config(architecture="quant_noise_unknown"))
+    with refuses("model 'quant_noise_unknown' is not implemented without fairseq"):
         load(place)
 
 

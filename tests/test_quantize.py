@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from toys import TOKENS, ZOO_PLAN, Tied, noised, quiet, refuses, zoo
+from toys import INPUTS_PLAN, INT_PLANS, TOKENS, ZOO_PLAN, Tied, noised, quiet, refuses, zoo
 
-from fairseq_quant_noise.layers import quantized_weights
+from fairseq_quant_noise.layers import input_quantizers, quantized_weights
 from fairseq_quant_noise.noise import detach_noise
 from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.quantize import quantize_
@@ -118,7 +118,98 @@ def test_a_model_that_is_one_layer_can_be_quantized():
     assert set(model.state_dict()) == {"bias", "weight.codes", "weight.centroids"}
 
 
+# Other schemes
+
+
+@pytest.mark.parametrize("name", INT_PLANS)
+def test_every_scheme_computes_with_the_weights_that_it_decodes(name):
+    model, dense = quantized(plan=INT_PLANS[name]).eval(), zoo().eval()
+    for module in quantized_weights(model):
+        dense.get_submodule(module).weight.data.copy_(model.get_submodule(module).weight)
+    assert len(quantized_weights(model)) == 7
+    torch.testing.assert_close(model(TOKENS), dense(TOKENS))
+
+
+def test_each_weight_has_the_scheme_of_its_stage():
+    weights = quantized_weights(quantized(plan=INT_PLANS["mixed"]))
+    assert [weights[name].scheme for name in ("attn.q_proj", "emb", "fc")] == ["pq", "int8", "int4"]
+    assert weights["attn.q_proj"].bits == 8
+
+
+def test_progress_says_the_error_of_n_bits():
+    lines = []
+    quantize_(zoo(), one("fc", scheme="int4", range="channel"), progress=lines.append)
+    assert lines[0].startswith("[1/1] fc (8, 8) int4 range channel relative error 0.0")
+
+
+@pytest.mark.upstream(8)
+def test_a_tied_weight_in_n_bits_is_trained_once_for_both():
+    model = quantized(Tied(), one("emb", scheme="int8")).train()
+    assert len(list(model.parameters())) == 1
+    model(torch.tensor([[3]])).sum().backward()
+    assert model.emb._modules["weight"].latent.grad.any(1).all()
+
+
+def test_a_noised_model_in_n_bits_has_lost_its_noise():
+    model = quantized(noised(zoo(), block_size=1), INT_PLANS["int8"]).train()
+    assert torch.equal(model(TOKENS), model(TOKENS))
+
+
+# Activations
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [[TOKENS] * 2, [(TOKENS,)], iter([{"tokens": TOKENS}]), lambda model: model(TOKENS)],
+    ids=["tensors", "arguments", "keywords", "a function"],
+)
+def test_calibration_is_batches_or_a_function(calibration):
+    found = input_quantizers(quantized(plan=INPUTS_PLAN, calibration=calibration))
+    expected = input_quantizers(quantized(plan=INPUTS_PLAN, calibration=[TOKENS]))
+    assert list(found) == ["fc", "conv", "out"]
+    assert all(torch.equal(found[name].range, expected[name].range) for name in found)
+
+
+def test_as_many_batches_are_read_as_the_plan_says():
+    plan = INPUTS_PLAN | {"activations": {"calibration_batches": 3}}
+    batches = iter([TOKENS] * 5)
+    found = input_quantizers(quantized(plan=plan, calibration=batches))
+    assert len(list(batches)) == 2
+    assert int(found["fc"].seen) == 3
+
+
+def test_a_plan_with_activations_and_no_calibration_is_refused_before_any_work():
+    model = zoo()
+    with refuses("the plan quantizes activations, whose ranges need data; give calibration inputs"):
+        quantized(model, INPUTS_PLAN)
+    assert not quantized_weights(model)
+
+
+def test_a_calibration_that_misses_a_module_is_refused_by_name():
+    with refuses("^fc: no calibration input reached it"):
+        quantized(plan=INPUTS_PLAN, calibration=[])
+
+
 # Mistakes
+
+
+@pytest.mark.parametrize("name", INT_PLANS)
+def test_quantizing_twice_in_any_scheme_is_refused(name):
+    model = quantized(plan=INT_PLANS[name])
+    state = {key: t.clone() for key, t in model.state_dict().items()}
+    with refuses("is quantized already; start from a dense model"):
+        quantized(model)
+    assert same(model.state_dict(), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", INT_PLANS)
+def test_a_weight_that_diverged_is_refused_by_name_before_any_is_changed(name, value):
+    model = zoo()
+    model.conv.weight.data[0, 0, 0, 0] = value
+    with refuses("^conv: .*NaN or infinity"):
+        quantized(model, INT_PLANS[name])
+    assert not quantized_weights(model)
 
 
 def test_quantizing_twice_is_refused():

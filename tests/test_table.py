@@ -10,10 +10,10 @@ from torch import nn
 from toys import ZOO_PLAN, Tied, Zoo, quiet, refuses, zoo
 
 from fairseq_quant_noise.errors import UserError
+from fairseq_quant_noise.layers.pq import pq_bytes
 from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.quantize import quantize_
 from fairseq_quant_noise.sizes import model_bytes
-from fairseq_quant_noise.layers.pq import pq_bytes
 from fairseq_quant_noise.table import MIB, make_table, resolve_stages
 from fairseq_quant_noise.trained import meta_model
 
@@ -58,6 +58,29 @@ def test_the_papers_language_model_has_its_sizes(paper):
     assert found.paper_bytes / MIB == pytest.approx(38.66, abs=0.005)
 
 
+@pytest.mark.parametrize(("scheme", "mib"), [("int8", 235.5), ("int4", 117.7)])
+@pytest.mark.parametrize("range_", ["tensor", "channel", "histogram"])
+def test_the_papers_language_model_in_n_bits_has_its_sizes(paper, scheme, mib, range_):
+    """Table 1 of the paper: 236 and 118 MB, which counts biases and norms in N bits too."""
+    found = table(paper[0], {"stages": [stage(".*", scheme=scheme, range=range_)]})
+    assert round(found.paper_bytes / MIB, 1) == mib
+    assert found.paper_bytes == found.parameters * int(scheme[3:]) / 8
+
+
+def test_where_schemes_are_mixed_the_rest_counts_in_fp32(paper):
+    """The tables of words in int8, the rest of the weights by pq with int8 centroids."""
+    plan = {
+        "stages": [stage(r".*embed_tokens\.embeddings\..*", scheme="int8"), stage(r".*layers\..*")],
+        "centroids": {"dtype": "int8"},
+    }
+    rows = [r for r in table(paper[0], plan).rows if not r.tied_to]
+    for row in rows:
+        n = math.prod(row.shape)
+        expected = {"int8": n, "pq": n / 8 + 256 * 8, "dense": 4 * n}[row.scheme]
+        assert row.bytes == expected
+    assert {r.scheme for r in rows} == {"int8", "pq", "dense"}
+
+
 def test_its_sizes_cost_no_memory(paper):
     assert all(p.is_meta for p in paper[0].parameters())
 
@@ -84,6 +107,24 @@ def test_a_weight_is_counted_by_hand():
 @pytest.mark.parametrize(("k", "bits"), [(256, 8), (16, 4), (2, 1), (1, 0)])
 def test_a_code_costs_log2_k_bits(k, bits):
     assert pq_bytes(1000, 4, k) == 1000 * bits / 8 + k * 4 * 2
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_number_of_n_bits_takes_n_bits(bits):
+    weight = table(zoo(), {"stages": [stage("fc", scheme=f"int{bits}")]}).rows
+    fc = next(row for row in weight if row.name == "fc.weight")
+    assert (fc.scheme, fc.bytes, fc.block_size, fc.n_centroids) == (f"int{bits}", 64 * bits / 8, None, None)
+
+
+def test_biases_count_in_n_bits_only_where_every_weight_has_one_scheme():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    plans = {
+        "one": [stage(".*", scheme="int4")],
+        "two": [stage("a", scheme="int4"), stage("b", scheme="int8")],
+        "part": [stage("a", scheme="int4")],
+    }
+    sizes = {name: table(model, {"stages": stages}).paper_bytes for name, stages in plans.items()}
+    assert sizes == {"one": 144 / 2, "two": 32 + 64 + 64, "part": 32 + 4 * 64 + 64}
 
 
 def test_a_weight_of_few_blocks_gets_fewer_centroids():

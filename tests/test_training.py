@@ -15,6 +15,7 @@ from lm_fixture import (
     both_kinds,
     ipq_flags,
     one_error,
+    same,
     split,
     state_of,
 )
@@ -47,17 +48,6 @@ def stages(monkeypatch):
 
     monkeypatch.setattr(StageController, "_quantize_stage", spy)
     return seen
-
-
-def same(one, other):
-    """Whether two nests of tensors and numbers are the same, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
 
 
 # The plan and its stages.
@@ -389,3 +379,12 @@ def test_resuming_with_another_plan_is_refused_by_name(lab, runs, capsys):
     message = one_error(capsys.readouterr())
     assert str(path) in message
     assert "--quantization-config-path" in message
+
+
+def test_a_run_with_a_plan_of_noise_alone_goes_on_to_stages(lab, stages):
+    noise = [{"match": ".*", "p": 0.1}]
+    dense = lab.train(*with_plan(lab, {"noise": noise}), updates=2)
+    assert STATE_KEY not in state_of(dense.path)["extra_state"]
+    plan = {"noise": noise, **PLANS["plain"]}
+    lab.train(*with_plan(lab, plan), "--finetune-from-model", dense.path, updates=3)
+    assert stages == [(0, 0), (1, 1), (2, 2)]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairseq_quant_noise.errors import UserError
+from fairseq_quant_noise.layers import adopt_quantized
 from fairseq_quant_noise.noise import attach_rules
 from fairseq_quant_noise.plan import NoiseRule
 
@@ -94,6 +95,23 @@ ZOO_PLAN = {
         {"match": "conv", "block_size": 9},
     ]
 }
+#: The same in N bits, by the kinds of range, and in two schemes.
+INT_PLANS = {
+    "int8": {"stages": [{"match": ".*", "scheme": "int8"}]},
+    "int4 by channel": {"stages": [{"match": ".*", "scheme": "int4", "range": "channel"}]},
+    "int3 by histogram": {"stages": [{"match": ".*", "scheme": "int3", "range": "histogram"}]},
+    "int8 centroids": ZOO_PLAN | {"centroids": {"dtype": "int8"}},
+    "mixed": {
+        "stages": [
+            {"match": r"attn\..*", "block_size": 4},
+            {"match": "emb", "scheme": "int8", "range": "channel"},
+            {"match": "fc|conv", "scheme": "int4"},
+        ],
+        "centroids": {"dtype": "int8"},
+    },
+}
+#: Codes, and ranges for the inputs of the modules that are called (`Attention` calls none of its own).
+INPUTS_PLAN = {"stages": [{"match": "emb|fc|conv", "scheme": "int8"}], "activations": {"range": "tensor"}}
 #: Run first in a Python of its own.
 WITHOUT_FAIRSEQ = '''
 import sys
@@ -122,6 +140,21 @@ def noised(model, p=0.5, block_size=4, match=".*"):
     """`model` in training mode, with noise by one rule."""
     attach_rules(model, [NoiseRule(match, p, block_size=block_size)])
     return model.train()
+
+
+def by_torch(weight, affine):
+    """phi_intN by torch's operators, on the ranges of `affine`."""
+    top = 2**affine.bits - 1
+    if affine.scale.numel() > 1:
+        return torch.fake_quantize_per_channel_affine(weight, affine.scale, affine.zero_point, 0, 0, top)
+    return torch.fake_quantize_per_tensor_affine(weight, affine.scale, affine.zero_point, 0, top)
+
+
+def adopting(model, state):
+    """`model` made ready for `state` and loaded with it, strictly."""
+    adopt_quantized(model, state)
+    model.load_state_dict(state)
+    return model
 
 
 def hits(seen, block_size):

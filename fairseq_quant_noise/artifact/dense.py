@@ -23,7 +23,11 @@ def dense_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
         shapes: of the dense tensors that are not matrices (convolutions), by name.
     """
     owners = {name.rpartition(".")[0] for name in state if name.rpartition(".")[2] in (CENTROIDS, AFFINE)}
-    quantized = {name for name in owners if f"{name}.{SPEC}" in state or f"{name}.{CODES}" in state}
+    quantized = {
+        name
+        for name in owners
+        if f"{name}.{SPEC}" in state or (f"{name}.{CODES}" in state and f"{name}.{CENTROIDS}" in state)
+    }
     dense: dict[str, Tensor] = {}
     decoded: dict[tuple[int, ...], Tensor] = {}
     for name, tensor in state.items():

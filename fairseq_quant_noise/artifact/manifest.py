@@ -31,6 +31,7 @@ from .bits import code_bits
 FORMAT_VERSION = 2
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
+_LARGEST = 3.4e38  # of an input's range: a float32
 SCALAR_SCHEMES = tuple(f"int{bits}" for bits in BITS)
 
 
@@ -71,7 +72,7 @@ class QuantizedTensor:
         """Refuse what no version writes. Raises DamagedFileError."""
         numbers = (*self.shape, self.channels, self.centroid_bits)
         if self.scheme == "pq":
-            fits = self.block_size is not None and self.n_centroids is not None and self.centroid_bits in (8, 16)
+            fits = self.block_size is not None and self.n_centroids in range(257) and self.centroid_bits in (8, 16)
             numbers += (self.block_size, self.n_centroids)  # type: ignore[operator]
         else:
             fits = self.scheme in SCALAR_SCHEMES and self.block_size is None and self.n_centroids is None
@@ -128,12 +129,14 @@ def _quantized_tensor(entry: Any) -> QuantizedTensor:
 
 
 def _check_types(manifest: Manifest, sha256: Any) -> None:
-    mappings = (manifest.model, manifest.plan, manifest.ties, manifest.inputs, *manifest.inputs.values())
+    mappings = [manifest.model, manifest.plan, manifest.ties, manifest.inputs]
+    mappings += manifest.inputs.values() if isinstance(manifest.inputs, dict) else []
     if not all(isinstance(m, dict) for m in mappings):
         raise DamagedFileError("its manifest is damaged (a field of the wrong type)")
     for entry in manifest.inputs.values():
         low, high, bits = entry.get("low"), entry.get("high"), entry.get("bits")
-        if type(low) is not float or type(high) is not float or not low <= high or bits not in BITS:
+        ends = type(low) is float and type(high) is float and -_LARGEST <= low <= high <= _LARGEST
+        if not ends or type(bits) is not int or bits not in BITS:
             raise DamagedFileError("its manifest is damaged (a range of inputs that no version writes)")
     names = [*manifest.inputs, *manifest.tensors, *manifest.ties, *manifest.ties.values(), manifest.producer, sha256]
     if not all(isinstance(name, str) and name.isprintable() for name in names):

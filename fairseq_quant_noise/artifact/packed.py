@@ -41,7 +41,8 @@ class Packed:
             quantizer = InputQuantizer(inputs["bits"], "tensor", 1)
             quantizer.range.copy_(torch.tensor([inputs["low"], inputs["high"]]))
             quantizer.seen.fill_(1)
-            state |= {f"{name}.{INPUT_QUANTIZER}.{key}": value for key, value in quantizer.state_dict().items()}
+            prefix = f"{name}." if name else ""
+            state |= {f"{prefix}{INPUT_QUANTIZER}.{key}": value for key, value in quantizer.state_dict().items()}
         return state
 
     def parts(self, name: str) -> list[str]:

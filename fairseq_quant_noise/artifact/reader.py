@@ -101,7 +101,8 @@ def _wrong(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
         needed[AFFINE] = torch.float32
     if {part: tensor.dtype for part, tensor in parts.items()} != needed:
         return "its parts are not " + ", ".join(f"{part} ({dtype})" for part, dtype in needed.items())
-    if math.prod(entry.shape[1:]) % (entry.block_size or 1) or entry.channels not in (1, entry.shape[0]):
+    channels = (1,) if entry.bits is None else (1, entry.shape[0])
+    if math.prod(entry.shape[1:]) % (entry.block_size or 1) or entry.channels not in channels:
         return "block size or channels"
     if tuple(parts[CODES].shape) != (packed_size(entry.n_codes, entry.code_bits),):
         return "codes' shape"
@@ -127,4 +128,4 @@ def _is_affine(both: Tensor, entry: QuantizedTensor) -> bool:
     scale, zero_point = both
     top = 2 ** (entry.bits or entry.centroid_bits) - 1
     whole = (zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= top)
-    return bool((scale.isfinite() & (scale > 0) & whole).all())
+    return bool(((scale * (top + 1)).isfinite() & (scale > 0) & whole).all())

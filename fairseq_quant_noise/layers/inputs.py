@@ -48,6 +48,7 @@ class InputQuantizer(nn.Module):
 
     range: Tensor
     seen: Tensor
+    spec: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape, as its codes give it back; in training, and while calibrating, as it is."""
@@ -94,11 +95,16 @@ def quantize_input_(module: nn.Module, bits: int, range_: str, batches: int) -> 
     if NAME not in module._modules:
         held = next(chain(module.parameters(), module.buffers()))
         module.add_module(NAME, InputQuantizer(bits, range_, batches).to(held.device))
-        module.register_forward_pre_hook(_quantize_input)
+        module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
-def _quantize_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (module._modules[NAME](inputs[0]), *inputs[1:])  # type: ignore[misc]
+def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Round the first argument."""
+    quantizer: Any = module._modules[NAME]
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    first = next(iter(kwargs))
+    return args, kwargs | {first: quantizer(kwargs[first])}
 
 
 def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: str, batches: int) -> None:
@@ -110,11 +116,16 @@ def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: 
     for weight in find_weights(model):
         if weight.name in wanted:
             for _, module in weight.holders:
-                if not isinstance(module, nn.Embedding):
+                if not isinstance(module, nn.Embedding) and _is_product(module):
                     quantize_input_(module, bits, range_, batches)
     for module in model.modules():
         if "skip_embed_dim_check" in module.__dict__:
             module.__dict__["skip_embed_dim_check"] = True
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether the module's input is what its weight is multiplied with: it has no layers of its own before that."""
+    return set(module._modules) <= {"weight", NAME}
 
 
 def input_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
@@ -128,10 +139,14 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
     ours = dict(model.named_modules())
     changed = False
     for key, spec in state.items():
-        name, _, last = key.rpartition(f".{NAME}.")
-        if last == "spec" and name in ours:
+        path, _, last = f".{key}".rpartition(f".{NAME}.")
+        module = ours.get(path.removeprefix("."))
+        if last == "spec" and module is not None:
             bits, index, batches = spec.tolist()
-            quantize_input_(ours[name], bits, RANGES[index], batches)
+            there = module._modules.get(NAME)
+            if isinstance(there, InputQuantizer) and not torch.equal(there.spec.cpu(), spec.cpu()):
+                module._modules[NAME] = InputQuantizer(bits, RANGES[index], batches).to(there.range.device)
+            quantize_input_(module, bits, RANGES[index], batches)
             changed = True
     if changed:
         quantize_inputs_(model, (), 0, KINDS[0], 0)

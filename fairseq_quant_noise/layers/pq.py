@@ -53,6 +53,7 @@ class PQWeight(QuantizedWeight):
     """
 
     scheme = "pq"
+    full_precision = (FILE_AFFINE,)
 
     def __init__(
         self,
@@ -127,6 +128,11 @@ class PQWeight(QuantizedWeight):
     def paper_bytes(self) -> float:
         """log2 K bits a code, fp16 or int8 centroids."""
         return pq_bytes(self.codes.numel(), self.block_size, self.n_centroids, self.bits)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The centroids'."""
+        return self.centroids.dtype
 
     def extra_repr(self) -> str:
         """Shape, block size and codebook size, for printing."""

@@ -9,6 +9,7 @@ holds the same module: quantized once, stored once, fine-tuned once. The forms:
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class QuantizedWeight(nn.Module):
 
     scheme: str  # pq, int2 ... int8
     shape: torch.Size  # of the dense weight
+    full_precision: tuple[str, ...] = ()  # buffers that stay in float32, whatever the model's dtype
 
     def decode(self) -> Tensor:
         """The dense weight as the module that holds it should use it."""
@@ -41,6 +43,25 @@ class QuantizedWeight(nn.Module):
     def paper_bytes(self) -> float:
         """Its size by the paper's accounting (`table.py`)."""
         raise NotImplementedError
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the decoded weight."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(chain(self.parameters(), self.buffers())).device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedWeight":
+        kept = {name: self._buffers[name] for name in self.full_precision}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
 
 
 def swap_in(weight: Weight, quantized: QuantizedWeight) -> None:

@@ -43,10 +43,16 @@ class LatentIntWeight(QuantizedWeight):
         self.register_buffer(SPEC, torch.tensor([bits, RANGES.index(range_)], dtype=torch.uint8, device=on))
         self.register_buffer(AFFINE, torch.zeros(2, self.channels, device=on))  # of the last search, in training
         self.register_buffer("age", torch.zeros((), dtype=torch.long, device=on))  # training forwards
-        self._fitted: tuple[tuple[int, int], Affine] | None = None
+        self._fitted: tuple[tuple[float, ...], Affine] | None = None
 
+    full_precision = (AFFINE,)
     affine: Tensor
     age: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dense weight's."""
+        return self.latent.dtype
 
     @property
     def scheme(self) -> str:  # type: ignore[override]
@@ -64,11 +70,21 @@ class LatentIntWeight(QuantizedWeight):
         return self.latent.shape[0] if self.range == "channel" else 1
 
     def fit(self) -> Affine:
-        """The codes of the weight as it is."""
-        version = (self.latent.data_ptr(), self.latent._version)
+        """The codes of the weight as it is. A histogram's are searched for when the model changes its mode, or the
+        weight its version or its extremes: optimizers write through `.data`, which leaves no other trace."""
+        if self.range != "histogram":
+            return fit_affine(self.name, self.latent, self.bits, self.range)
+        low, high = self.latent.detach().aminmax()
+        version = (float(self.latent.data_ptr()), float(self.latent._version), float(low), float(high))
         if self._fitted is None or self._fitted[0] != version:
             self._fitted = (version, fit_affine(self.name, self.latent, self.bits, self.range))
         return self._fitted[1]
+
+    def train(self, mode: bool = True) -> "LatentIntWeight":
+        """As any module's."""
+        self._fitted = None
+        super().train(mode)
+        return self
 
     def decode(self) -> Tensor:
         """The weight as its codes give it back."""
@@ -99,12 +115,6 @@ class LatentIntWeight(QuantizedWeight):
         """N bits a number."""
         return int_bytes(self.latent.numel(), self.bits)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "LatentIntWeight":
-        affine = self.affine
-        super()._apply(fn, recurse)
-        self.affine = affine.to(self.affine.device)  # scales stay in float32
-        return self
-
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix[:-1]] = destination.pop(prefix + LATENT)  # under the dense weight's own name
@@ -127,7 +137,7 @@ class IntWeight(QuantizedWeight):
         codes: uint8, of the weight's shape.
         affine: (2, 1) or (2, C): scales and zero points (`Affine.to_tensor`), float32.
         bits: N.
-        dtype: of the decoded weight; it follows `.half()` and `.to(dtype)`, the scales do not.
+        dtype: of the decoded weight; it follows `.half()` and `.to(dtype)`, the scales stay in float32.
     """
 
     def __init__(self, codes: Tensor, affine: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> None:
@@ -136,11 +146,16 @@ class IntWeight(QuantizedWeight):
         self.register_buffer(CODES, codes)
         self.register_buffer(AFFINE, affine)
         self.register_buffer(SPEC, torch.tensor([bits, 0], dtype=torch.uint8, device=codes.device))
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=codes.device), persistent=False)
+        self._dtype = dtype
 
+    full_precision = (AFFINE,)
     codes: Tensor
     affine: Tensor
-    like: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the decoded weight."""
+        return self._dtype
 
     @property
     def scheme(self) -> str:  # type: ignore[override]
@@ -154,7 +169,7 @@ class IntWeight(QuantizedWeight):
 
     def decode(self) -> Tensor:
         """(q - z) * s."""
-        return Affine.of_tensor(self.affine, self.bits).decode(self.codes).to(self.like.dtype)
+        return Affine.of_tensor(self.affine, self.bits).decode(self.codes).to(self._dtype)
 
     def facts(self) -> dict[str, Any]:
         """How many scales there are."""
@@ -170,14 +185,26 @@ class IntWeight(QuantizedWeight):
         return int_bytes(self.codes.numel(), self.bits)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntWeight":
-        affine = self.affine
         super()._apply(fn, recurse)
-        self.affine = affine.to(self.affine.device)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
 
     def extra_repr(self) -> str:
         """Shape and bits, for printing."""
         return f"shape={tuple(self.shape)}, bits={self.bits}"
+
+
+def set_spec(weight: Weight, stored: LatentIntWeight, bits: int, range_: str) -> None:
+    """Give a weight that is seen in codes others; its noise stays."""
+    _swap_with_noise(weight, LatentIntWeight(stored.latent, bits, range_, weight.name))
+
+
+def _swap_with_noise(weight: Weight, quantized: LatentIntWeight) -> None:
+    kept = [module.__dict__.get("_weight_noise") for _, module in weight.holders]
+    swap_in(weight, quantized)
+    for (_, module), its in zip(weight.holders, kept, strict=True):
+        if its is not None:
+            module._weight_noise = its
 
 
 def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> LatentIntWeight:
@@ -190,12 +217,7 @@ def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> L
         noise: keep the noise on it: training then sees the noise's share of codes, evaluation all of them.
     """
     quantized = LatentIntWeight(dense_weight(weight), bits, range_, weight.name)
-    kept = [module.__dict__.get("_weight_noise") for _, module in weight.holders]
-    swap_in(weight, quantized)
-    if noise:
-        for (_, module), its in zip(weight.holders, kept, strict=True):
-            if its is not None:
-                module._weight_noise = its
+    (_swap_with_noise if noise else swap_in)(weight, quantized)
     return quantized
 
 

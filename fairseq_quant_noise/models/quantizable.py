@@ -15,14 +15,14 @@ from torch import nn
 from ..cli_errors import exits_on_user_error
 from ..layers import adopt_quantized, quantize_inputs_, to_int_
 from ..monitor import probe_next_forward
-from ..noise import attach_rules, noise_of
+from ..noise import attach_rules, detach_noise, noise_of
 from ..plan import Activations, NoiseRule
 from ..weights import find_weights
 from .options import SCALAR_BITS, noise_rules
 
 
 @contextmanager
-def _without_fairseq_noise(options: Any) -> Iterator[None]:
+def without_fairseq_noise(options: Any) -> Iterator[None]:
     """Build with fairseq's quant-noise options at zero; they are put back, since checkpoints record them."""
     names = [n for n in ("quant_noise_pq", "quant_noise_scalar") if getattr(options, n, None)]
     kept = {n: getattr(options, n) for n in names}
@@ -51,15 +51,12 @@ class Quantizable:
     def build_model(cls, args: Any, task: Any) -> nn.Module:
         """fairseq's model, with noise on its weights where the options ask for it."""
         with exits_on_user_error():
-            rules = noise_rules(args)
-            with _without_fairseq_noise(args):
+            noise_rules(args)  # a mistake stops the run before the model is built
+            with without_fairseq_noise(args):
                 model: nn.Module = super().build_model(args, task)  # type: ignore[misc]
             _clear_uninitialised(model)
             model.quant_noise_options = _measurements(args)  # type: ignore[assignment]
-            if rules:
-                attach_rules(model, rules)
-            if getattr(args, "quant_noise_scalar", 0):
-                _evaluate_as_int8(model, rules[0])
+            add_noise(model, args)
         return model
 
     def set_num_updates(self, num_updates: int) -> None:
@@ -85,6 +82,20 @@ def _measurements(args: Any) -> dict[str, int]:
     return {name: int(getattr(args, name, 0) or 0) for name in ("quant_noise_log_interval", "quant_noise_gap_batches")}
 
 
+def add_noise(model: nn.Module, options: Any) -> None:
+    """Noise on every weight of `model` where the options ask for it; call it again when layers have been added.
+
+    Raises:
+        UserError: the options contradict each other, or do not fit the model.
+    """
+    rules = noise_rules(options)
+    if rules:
+        detach_noise(model)
+        attach_rules(model, rules)
+        if getattr(options, "quant_noise_scalar", 0):
+            _evaluate_as_int8(model, rules[0])
+
+
 def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:
     """As fairseq documents `--quant-noise-scalar P`: training sees int8 noise, evaluation int8 weights and activations.
 
@@ -92,7 +103,8 @@ def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:
     """
     weights = find_weights(model)
     for weight in weights:
-        to_int_(weight, SCALAR_BITS, rule.range, noise=True)
+        if not isinstance(weight.stored, nn.Module):
+            to_int_(weight, SCALAR_BITS, rule.range, noise=True)
     activations = Activations(bits=SCALAR_BITS)
     names = [weight.name for weight in weights]
     quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)

@@ -47,10 +47,10 @@ def _relative(sums: list[float]) -> float | None:
 
 def kind_of(name: str) -> str:
     """The kind of layer of the module `name`: decoder.layers.0.fc1 -> fc1, ….self_attn.q_proj -> self_attn."""
-    parts = [part for part in name.split(".") if not part.isdigit()]
+    parts = [part for part in name.split(".") if not part.isdigit()] or [""]
     if len(parts) > 1 and parts[-1].endswith("_proj"):
         parts.pop()
-    return parts[-1] if parts else "model"
+    return parts[-1] or "model"
 
 
 class Probe:

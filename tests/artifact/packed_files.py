@@ -5,26 +5,38 @@ import functools
 import json
 from types import SimpleNamespace
 
-from toys import ZOO_PLAN, quiet, zoo
+from toys import INPUTS_PLAN, INT_PLANS, TOKENS, ZOO_PLAN, quiet, refuses, zoo
 
 from fairseq_quant_noise.artifact import Packed, pack, write
+from fairseq_quant_noise.errors import DamagedFileError
 from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.quantize import quantize_
 
+PLANS = INT_PLANS | {"pq": ZOO_PLAN, "inputs": INPUTS_PLAN}
 
-def quantized_afresh():
-    return quantize_(zoo(), ZOO_PLAN, progress=quiet).eval()
+
+def quantized_afresh(plan="pq"):
+    return quantize_(zoo(), PLANS[plan], calibration=[TOKENS], progress=quiet).eval()
 
 
 _once = functools.cache(quantized_afresh)  # k-means takes its time
 
 
-def quantized_zoo():
-    return copy.deepcopy(_once())
+def quantized_zoo(plan="pq"):
+    return copy.deepcopy(_once(plan))
 
 
-def packed_zoo(model=None):
-    return pack(model or quantized_zoo(), Plan.of(ZOO_PLAN))
+def packed_zoo(model=None, plan="pq"):
+    return pack(model or quantized_zoo(plan), Plan.of(PLANS[plan]))
+
+
+def entry(**changes):
+    """An edit of what the manifest says of fc's weight."""
+    return lambda m: m["tensors"]["fc.weight"].update(changes)
+
+
+def damaged(match="model.safetensors: "):
+    return refuses(match, DamagedFileError)
 
 
 def forge(path, packed, edit=None, **tensors):

@@ -1,6 +1,7 @@
 """What a packed file says about itself."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from toys import refuses
@@ -12,8 +13,13 @@ FULL = Manifest(
     producer="fairseq_quant_noise 0.1.0",
     model={"architecture": "quant_noise_transformer_lm", "cfg": {"model": {"é": [1, None]}}, "vocab_size": 9},
     plan={"noise": [], "stages": [{"match": "decoder\\.fc", "block_size": {"default": 8}}]},
-    tensors={"fc.weight": QuantizedTensor("pq", (6, 8), 4, 3), "c.weight": QuantizedTensor("pq", (2, 1, 3, 3), 9, 2)},
+    tensors={
+        "fc.weight": QuantizedTensor("pq", (6, 8), 4, 3),
+        "c.weight": QuantizedTensor("pq", (2, 1, 3, 3), 9, 2, centroid_bits=8),
+        "q.weight": QuantizedTensor("int4", (6, 8), channels=6),
+    },
     ties={"out.weight": "fc.weight"},
+    inputs={"fc": {"bits": 8, "low": -1.5, "high": 2.25}},
 )
 
 
@@ -28,11 +34,12 @@ def test_the_json_is_one_line_of_ascii_with_sorted_keys():
     assert "\n" not in text
     assert text.isascii()
     keys = list(json.loads(text))
-    assert keys == sorted(keys) == ["format_version", "model", "plan", "producer", "sha256", "tensors", "ties"]
+    names = ["format_version", "inputs", "model", "plan", "producer", "sha256", "tensors", "ties"]
+    assert keys == sorted(keys) == names
 
 
 def test_the_order_of_entries_does_not_change_the_bytes():
-    backwards = Manifest(FULL.producer, FULL.model, FULL.plan, dict(reversed(FULL.tensors.items())), FULL.ties)
+    backwards = replace(FULL, tensors=dict(reversed(FULL.tensors.items())))
     assert backwards.to_json() == FULL.to_json()
 
 
@@ -45,7 +52,11 @@ def entry(**changes):
     return edited(tensors={"fc.weight": good | changes})
 
 
-@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, "1", None, 1.5])
+def inputs(**changes):
+    return edited(inputs={"fc": {"bits": 8, "low": -1.0, "high": 1.0} | changes})
+
+
+@pytest.mark.parametrize("version", [0, 1, FORMAT_VERSION + 1, "1", None, 1.5])
 def test_an_unknown_version_is_refused_with_the_known_one(version):
     message = rf"format version .* is unknown here \(this package reads {FORMAT_VERSION}\); update"
     with refuses(message, DamagedFileError):
@@ -60,11 +71,36 @@ DAMAGED = {
     "null": "null",
     "deep": "[" * 100_000,
     "an empty mapping": "{}",
-    "without a hash": json.dumps({"format_version": 1}),
+    "without a hash": json.dumps({"format_version": FORMAT_VERSION}),
     "tensors is a list": edited(tensors=[]),
     "a tensor is a list": edited(tensors={"fc": []}),
     "a tensor is a string": edited(tensors={"fc": "pq"}),
-    "a scheme that no version writes": entry(scheme="int4"),
+    "a scheme that no version writes": entry(scheme="int9"),
+    "a scheme that is a list": entry(scheme=["pq"]),
+    "codes of numbers with blocks": entry(scheme="int4"),
+    "codes of numbers with centroids": entry(scheme="int4", block_size=None),
+    "pq without blocks": entry(block_size=None),
+    "centroids of 4 bits": entry(centroid_bits=4),
+    "centroids of a fraction of bits": entry(centroid_bits=8.0),
+    "no channels": entry(channels=0),
+    "channels of a fraction": entry(channels=1.0),
+    "a vector": entry(shape=[48]),
+    "more centroids than a byte tells apart": entry(n_centroids=257),
+    "inputs is a list": edited(inputs=[]),
+    "inputs is missing": json.dumps({k: v for k, v in json.loads(FULL.to_json()).items() if k != "inputs"}),
+    "inputs of a number": edited(inputs={"fc": 8}),
+    "inputs of 9 bits": inputs(bits=9),
+    "inputs of a word of bits": inputs(bits="8"),
+    "inputs without an end": edited(inputs={"fc": {"bits": 8, "low": -1.0}}),
+    "inputs with the ends swapped": inputs(low=2.0),
+    "inputs from NaN": inputs(low=float("nan")),
+    "inputs to NaN": inputs(high=float("nan")),
+    "inputs to infinity": inputs(high=float("inf")),
+    "inputs beyond float32": inputs(high=1e300),
+    "inputs from a word": inputs(low="-1.0"),
+    "inputs from nothing": inputs(low=None),
+    "inputs to a whole number": inputs(high=1),
+    "inputs of a name of two lines": edited(inputs={"a\nb": {"bits": 8, "low": -1.0, "high": 1.0}}),
     "a shape that is a number": entry(shape=8),
     "a shape of strings": entry(shape=["6", "8"]),
     "a negative shape": entry(shape=[-6, 8]),

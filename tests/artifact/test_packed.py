@@ -1,14 +1,15 @@
 """A model as tensors and manifest, and back to the state that a model loads."""
 
+import math
+
 import pytest
 import torch
 from packed_files import packed_zoo, quantized_zoo
 from torch import nn
-from toys import TOKENS, ZOO_PLAN, quiet, zoo
+from toys import INT_PLANS, TOKENS, ZOO_PLAN, adopting, quiet, zoo
 
 from fairseq_quant_noise.artifact import pack, read, write
 from fairseq_quant_noise.cli_print import inspection
-from fairseq_quant_noise.layers import adopt_quantized
 from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.quantize import quantize_
 from fairseq_quant_noise.table import make_table, resolve_stages
@@ -16,19 +17,16 @@ from fairseq_quant_noise.table import make_table, resolve_stages
 
 def reload(packed, model):
     """`model` with the packed state, strictly."""
-    state = packed.state_dict()
-    adopt_quantized(model, state)
-    model.load_state_dict(state)
-    return model.eval()
+    return adopting(model, packed.state_dict()).eval()
 
 
 def quantize(model, match=".*", d=4):
     return quantize_(model, {"stages": [{"match": match, "block_size": d}]}, progress=quiet).eval()
 
 
-def test_codes_are_bytes_centroids_fp16_and_the_rest_as_it_was():
+def test_codes_are_packed_centroids_fp16_and_the_rest_as_it_was():
     tensors = packed_zoo().tensors
-    assert tensors["fc.weight.codes"].dtype == torch.uint8
+    assert (tensors["fc.weight.codes"].dtype, tensors["fc.weight.codes"].shape) == (torch.uint8, (4,))
     assert tensors["fc.weight.centroids"].dtype == torch.float16
     assert tensors["fc.bias"].dtype == torch.float32
     assert "fc.weight" not in tensors
@@ -44,9 +42,38 @@ def test_the_manifest_says_what_is_quantized_and_how():
     assert manifest.model == {}
 
 
+def test_the_manifest_says_what_is_in_n_bits_and_how():
+    tensors = packed_zoo(plan="mixed").manifest.tensors
+    emb, fc, q = (tensors[f"{name}.weight"] for name in ("emb", "fc", "attn.q_proj"))
+    assert (emb.scheme, emb.shape, emb.channels, emb.block_size) == ("int8", (16, 8), 16, None)
+    assert (fc.scheme, fc.channels, fc.code_bits) == ("int4", 1, 4)
+    assert (q.scheme, q.centroid_bits, q.channels, q.code_bits) == ("pq", 8, 1, 2)
+
+
+@pytest.mark.parametrize(("plan", "bits"), [("int8", 8), ("int4 by channel", 4), ("int3 by histogram", 3)])
+def test_a_number_of_n_bits_takes_n_bits_and_a_scale_8_bytes(plan, bits):
+    packed = packed_zoo(plan=plan)
+    for name, entry in packed.manifest.tensors.items():
+        n = math.prod(entry.shape)
+        assert packed.tensor_bytes(name) == math.ceil(n * bits / 8) + 8 * entry.channels
+        assert entry.channels == (entry.shape[0] if "channel" in plan else 1)
+
+
+def test_what_is_trained_is_not_in_the_file():
+    names = [*packed_zoo(plan="int8").tensors]
+    assert {name.rpartition(".")[2] for name in names if name.startswith("fc.weight")} == {"codes", "affine"}
+
+
+def test_ranges_of_inputs_are_in_the_manifest_alone():
+    packed = packed_zoo(plan="inputs")
+    assert packed.manifest.inputs.keys() == {"fc", "conv", "out"}
+    assert not any("input_quantizer" in name for name in packed.tensors)
+
+
 @pytest.mark.upstream(8)
-def test_a_tied_copy_is_recorded_and_not_stored():
-    packed = packed_zoo()
+@pytest.mark.parametrize("plan", ["pq", "int8"])
+def test_a_tied_copy_is_recorded_and_not_stored(plan):
+    packed = packed_zoo(plan=plan)
     assert packed.manifest.ties == {"out.weight": "emb.weight"}
     assert not any(name.startswith("out.") for name in packed.tensors)
 
@@ -58,6 +85,15 @@ def test_the_state_of_the_model_comes_back_with_its_ties():
     assert state["out.weight.codes"] is state["emb.weight.codes"]
     assert state["fc.weight.centroids"].dtype == torch.float32
     assert torch.equal(reload(packed_zoo(), zoo(1))(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("plan", INT_PLANS)
+def test_codes_of_every_scheme_come_back_with_their_ties(plan):
+    model, state = quantized_zoo(plan), packed_zoo(plan=plan).state_dict()
+    assert state["out.weight.codes"] is state["emb.weight.codes"]
+    found = reload(packed_zoo(plan=plan), zoo(1))
+    torch.testing.assert_close(found(TOKENS), model(TOKENS), rtol=1e-6, atol=1e-7)
+    assert found.out._modules["weight"] is found.emb._modules["weight"]
 
 
 def test_a_dense_model_comes_back_as_it_was():
@@ -131,7 +167,7 @@ def test_names_that_end_in_codes_or_centroids_are_ordinary_where_nothing_is_quan
 
 def test_the_bytes_of_a_tensor_are_those_in_the_file():
     packed = packed_zoo()
-    assert packed.tensor_bytes("fc.weight") == 16 + 4 * 4 * 2
+    assert packed.tensor_bytes("fc.weight") == 16 * 2 // 8 + 4 * 4 * 2  # codes of two bits
     assert packed.tensor_bytes("fc.bias") == 32
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_files import forge, packed_zoo
+from packed_files import damaged, entry, forge, packed_zoo
 from toys import refuses
 
 from fairseq_quant_noise.artifact import manifest as manifest_module
 from fairseq_quant_noise.artifact import pack, read, write
+from fairseq_quant_noise.artifact.bits import pack_bits
 from fairseq_quant_noise.artifact.writer import serialize
 from fairseq_quant_noise.errors import DamagedFileError, UserError
 
@@ -29,10 +30,6 @@ def content(packed):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return tmp_path_factory.mktemp("files") / "model.safetensors"
-
-
-def damaged(match="model.safetensors: "):
-    return refuses(match, DamagedFileError)
 
 
 def refused(place, content):
@@ -149,9 +146,9 @@ def test_a_missing_file_is_the_users_mistake_and_not_damage(tmp_path):
 
 def test_an_unknown_version_is_refused(packed, place, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(manifest_module, "FORMAT_VERSION", 2)
+        patch.setattr(manifest_module, "FORMAT_VERSION", 3)
         write(packed, place)
-    with damaged(r"format version 2 is unknown here \(this package reads 1\); update fairseq_quant_noise"):
+    with damaged(r"format version 3 is unknown here \(this package reads 2\); update fairseq_quant_noise"):
         read(place)
 
 
@@ -161,28 +158,43 @@ def test_a_file_without_a_manifest_entry_is_refused(packed, place):
         read(place)
 
 
+THREES = torch.full((8, 2), 3, dtype=torch.uint8)
+PARTS = r"its parts are not codes \(torch.uint8\), centroids \(torch.float16\)"
+CODES, CENTROIDS = "fc.weight.codes", "fc.weight.centroids"
 WRONG_TENSORS = {
-    "a code beyond its 4 centroids": {"fc.weight.codes": torch.full((8, 2), 4, dtype=torch.uint8)},
-    "codes' shape": {"fc.weight.codes": torch.zeros(8, 3, dtype=torch.uint8)},
-    "centroids' shape": {"fc.weight.centroids": torch.zeros(4, 8).half()},
-    "block size or dtype": {"fc.weight.codes": torch.zeros(8, 2, dtype=torch.int64)},
-    "dtype": {"fc.weight.centroids": torch.zeros(4, 4)},
-    "a centroid that is not finite": {"fc.weight.centroids": torch.full((4, 4), float("inf")).half()},
+    "codes for twice the blocks": ("codes' shape", {CODES: torch.zeros(8, dtype=torch.uint8)}),
+    "a byte too many": ("codes' shape", {CODES: torch.zeros(5, dtype=torch.uint8)}),
+    "a byte a code, as version 1 had them": ("codes' shape", {CODES: torch.zeros(8, 2, dtype=torch.uint8)}),
+    "codes that are not bytes": (PARTS, {CODES: torch.zeros(4, dtype=torch.int64)}),
+    "centroids of other blocks": ("centroids' shape", {CENTROIDS: torch.zeros(4, 8).half()}),
+    "centroids in fp32": (PARTS, {CENTROIDS: torch.zeros(4, 4)}),
+    "centroids to infinity": (
+        "a centroid that is not finite",
+        {CENTROIDS: torch.full((4, 4), float("inf")).half()},
+    ),
+    "scales that fp16 centroids have not": (PARTS, {"fc.weight.affine": torch.ones(2, 1)}),
 }
 
 
-@pytest.mark.parametrize("message", WRONG_TENSORS)
-def test_tensors_that_contradict_the_manifest_are_refused_by_name(packed, place, message):
-    forge(place, packed, **WRONG_TENSORS[message])
-    with damaged(rf"tensor fc\.weight: damaged \(.*{message}"):
+@pytest.mark.parametrize("name", WRONG_TENSORS)
+def test_tensors_that_contradict_the_manifest_are_refused_by_name(packed, place, name):
+    message, tensors = WRONG_TENSORS[name]
+    forge(place, packed, **tensors)
+    with damaged(rf"tensor fc\.weight: damaged \({message}"):
         read(place)
 
 
-def entry(**changes):
-    return lambda m: m["tensors"]["fc.weight"].update(changes)
+def test_a_code_beyond_its_centroids_is_refused(packed, place):
+    """Two bits can say 3, and there are 3 centroids."""
+    forge(place, packed, entry(n_centroids=3), **{CENTROIDS: torch.zeros(3, 4).half(), CODES: pack_bits(THREES, 2)})
+    with damaged(r"tensor fc\.weight: damaged \(a code beyond its 3 centroids\)"):
+        read(place)
 
 
 WRONG_ENTRIES = {
+    "codes of numbers": entry(scheme="int2", block_size=None, n_centroids=None),
+    "centroids of 8 bits": entry(centroid_bits=8),
+    "channels that pq has not": entry(channels=4),
     "another shape": entry(shape=[8, 16]),
     "a shape of one number": entry(shape=[16]),
     "an empty shape": entry(shape=[], block_size=1),

@@ -87,6 +87,19 @@ def test_the_file_is_at_most_1_percent_over_the_papers_accounting_and_its_header
     assert dense > 15 * paper
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int3"])
+@pytest.mark.parametrize("range_", ["tensor", "channel"])
+def test_a_file_of_n_bits_has_the_papers_bytes_and_its_scales_and_its_header(scheme, range_):
+    model = nn.Sequential(nn.Linear(512, 2048, bias=False), nn.Linear(2048, 512, bias=False))
+    stages = [{"match": ".*", "scheme": scheme, "range": range_}]
+    content = serialize(pack(quantize_(model, {"stages": stages}, progress=quiet)))
+    paper, dense = model_bytes(model)
+    assert paper == dense * int(scheme[3:]) / 32
+    scales = 8 * (2048 + 512 if range_ == "channel" else 2)
+    assert len(content) - header_bytes(content) == paper + scales
+    assert scales <= (0.03 if range_ == "channel" else 0.01) * paper  # 2 % of int4: channels of 512 numbers
+
+
 # Whole or not at all
 
 

@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# Table 1 of the Quant-Noise paper, and its table of exact and proxy noise, at the size of the quickstart: ten small
+# language models on the documentation strings of the Python standard library, about two hours on two cores, no GPU.
+#
+#     bash recipes/table1.sh           everything
+#     bash recipes/table1.sh --list    the ten runs, each with the packed files that are made of it
+#
+# trains each network with its noise, quantizes it (intN at one go; iPQ in three stages with fine-tuning), evaluates
+# network and packed files with fairseq-eval-lm, prints the run's lines as it ends, and ends with the tables in
+# runs/table1/table.md and table.jsonl. A step that is done is not done again; killed, the same command goes on.
+#
+#     OUT=runs/table1        where everything goes
+#     ONLY="none int4-qn"    only these runs; the tables have the lines that are there
+#     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
+#     UPDATES=3000  IPQ_UPDATES=300  SEED=1  VOCAB_SIZE=4000    one set of them for one OUT
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. recipes/lib.sh
+
+RUNS="none int4-qat int4-qn int8-qat int8-qn pq-qat proxy pq pq-clusters proxy-clusters"
+
+# files NAME: the packed files that are made of a run.
+files() {
+  case "$1" in
+    none) say int4 int4-channel int8 int8-channel ipq ipq-int8 ;;
+    int?-qat) say "${1%-qat}" ;;
+    int?-qn) say "${1%-qn}" "${1%-qn}-channel" ;;
+    proxy) say ipq ipq-int8 ;;
+    *) say ipq ;;
+  esac
+}
+
+case "${1:-}" in
+  '') ;;
+  -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  --list) for name in $RUNS; do say "$name: $(files "$name")"; done && exit 0 ;;
+  *) die "unknown argument $1; run: bash recipes/table1.sh --help" ;;
+esac
+
+OUT="${OUT:-$REPO/runs/table1}"
+ONLY="${ONLY:-$RUNS}"
+JOBS="${JOBS:-2}"
+UPDATES="${UPDATES:-3000}"          # of dense training, 1,024 tokens each: 8.4 passes over the corpus
+IPQ_UPDATES="${IPQ_UPDATES:-300}"   # of fine-tuning, a third for each of the plan's three stages
+SEED="${SEED:-1}"
+export VOCAB_SIZE="${VOCAB_SIZE:-4000}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a core for each run
+for name in JOBS UPDATES IPQ_UPDATES SEED VOCAB_SIZE; do
+  [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || die "$name is '${!name}'; give a whole number from 1 up"
+done
+for name in $ONLY; do
+  [[ " $RUNS " == *" $name "* ]] || die "ONLY names a run '$name'; there are: $RUNS"
+done
+need python fairseq-train fairseq-eval-lm fairseq-quant-noise
+
+# noise_flags NAME: sets NOISE_FLAGS, the noise of a training. QAT is noise on every weight in every forward.
+noise_flags() {
+  case "$1" in
+    none) NOISE_FLAGS=(--quant-noise-pq 0) ;;
+    int?-qat) NOISE_FLAGS=(--quant-noise-pq 1 --quant-noise-kind "${1%-qat}") ;;
+    int?-qn) NOISE_FLAGS=(--quant-noise-pq 0.5 --quant-noise-kind "${1%-qn}") ;;
+    *) NOISE_FLAGS=(--quantization-config-path "$OUT/$1/noise.yaml") ;;
+  esac
+}
+
+# logged LOG COMMAND...: what the command prints goes to the end of LOG, whose last lines are shown when it fails.
+logged() {
+  local log="$1"
+  shift
+  "$@" >>"$log" 2>&1 || { { say "$log ends with:" && tail -n 8 "$log"; } >&2 && return 1; }
+}
+
+# finished DIR UPDATES: whether a training is complete. fairseq-train adds an update to one that is.
+finished() {
+  [ -f "$1/checkpoint_last.pt" ] && python - "$@" 2>/dev/null <<'PYTHON'
+import sys
+
+from fairseq_quant_noise.safe_load import safe_load
+
+state = safe_load(f"{sys.argv[1]}/checkpoint_last.pt")
+sys.exit(state["optimizer_history"][-1]["num_updates"] < int(sys.argv[2]))
+PYTHON
+}
+
+# train NAME: the dense model.
+train() {
+  noise_flags "$1"
+  finished "$OUT/$1/dense" "$UPDATES" || logged "$OUT/$1/dense.log" lm_train "$OUT/$1/dense" "${NOISE_FLAGS[@]}"
+}
+
+# ipq NAME FILE: fine-tuned in stages. What is still dense keeps the noise of the run, which is in the plan too.
+ipq() {
+  local run="$OUT/$1"
+  finished "$run/$2" "$IPQ_UPDATES" ||
+    logged "$run/$2.log" lm_ipq "$run/dense" "$run/$2-plan.yaml" "$run/$2" --quant-noise-pq 0
+  logged "$run/$2.log" fairseq-quant-noise export --path "$run/$2/checkpoint_last.pt" --out "$run/$2.safetensors"
+}
+
+# one_shot NAME FILE PLAN: rounded, without fine-tuning.
+one_shot() {
+  logged "$OUT/$1/$2.log" \
+    fairseq-quant-noise quantize --path "$OUT/$1/dense/checkpoint_best.pt" --plan "$3" --out "$OUT/$1/$2.safetensors"
+}
+
+# run NAME: from the training to the lines of the tables.
+run() {
+  local name="$1" dir="$OUT/$1" file
+  mkdir -p "$dir"
+  step "$name: train, $UPDATES updates" "$dir/.trained" train "$name"
+  step "$name: evaluate" "$dir/.eval-dense" lm_evaluate "$dir/dense/checkpoint_best.pt" "$dir/eval-dense.log"
+  for file in $(files "$name"); do
+    case "$file" in
+      ipq*) step "$name: $file, $IPQ_UPDATES updates" "$dir/.$file" ipq "$name" "$file" ;;
+      *-channel) step "$name: $file" "$dir/.$file" one_shot "$name" "$file" "$OUT/plans/$file.yaml" ;;
+      *) step "$name: $file" "$dir/.$file" one_shot "$name" "$file" "$REPO/configs/plans/small_$file.yaml" ;;
+    esac
+    step "$name: evaluate $file" "$dir/.eval-$file" lm_evaluate "$dir/$file.safetensors" "$dir/eval-$file.log"
+  done
+  python -m recipes.table1.table "$OUT" --run "$name"
+}
+
+# The pool. Each run is a process group of its own (set -m), so that stopping it stops its trainings too.
+RUNNING=() # pid:name
+start() {
+  set -m
+  (set +m && run "$1") </dev/null &
+  set +m
+  RUNNING+=("$!:$1")
+}
+
+# reap: takes the runs that have ended off the list; the recipe ends with the first that failed.
+reap() {
+  local entry status left=()
+  for entry in ${RUNNING[@]+"${RUNNING[@]}"}; do
+    if kill -0 "${entry%%:*}" 2>/dev/null; then
+      left+=("$entry")
+    else
+      status=0
+      wait "${entry%%:*}" || status=$?
+      [ "$status" -eq 0 ] || { say "error: ${entry#*:} failed, so the recipe stops" >&2 && exit "$status"; }
+    fi
+  done
+  RUNNING=(${left[@]+"${left[@]}"})
+}
+
+stop() {
+  local entry
+  for entry in ${RUNNING[@]+"${RUNNING[@]}"}; do kill -- "-${entry%%:*}" 2>/dev/null || true; done
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# wait_below N: until fewer than N runs are going on, with a line of progress for each every minute.
+wait_below() {
+  local entry dir
+  while reap && [ "${#RUNNING[@]}" -ge "$1" ]; do
+    sleep 1
+    if [ "$SECONDS" -ge "$SHOW" ]; then
+      SHOW=$((SECONDS + ${PROGRESS_SECONDS:-60}))
+      for entry in "${RUNNING[@]}"; do
+        dir="$OUT/${entry#*:}"
+        progress "${entry#*:}" "$(find "$dir" -maxdepth 1 -name '*.log' -exec ls -t {} + | head -n 1)"
+      done
+    fi
+  done
+}
+
+mkdir -p "$OUT"
+OUT="$(cd "$OUT" && pwd)"
+DATA="$OUT/data-bin"
+lock "$OUT"
+SETTINGS="UPDATES=$UPDATES IPQ_UPDATES=$IPQ_UPDATES SEED=$SEED VOCAB_SIZE=$VOCAB_SIZE"
+if [ -f "$OUT/.settings" ] && [ "$(cat "$OUT/.settings")" != "$SETTINGS" ]; then
+  die "$OUT holds runs of $(cat "$OUT/.settings"), not of $SETTINGS; give another OUT or remove it"
+fi
+printf '%s' "$SETTINGS" >"$OUT/.settings"
+bash recipes/quickstart/prepare.sh "$OUT"
+python -m recipes.table1.plans "$OUT"
+lm_flags
+SHOW=$((SECONDS + ${PROGRESS_SECONDS:-60}))
+for name in $ONLY; do
+  wait_below "$JOBS"
+  start "$name"
+done
+wait_below 1
+python -m recipes.table1.table "$OUT"

@@ -1,0 +1,124 @@
+"""The noise's measurements in fairseq's log."""
+
+import math
+
+import pytest
+import torch
+from lm_fixture import FFN, batch, both_kinds
+
+from fairseq_quant_noise.noise.attach import noise_of
+from fairseq_quant_noise.noise.measure import Probe, kind_of, quantized_values, swapped, target_rules
+
+
+def measured(model, forward):
+    """What a Probe finds in one forward."""
+    found = {}
+    Probe(model, found.update)
+    forward()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("decoder.layers.0.fc1", "fc1"),
+        ("decoder.layers.11.self_attn.q_proj", "self_attn"),
+        ("decoder.embed_tokens.embeddings.0.0", "embeddings"),
+        ("decoder.adaptive_softmax.head.class_proj", "head"),
+        ("fc", "fc"),
+        ("", "model"),
+    ],
+)
+def test_kinds_of_layers(name, kind):
+    assert kind_of(name) == kind
+
+
+@both_kinds
+def test_weights_lose_the_square_root_of_p_to_proxy_noise(lab, kind):
+    model = lab.model("--quant-noise-pq", 0.2, "--dropout", 0.1, kind=kind).train()
+    found = measured(model, lambda: model(**batch()["net_input"]))
+    assert {"fc1", "fc2", "self_attn"} <= set(found)
+    for distortion in found.values():
+        assert distortion.of_weight in (None, pytest.approx(math.sqrt(0.2), abs=0.12))  # None: a tied copy
+    for layer in ("fc1", "fc2", "self_attn"):
+        assert 0.02 < found[layer].of_output < 1.5
+
+
+def test_the_measurement_changes_neither_the_forward_nor_the_random_numbers(lab):
+    outputs = []
+    for probed in (False, True):
+        model = lab.model("--quant-noise-pq", 0.3, "--dropout", 0.3, "--decoder-layerdrop", 0.2).train()
+        torch.manual_seed(7)
+        if probed:
+            Probe(model, lambda found: None)
+        first = model(**batch()["net_input"])[0]
+        first.sum().backward()
+        grads = [p.grad for p in model.parameters()]
+        outputs.append([first.detach(), *grads, model(**batch()["net_input"])[0].detach()])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True) if a is not None)
+
+
+def test_outputs_are_compared_on_the_same_input_without_other_noise(lab):
+    model = lab.model("--quant-noise-pq", 1.0, "--dropout", 0.5).train()
+    for layer in model.decoder.layers:
+        layer.fc1.bias.data.zero_()  # so that all of the output is the weight's
+    found = measured(model, lambda: model(**batch()["net_input"]))
+    assert found["fc1"].of_weight == pytest.approx(1.0)
+    assert found["fc1"].of_output == pytest.approx(1.0)
+
+
+def test_a_probe_measures_once_and_leaves_no_hook(lab):
+    model = lab.model("--quant-noise-pq", 0.2).train()
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    seen = []
+    Probe(model, seen.append)
+    for _ in range(2):
+        model(**batch()["net_input"])
+    assert len(seen) == 1
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_the_target_of_proxy_noise_is_pq_and_of_int_noise_int(lab):
+    rules = target_rules(lab.model("--quant-noise-pq", 0.1))
+    assert {rule.kinds for rule in rules.values()} == {("pq",)}
+    rules = target_rules(lab.model("--quant-noise-pq", 0.1, "--quant-noise-kind", "int4"))
+    assert {rule.kinds for rule in rules.values()} == {("int4",)}
+
+
+def test_quantized_values_are_put_back(lab):
+    model = lab.model("--quant-noise-pq", 0.1, "--quant-noise-kind", "int4").eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    values = quantized_values(model, target_rules(model))
+    with swapped(values):
+        inside = model.decoder.layers[0].fc1.weight.clone()
+        assert len(inside.unique()) <= 16
+        assert model.decoder.output_projection.weight is model.decoder.embed_tokens.weight
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@both_kinds
+def test_training_logs_the_distortion_and_validation_the_gap(lab, kind):
+    flags = ["--quant-noise-pq", 0.2, "--quant-noise-log-interval", 2, "--quant-noise-gap-batches", 2]
+    run = lab.train(*flags, kind=kind, updates=4)
+    valid = run.valid[-1]
+    assert valid["quantization_gap"] == pytest.approx(valid["quantized_loss"] - valid["loss"], abs=0.2)
+    assert noise_of(run.model) is not None
+
+
+@pytest.mark.parametrize("noise", [[], [{"match": ".*", "p": 0.0}]], ids=["no noise", "noise"])
+def test_the_gap_is_that_of_the_stages_that_are_still_to_come(lab, noise):
+    gaps = []
+    for scheme in ("int8", "int2"):
+        first = {**FFN, "updates": 2}
+        last = {"match": r"decoder\.(embed|layers.*self_attn).*", "scheme": scheme, "updates": 2}
+        flags = ["--quantization-config-path", lab.plan({"noise": noise, "stages": [first, last]})]
+        flags += ["--quant-noise-gap-batches", 2, "--validate-interval-updates", 1, "--batch-size", 64]
+        run = lab.train(*flags, updates=3)
+        gaps.append([log.get("quantization_gap") for log in run.valid])
+    assert all(len(of_run) == 3 for of_run in gaps)
+    assert [of_run[2] for of_run in gaps] == [None, None]  # nothing is dense any more
+    assert abs(gaps[0][0]) < 0.01 < gaps[1][0]
+
+
+def test_without_the_option_nothing_is_quantized_for_the_log(lab, runs):
+    assert "quantization_gap" not in runs.noised("plain").valid[-1]
