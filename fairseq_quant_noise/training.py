@@ -62,7 +62,7 @@ class StageController:
         self.trainer = trainer
         model = trainer.get_model()
         with exits_on_user_error():
-            _check_trainer(trainer)
+            _check_trainer(trainer, self.plan)
             if self.plan.noise:
                 attach_rules(model, self.plan.noise)
             load_teacher = getattr(trainer.get_criterion(), "load_teacher", None)
@@ -149,12 +149,18 @@ class StageController:
         self.trainer._wrapped_model = None  # a DDP wrapper from before holds the dense parameters
 
 
-def _check_trainer(trainer: Any) -> None:
+def _check_trainer(trainer: Any, plan: Plan) -> None:
     if not isinstance(trainer.get_model(), Quantizable):
         name = getattr(trainer.cfg.model, "_name", None) or "this model"
         raise UserError(
             f"--quantization-config-path: {name} cannot hold quantized weights; train with --arch quant_noise_{name} "
             "(a checkpoint of the stock model loads into it)"
+        )
+    int8 = bool(getattr(trainer.cfg.model, "quant_noise_scalar", 0))
+    if int8 and plan.stages:
+        raise UserError(
+            "--quant-noise-scalar makes every weight int8, and the plan has stages; give --quant-noise-pq P "
+            "--quant-noise-kind int8 for the noise alone, or leave the stages out"
         )
     if trainer.cfg.ema.store_ema:
         raise UserError("--store-ema: the average cannot follow weights that turn into codes; leave it out of iPQ")

@@ -260,3 +260,9 @@ def test_the_plan_of_a_pq_run_counts_int8_centroids(lab, runs, capsys):
         packed = read(out)
         centroids = packed.tensors["decoder.layers.0.fc1.weight.centroids"]
         assert centroids.numel() * centroids.element_size() == 16 * 8 * per_number
+
+
+def test_quant_noise_scalar_with_stages_is_refused_before_training(lab, capsys):
+    with pytest.raises(SystemExit):
+        lab.train("--quant-noise-scalar", 0.5, "--quantization-config-path", lab.plan(PLANS["plain"]))
+    assert "--quant-noise-scalar makes every weight int8" in one_error(capsys.readouterr())

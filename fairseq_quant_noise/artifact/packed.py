@@ -93,7 +93,7 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     inputs = {
         name: {"bits": q.bits, "low": float(q.range[0]), "high": float(q.range[1])}
         for name, q in input_quantizers(model).items()
-        if int(q.seen)
+        if q.count
     }
     manifest = Manifest(
         producer=f"fairseq_quant_noise {__version__}",

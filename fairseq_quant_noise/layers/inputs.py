@@ -45,6 +45,7 @@ class InputQuantizer(nn.Module):
         spec = [bits, RANGES.index(range_), min(batches, 255)]
         self.register_buffer("spec", torch.tensor(spec, dtype=torch.uint8))
         self.calibrating = False
+        self._count: int | None = None  # `seen` as a number: reading the buffer makes a GPU wait
 
     range: Tensor
     seen: Tensor
@@ -58,12 +59,20 @@ class InputQuantizer(nn.Module):
             self._observe(x.detach())
         if self.calibrating or self.training:
             return x
-        low, high = self.range if int(self.seen) else x.detach().float().aminmax()
+        low, high = self.range if self.count else x.detach().float().aminmax()
         return fake_quantize(x, Affine.of_range(low.reshape(1), high.reshape(1), self.bits))
 
+    @property
+    def count(self) -> int:
+        """Forwards seen in training or calibration."""
+        if self._count is None:
+            self._count = int(self.seen)
+        return self._count
+
     def _observe(self, x: Tensor) -> None:
-        seen = int(self.seen)
+        seen = self.count
         self.seen += 1
+        self._count = seen + 1
         if not self.calibrating and seen >= self.batches and seen % SPARSE:
             return
         if self.kind == "histogram":
@@ -77,6 +86,7 @@ class InputQuantizer(nn.Module):
         """Forget the range."""
         self.range.zero_()
         self.seen.zero_()
+        self._count = 0
 
     def _apply(self, fn: Any, recurse: bool = True) -> "InputQuantizer":
         kept = self.range
@@ -88,6 +98,7 @@ class InputQuantizer(nn.Module):
         missing: list[str] = lists[0]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         missing[:] = [name for name in missing if not name.startswith(prefix)]  # a checkpoint from before
+        self._count = None
 
 
 def quantize_input_(module: nn.Module, bits: int, range_: str, batches: int) -> None:
@@ -173,6 +184,6 @@ def calibrating(model: nn.Module) -> Iterator[None]:
             quantizer.calibrating = False
         for module, training in modes.items():
             module.training = training
-    silent = [name for name, quantizer in quantizers.items() if not int(quantizer.seen)]
+    silent = [name for name, quantizer in quantizers.items() if not quantizer.count]
     if silent:
         raise UserError(f"{silent[0]}: no calibration input reached it; give batches that use the whole model")

@@ -44,6 +44,7 @@ class LatentIntWeight(QuantizedWeight):
         self.register_buffer(AFFINE, torch.zeros(2, self.channels, device=on))  # of the last search, in training
         self.register_buffer("age", torch.zeros((), dtype=torch.long, device=on))  # training forwards
         self._fitted: tuple[tuple[float, ...], Affine] | None = None
+        self._count: int | None = None  # `age` as a number: reading the buffer makes a GPU wait
 
     full_precision = (AFFINE,)
     affine: Tensor
@@ -94,11 +95,13 @@ class LatentIntWeight(QuantizedWeight):
 
     def _in_training(self) -> Affine:
         if self.range != "histogram":
-            return fit_affine(self.name, self.latent, self.bits, self.range)
+            return fit_affine(self.name, self.latent, self.bits, self.range, check=not self.latent.is_cuda)
         if torch._C._current_graph_task_id() == -1:  # not a layer that runs again in backward
-            if int(self.age) % HISTOGRAM_REFRESH == 0:
+            count = int(self.age) if self._count is None else self._count
+            if count % HISTOGRAM_REFRESH == 0:
                 self.affine.copy_(fit_affine(self.name, self.latent, self.bits, self.range).to_tensor())
             self.age += 1
+            self._count = count + 1
         return Affine.of_tensor(self.affine, self.bits)
 
     def facts(self) -> dict[str, Any]:
@@ -123,7 +126,7 @@ class LatentIntWeight(QuantizedWeight):
         missing: list[str] = lists[0]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         missing[:] = [name for name in missing if name not in (prefix + SPEC, prefix + AFFINE, prefix + "age")]
-        self._fitted = None
+        self._fitted = self._count = None
 
     def extra_repr(self) -> str:
         """Shape, bits and range, for printing."""

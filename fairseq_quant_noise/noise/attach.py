@@ -141,8 +141,8 @@ class RuleNoise:
             self.phi.fit(blocks)
             if self.clusters is not None:
                 self.clusters.fit(blocks)
-        # A layer that starts as zeros has no range or codebook yet.
-        self.fitted = now if bool(stored.detach().any()) else None
+        # A layer that starts as zeros has no range or codebook yet, and is looked at again at the next draw.
+        self.fitted = now if self.rule.interval == 1 or bool(stored.detach().any()) else None
 
     def draw_hit(self, p: float, generator: torch.Generator) -> Tensor | None:
         """J as a (n,) mask, or None for all blocks."""

@@ -19,19 +19,20 @@ _SHRINK = 64  # clips tried for each end
 _ROUNDS = 2  # over both ends
 
 
-def fit_affine(name: str, weight: Tensor, bits: int, range_: str) -> Affine:
+def fit_affine(name: str, weight: Tensor, bits: int, range_: str, *, check: bool = True) -> Affine:
     """The affine codes of `bits` bits for `weight`, by a range of the kind `range_`.
 
     Args:
         name: the weight's name, for messages.
         weight: of two dimensions or more; channels lie along the first.
+        check: look whether the weight is finite, for which a GPU must wait.
     Raises:
         UserError: the weight holds NaN or infinity.
     """
     weight = weight.detach()
     rows = weight.reshape(weight.shape[0], -1) if range_ == "channel" else weight.reshape(1, -1)
     low, high = rows.aminmax(dim=1)
-    if not bool((low.isfinite() & high.isfinite()).all()):
+    if check and not bool((low.isfinite() & high.isfinite()).all()):
         raise UserError(f"{name}: the weight holds NaN or infinity; use a checkpoint from before it diverged")
     if range_ == "histogram":
         low, high = histogram_range(weight, bits)
