@@ -6,7 +6,7 @@ Imported where fairseq is not, it is the core alone: noise, product quantization
 
 import sys
 
-from .api import attach_noise, detach_noise, load, quantize_, save
+from .api import attach_noise, detach_noise, load, noise_of, quantize_, save
 from .errors import DamagedFileError, UserError
 from .plan import Plan
 
@@ -18,6 +18,7 @@ __all__ = [
     "attach_noise",
     "detach_noise",
     "load",
+    "noise_of",
     "quantize_",
     "register",
     "save",

@@ -17,17 +17,21 @@ from .artifact import pack, read, write
 from .errors import DamagedFileError, UserError
 from .layers import adopt_quantized
 from .networks import build
-from .noise import attach_rules, detach_noise
+from .noise import attach_rules, detach_noise, noise_of
 from .plan import Plan
 from .quantize import quantize_
 
-__all__ = ["attach_noise", "detach_noise", "load", "quantize_", "save"]
+__all__ = ["attach_noise", "detach_noise", "load", "noise_of", "quantize_", "save"]
 
 AnyPlan = Plan | Mapping[str, Any] | str | Path
 
 
 def attach_noise(model: nn.Module, plan: AnyPlan) -> nn.Module:
     """Noise the weights of `model` by the plan's `noise` rules in every training forward; the same model comes back.
+
+    Schedules and intervals count forwards of the model as updates, unless `noise_of(model).set_num_updates(n)` says
+    which update comes; `noise_of(model).begin_epoch()` says that an epoch begins, for codebooks that are found anew
+    each epoch. `noise_of(model).state_dict()` belongs in a checkpoint.
 
     Raises:
         UserError: the plan has no noise, or does not fit the model.

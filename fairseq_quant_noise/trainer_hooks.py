@@ -29,7 +29,7 @@ def begin_epoch(trainer: Any, epoch: int) -> Any:
     result = _begin_epoch(trainer, epoch)
     noise = noise_of(trainer.get_model())
     if noise is not None:
-        noise.epoch = epoch
+        noise.begin_epoch(epoch)
     return result
 
 

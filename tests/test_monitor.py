@@ -6,7 +6,7 @@ import pytest
 import torch
 from lm_fixture import FFN, batch, both_kinds
 
-from fairseq_quant_noise.noise.attach import noise_of
+from fairseq_quant_noise.noise import noise_of
 from fairseq_quant_noise.noise.measure import Probe, kind_of, quantized_values, swapped, target_rules
 
 

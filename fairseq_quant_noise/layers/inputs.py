@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..noise.draw import in_backward
 from ..scalar import RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
 from ..weights import find_weights
@@ -55,7 +56,7 @@ class InputQuantizer(nn.Module):
         """x of any shape, as its codes give it back; in training, and while calibrating, as it is."""
         if not x.is_floating_point():
             return x
-        if self.calibrating or (self.training and torch._C._current_graph_task_id() == -1):
+        if self.calibrating or (self.training and not in_backward()):
             self._observe(x.detach())
         if self.calibrating or self.training:
             return x

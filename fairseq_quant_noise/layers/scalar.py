@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..noise.draw import in_backward
 from ..noise.psi import StraightThrough
 from ..scalar import RANGES, Affine, fake_quantize, fit_affine
 from ..weights import Weight
@@ -96,7 +97,7 @@ class LatentIntWeight(QuantizedWeight):
     def _in_training(self) -> Affine:
         if self.range != "histogram":
             return fit_affine(self.name, self.latent, self.bits, self.range, check=not self.latent.is_cuda)
-        if torch._C._current_graph_task_id() == -1:  # not a layer that runs again in backward
+        if not in_backward():  # not a layer that runs again in backward
             count = int(self.age) if self._count is None else self._count
             if count % HISTOGRAM_REFRESH == 0:
                 self.affine.copy_(fit_affine(self.name, self.latent, self.bits, self.range).to_tensor())

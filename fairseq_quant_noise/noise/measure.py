@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..blocks import as_blocks
 from ..plan import NoiseRule
 from ..weights import Weight, find_weights
-from .attach import WeightNoise, noise_of
+from .attach import noise_of
 from .distortions import make_distortion
+from .weight_noise import WeightNoise
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from lm_fixture import batch, both_kinds, one_error
 
 from fairseq_quant_noise.noise import attach_rules
-from fairseq_quant_noise.noise.attach import WeightNoise
+from fairseq_quant_noise.noise.weight_noise import WeightNoise
 from fairseq_quant_noise.plan import NoiseRule
 from fairseq_quant_noise.weights import find_weights
 
@@ -184,7 +184,9 @@ def test_training_with_noise_lowers_the_loss(lab, flags):
     [
         ("--quant-noise-pq 1.5", ["--quant-noise-pq", "1.5"]),
         ("--quant-noise-pq -0.1", ["--quant-noise-pq", "-0.1"]),
-        ("--quant-noise-scalar 0.5", ["--quant-noise-scalar"]),
+        ("--quant-noise-scalar 1.5", ["--quant-noise-scalar", "1.5"]),
+        ("--quant-noise-pq 0.1 --quant-noise-kind int9", ["int9", "int8"]),
+        ("--quant-noise-pq 0.1 --quant-noise-schedule linear", ["--quant-noise-schedule linear", "linear:0:1000"]),
         ("--quant-noise-pq 0.1 --quant-noise-pq-block-size 5", ["decoder.embed_tokens", "blocks of 5", "(110, 32)"]),
         ("--quant-noise-pq 0.1 --quant-noise-pq-block-size 0", ["block"]),
     ],

@@ -1,0 +1,115 @@
+"""When J is drawn: what "one forward" means.
+
+- calling the model draws; everything until the next call sees the same J, so that a tied weight has the same noise
+  in the embedding, in the adaptive softmax (which fairseq's criterion calls after the model), and in a layer that
+  activation checkpointing runs again during backward;
+- calling a part of the model directly (`model.decoder(...)`) draws too, once the last draw's backward has run.
+
+A layer that runs again during backward gets the J of its own forward, even when another forward came between: the
+checkpoint restores the random state, and that tells the draw.
+
+The seed of a draw comes from torch's global generator, which fairseq seeds at every update, so that runs repeat and
+resume exactly. Each weight then has its own generator: its noise does not depend on the order in which layers run,
+or on LayerDrop. Outside a forward, and in eval mode, `module.weight` is the stored Parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .weight_noise import WeightNoise
+
+_MAX_SEEDS = 10_000  # of forwards whose backward never came
+
+
+def in_backward() -> bool:
+    """Whether autograd is running, which is when checkpointed layers run again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _random_state() -> int:
+    """A hash of torch's random state on the CPU, which fairseq's and torch's checkpointing put back before a rerun."""
+    return hash(bytes(torch.get_rng_state().numpy()))
+
+
+class NoiseDraw:
+    """When a forward starts and ends, and the seed of the J that it uses."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.depth = 0  # how many watched modules are running
+        self.seed: int | None = None
+        self.at = 0  # the update of this seed
+        self.spent = True  # the current draw's backward has run
+        self.handles: list[Any] = []
+        self.noised: list[nn.Module] = []  # whose weights are noised
+        self.seeds: dict[int, tuple[int, int]] = {}  # random state on entering a module -> seed, update of that forward
+        self.latest: tuple[int | None, int] | None = None  # what to return to after a layer has run again
+        self.weights: dict[str, WeightNoise] = {}  # by the weight's name
+        self.muted = False  # reads see the stored weight, for a measurement
+        self.update = 0  # the update that schedules and intervals go by
+        self.epoch = 0
+        self.counts = True  # each draw is an update, until somebody says which update it is
+        self.draws = 0
+
+    def set_num_updates(self, update: int) -> None:
+        """Say which update comes, from 0; from now on draws are not counted as updates."""
+        self.update, self.counts = update, False
+
+    def begin_epoch(self, epoch: int | None = None) -> None:
+        """Say that an epoch begins, the next one or `epoch`: codebooks are found anew in its first forward."""
+        self.epoch = self.epoch + 1 if epoch is None else epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same noise: plain containers and tensors."""
+        weights = {name: [rule.state() for rule in noise.rules] for name, noise in self.weights.items()}
+        return {"update": self.update, "draws": self.draws, "epoch": self.epoch, "weights": weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave; weights whose rules have changed start anew."""
+        self.update, self.draws, self.epoch = state["update"], state["draws"], state["epoch"]
+        for name, rules in state["weights"].items():
+            noise = self.weights.get(name)
+            if noise is not None and len(noise.rules) == len(rules):
+                for rule, saved in zip(noise.rules, rules, strict=True):
+                    rule.load_state(saved)
+
+    def watch(self, module: nn.Module) -> None:
+        """Count `module` as running between its call and its return."""
+        self.handles.append(module.register_forward_pre_hook(self._enter))
+        self.handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        if in_backward():
+            if self.depth == 0:
+                self.latest = self.seed, self.at
+                self.seed, self.at = self.seeds.get(_random_state(), self.latest)
+        else:
+            self._enter_forward(module)
+        self.depth += 1
+
+    def _enter_forward(self, module: nn.Module) -> None:
+        if module is self.root:
+            self.depth = 0  # a forward that was interrupted has not left
+        fresh = module is self.root or (self.depth == 0 and self.spent)
+        if fresh and any(m.training for m in self.noised):
+            if self.spent or len(self.seeds) > _MAX_SEEDS:
+                self.seeds.clear()
+            self.seed = int(torch.randint(2**62, (1,)))
+            self.spent = False
+            if self.counts:
+                self.update = self.draws
+            self.draws += 1
+            self.at = self.update
+        if self.seed is not None and module.training:
+            self.seeds[_random_state()] = self.seed, self.at
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.depth = max(self.depth - 1, 0)
+        if self.depth == 0 and self.latest is not None:
+            (self.seed, self.at), self.latest = self.latest, None

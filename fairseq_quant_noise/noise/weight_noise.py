@@ -1,0 +1,113 @@
+"""The noise of one weight: what a read of it gives back."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..blocks import as_blocks
+from ..plan import EPOCH, NoiseRule
+from ..weights import Weight
+from .distortions import Codebook, make_distortion
+from .draw import NoiseDraw, in_backward
+from .psi import draw_blocks, draw_clusters, psi
+from .schedule import p_at
+
+
+class RuleNoise:
+    """One rule on one weight: its J, its distortion, and when that was last fitted."""
+
+    def __init__(self, name: str, rule: NoiseRule, weight: Weight) -> None:
+        rows, numbers = weight.shape[0], math.prod(weight.shape)
+        self.rule = rule
+        self.n_blocks = numbers // rule.d
+        self.phi = make_distortion(name, rule, rows)
+        self.clusters = Codebook(name, rule, rows) if rule.choice == "clusters" else None
+        self.fitted: int | None = None  # the update, or the epoch, of the last fit
+
+    def refresh(self, stored: Tensor, draw: NoiseDraw) -> None:
+        """Fit the distortion and the clusters, where the rule's interval asks for it."""
+        by_epoch = self.rule.interval == EPOCH
+        now = draw.epoch if by_epoch else draw.update
+        step = 1 if by_epoch else int(self.rule.interval)
+        if self.fitted is not None and self.fitted <= now < self.fitted + step:
+            return
+        with torch.no_grad():
+            blocks = as_blocks(stored, self.rule.d)
+            self.phi.fit(blocks)
+            if self.clusters is not None:
+                self.clusters.fit(blocks)
+        # A layer that starts as zeros has no range or codebook yet, and is looked at again at the next draw.
+        self.fitted = now if self.rule.interval == 1 or bool(stored.detach().any()) else None
+
+    def draw_hit(self, p: float, generator: torch.Generator) -> Tensor | None:
+        """J as a (n,) mask, or None for all blocks."""
+        if p >= 1:
+            return None
+        if self.clusters is None:
+            return draw_blocks(self.n_blocks, p, generator)
+        assert self.clusters.codes is not None
+        assert self.clusters.centroids is not None
+        return draw_clusters(self.clusters.codes, len(self.clusters.centroids), p, generator)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs to make the same noise."""
+        clusters = self.clusters.state() if self.clusters is not None else {}
+        return {"rule": self._measures(), "fitted": self.fitted, "phi": self.phi.state(), "clusters": clusters}
+
+    def _measures(self) -> list[Any]:
+        """What of the rule decides what is measured."""
+        rule = self.rule
+        return [list(rule.kinds), rule.d, rule.choice, rule.n_centroids, rule.range]
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave; a rule that measures something else starts anew."""
+        if state["rule"] != self._measures():
+            return
+        self.fitted = state["fitted"]
+        self.phi.load_state(state["phi"])
+        if self.clusters is not None:
+            self.clusters.load_state(state["clusters"])
+
+
+class WeightNoise:
+    """The noise of one weight: rules, one after the other, each with its own J."""
+
+    def __init__(self, draw: NoiseDraw, index: int, weight: Weight, rules: Sequence[NoiseRule]) -> None:
+        self.draw = draw
+        self.index = index  # makes the J of one weight independent of another's
+        self.name = weight.name
+        self.rules = [RuleNoise(weight.name, rule, weight) for rule in rules]
+        self.hits: list[tuple[RuleNoise, Tensor | None]] = []  # the rules that act, and their J, for the seed below
+        self.hits_of: tuple[int | None, torch.device | None] = (None, None)
+
+    def __call__(self, module: nn.Module, stored: Tensor) -> Tensor:
+        """The weight as `module` reads it: noised in a training forward, else `stored` itself."""
+        if not module.training or self.draw.depth == 0 or self.draw.seed is None or self.draw.muted:
+            return stored
+        if self.hits_of != (self.draw.seed, stored.device):
+            self._draw_hits(stored)
+        weight = stored
+        for rule, hit in self.hits:
+            weight = psi(weight, hit, rule.rule.d, rule.phi)
+        if weight.requires_grad:
+            weight.register_hook(self._spend)
+        return weight
+
+    def _draw_hits(self, stored: Tensor) -> None:
+        """J of every rule, and what the rules measure, for the draw of now."""
+        generator = torch.Generator(stored.device)
+        generator.manual_seed((self.draw.seed or 0) + self.index)
+        self.hits = []
+        for rule in self.rules:
+            p = p_at(rule.rule.p, rule.rule.schedule, self.draw.at)
+            if p > 0:
+                if not in_backward():  # a layer that runs again has been fitted in its own forward
+                    rule.refresh(stored, self.draw)
+                self.hits.append((rule, rule.draw_hit(p, generator)))
+        self.hits_of = (self.draw.seed, stored.device)
+
+    def _spend(self, gradient: Tensor) -> None:
+        self.draw.spent = True
