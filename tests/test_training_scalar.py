@@ -1,5 +1,7 @@
 """int4 and int8 in fairseq-train: as stages, with --quant-noise-scalar, with iPQ; activations; the file; resume."""
 
+import functools
+
 import pytest
 import torch
 from lm_fixture import ATTENTION, FFN, PLANS, both_kinds, one_error, same, state_of
@@ -24,31 +26,21 @@ def exported(lab, run):
     return path
 
 
+def by_kind(lab, *flags, updates):
+    """A function that gives the run of a kind of model, done when it is first asked for."""
+    return functools.cache(lambda kind: lab.train(*flags, kind=kind, updates=updates))
+
+
 @pytest.fixture(scope="module")
 def mixed(lab):
-    """By kind of model: a run through int4, int8 and iPQ stages with int8 centroids and activations."""
-    made = {}
-
-    def run(kind):
-        if kind not in made:
-            flags = ["--quantization-config-path", lab.plan(MIXED), "--quant-noise-pq", 0.1]
-            made[kind] = lab.train(*flags, kind=kind, updates=7)
-        return made[kind]
-
-    return run
+    """Runs through int4, int8 and iPQ stages with int8 centroids and activations."""
+    return by_kind(lab, "--quantization-config-path", lab.plan(MIXED), "--quant-noise-pq", 0.1, updates=7)
 
 
 @pytest.fixture(scope="module")
 def scalar(lab):
-    """By kind of model: a run with --quant-noise-scalar."""
-    made = {}
-
-    def run(kind):
-        if kind not in made:
-            made[kind] = lab.train("--quant-noise-scalar", 0.5, kind=kind)
-        return made[kind]
-
-    return run
+    """Runs with --quant-noise-scalar."""
+    return by_kind(lab, "--quant-noise-scalar", 0.5, updates=6)
 
 
 # Stages

@@ -30,8 +30,10 @@ def fit_affine(name: str, weight: Tensor, bits: int, range_: str, *, check: bool
         UserError: the weight holds NaN or infinity.
     """
     weight = weight.detach()
-    rows = weight.reshape(weight.shape[0], -1) if range_ == "channel" else weight.reshape(1, -1)
-    low, high = rows.aminmax(dim=1)
+    if range_ == "channel":
+        low, high = weight.reshape(weight.shape[0], -1).aminmax(dim=1)
+    else:
+        low, high = (end.reshape(1) for end in weight.aminmax())
     if check and not bool((low.isfinite() & high.isfinite()).all()):
         raise UserError(f"{name}: the weight holds NaN or infinity; use a checkpoint from before it diverged")
     if range_ == "histogram":

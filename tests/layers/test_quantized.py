@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from toys import TOKENS, ZOO_PLAN, Tied, quiet, refuses, zoo
+from toys import INT_PLANS, TOKENS, ZOO_PLAN, Tied, quiet, refuses, zoo
 
 from fairseq_quant_noise.layers import PQWeight, adopt_quantized, quantize_weight_, quantized_weights
 from fairseq_quant_noise.quantize import quantize_
@@ -173,9 +173,9 @@ def test_quantizing_twice_is_refused(tied):
 # States
 
 
-def test_a_dense_model_adopts_a_quantized_state():
-    source = quantize_(zoo(0), ZOO_PLAN, progress=quiet)
-    target = zoo(1)
+@pytest.mark.parametrize("plan", {"pq": ZOO_PLAN, **INT_PLANS}.values(), ids=["pq", *INT_PLANS])
+def test_a_dense_model_adopts_a_quantized_state(plan):
+    source, target = quantize_(zoo(0), plan, progress=quiet), zoo(1)
     changed = adopt_quantized(target, source.state_dict())
     assert changed == list(quantized_weights(source))
     target.load_state_dict(source.state_dict())

@@ -193,17 +193,6 @@ def test_a_checkpoint_holds_the_dense_weight_under_its_own_name():
     assert model.state_dict()["emb.weight"].data_ptr() == model.emb._modules["weight"].latent.data_ptr()
 
 
-@pytest.mark.parametrize("plan", INT_PLANS)
-def test_a_dense_model_adopts_a_quantized_state(plan):
-    source, target = quantized(plan), zoo(1)
-    changed = adopt_quantized(target, source.state_dict())
-    assert changed == list(quantized_weights(source))
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(target.eval()(TOKENS), source.eval()(TOKENS))
-    assert target.emb._modules["weight"] is target.out._modules["weight"]
-    assert adopt_quantized(target, source.state_dict()) == []
-
-
 def test_a_model_that_is_one_layer_adopts_its_state():
     source = quantize_(nn.Linear(8, 64), INT_PLANS["int4 by channel"], progress=quiet)
     assert "weight" in source.state_dict()
