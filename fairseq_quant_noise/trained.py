@@ -5,7 +5,8 @@ What the packed file records of a checkpoint, and the names under which the stoc
 
 import json
 import re
-from collections.abc import Mapping
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,32 @@ from .errors import UserError
 from .layers import adopt_quantized
 from .layers.pq import CODES
 from .networks import build
+from .networks.roberta import modern_names
 from .safe_load import safe_load
 
 PREFIX = "quant_noise_"  # of this package's names for fairseq's models
-MODELS = ("transformer_lm",)  # fairseq's names of the models that this package knows
+MODELS = ("transformer_lm", "roberta")  # fairseq's names of the models that this package knows
+
+PADDING = 1  # fairseq's index of the padding word
+_SIDE = r"(decoder|encoder\.sentence_encoder)"  # that embeds the words
 
 #: What a packed file keeps of fairseq's configuration: enough to evaluate. Paths of the machine that trained it go.
 _SECTIONS = ("model", "task", "criterion")
 #: Options of other sections that a criterion's defaults refer to, as ${optimization.sentence_avg}.
 _REFERRED = {"optimization": ("sentence_avg",), "distributed_training": ("ddp_backend",), "common": ("tpu",)}
+#: What a flat configuration says of other parts; fairseq would take their names for options of the model.
+_PARTS = ("task", "criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer", "scoring", "simul_type")
+#: A criterion's options in fairseq, with defaults: a flat configuration mixes them with others, which fairseq refuses.
+_CRITERIA: dict[str, dict[str, Any]] = {
+    "cross_entropy": {"sentence_avg": False},
+    "adaptive_loss": {"sentence_avg": False, "ddp_backend": "legacy_ddp"},
+    "masked_lm": {"tpu": False},
+    "sentence_prediction": {
+        "classification_head_name": "sentence_classification_head",
+        **dict.fromkeys(("regression_target", "report_mcc", "report_acc_and_f1", "report_pearson_and_spearman"), False),
+    },
+}
+SHARED = ("classification_head_name", "regression_target")  # options of `ipq` that it hands on
 #: fairseq's options that say how much noise a training has.
 NOISE_FLAGS = ("quant_noise_pq", "quant_noise_scalar")
 FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
@@ -36,7 +54,7 @@ _MACHINE = {"data": "", "plasma_path": ""}
 class Trained:
     """A checkpoint's content."""
 
-    state: dict[str, Any]  # as fairseq wrote it
+    state: dict[str, Any]  # as fairseq wrote it, but for the names of old weights
     model: nn.Module  # in plain PyTorch, under fairseq's names, with its weights; eval mode
     config: dict[str, Any]  # what a packed file records (`Manifest.model`)
 
@@ -48,6 +66,7 @@ def load_trained(path: str | Path) -> Trained:
         UserError: not a checkpoint, an unsafe one, or of a network that is not implemented without fairseq.
     """
     state = safe_load(path)
+    state["model"] = modern_names(state["model"])
     config = packed_config(path, state)
     model = build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
     weights: dict[str, Tensor] = state["model"]
@@ -71,6 +90,7 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
     architecture = PREFIX + stock_name(path, str(model.get("_name") or model.get("arch")))
     model["_name"] = architecture
     model.update({name: 0 for name in NOISE_FLAGS if model.get(name)})  # the file is evaluated, not trained
+    model.update(task_options(state["model"]))
     if "criterion" in kept:
         kept["criterion"] = unwrapped(kept["criterion"])
     for referred, names in _REFERRED.items():
@@ -79,33 +99,47 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
         section.update({k: v for k, v in _MACHINE.items() if k in section})
     vocab = vocabulary_size(state["model"])
     if vocab is None:
-        raise UserError(f"checkpoint {path}: has no decoder.embed_tokens; only language models can be packed so far")
-    return {"architecture": architecture, "cfg": kept, "vocab_size": vocab, "padding_idx": 1}
+        raise UserError(f"checkpoint {path}: has no embed_tokens of a {' or '.join(MODELS)}; only these can be packed")
+    return {"architecture": architecture, "cfg": kept, "vocab_size": vocab, "padding_idx": PADDING}
 
 
 def _configuration(path: str | Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
     cfg = state.get("cfg")
     if isinstance(cfg, Mapping) and cfg.get("model") is not None:
-        return cfg
+        return {**cfg, "model": _options(cfg)} if isinstance(cfg["model"], Namespace) else cfg
     args = state.get("args")
     if args is None:
         raise UserError(
             f"checkpoint {path}: holds no configuration ('cfg' or 'args'); give one that fairseq-train wrote"
         )
-    options = {k: v for k, v in vars(args).items() if isinstance(v, str | int | float | bool | list | type(None))}
+    options, chosen = _plain(args), vars(args)
+    defaults = _CRITERIA.get(str(chosen.get("criterion")), options)
     return {
-        "model": options | {"_name": options.get("arch")},
-        "task": options | {"_name": options.get("task")},
-        "criterion": options | {"_name": options.get("criterion")},
+        "model": options | {"_name": chosen.get("arch")},
+        "task": options | {"_name": chosen.get("task")},
+        "criterion": {k: options.get(k, v) for k, v in defaults.items()} | {"_name": chosen.get("criterion")},
     }
+
+
+def _options(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a model without a dataclass, as fairseq's `roberta`: it has those of the whole command line."""
+    other = [part for key, part in cfg.items() if key not in ("model", "task") and isinstance(part, Mapping)]
+    elsewhere = {name for part in other for name in part} - {"_name"}
+    return {name: value for name, value in _plain(cfg["model"]).items() if name not in elsewhere}
+
+
+def _plain(args: Namespace) -> dict[str, Any]:
+    options = {name: value for name, value in vars(args).items() if name not in _PARTS}
+    return {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | list | type(None))}
 
 
 def unwrapped(criterion: Mapping[str, Any]) -> dict[str, Any]:
     """A criterion's configuration; of `ipq` the one it wraps, for evaluation needs neither its teacher nor its name."""
     if criterion.get("_name") != "ipq":
         return dict(criterion)
-    options = json.loads(criterion.get("ipq_criterion_options") or "{}")
-    return {**options, "_name": criterion["ipq_criterion"]}
+    name = criterion["ipq_criterion"]
+    options = {key: criterion[key] for key in SHARED if key in criterion and key in _CRITERIA.get(name, ())}
+    return {**options, **json.loads(criterion.get("ipq_criterion_options") or "{}"), "_name": name}
 
 
 def stock_name(path: str | Path, name: str) -> str:
@@ -124,10 +158,32 @@ def stock_name(path: str | Path, name: str) -> str:
 
 
 def vocabulary_size(state: Mapping[str, Tensor]) -> int | None:
-    """How many words the embedding of a language model holds, adaptive bands added up; None without one."""
-    embedding = re.compile(rf"decoder\.embed_tokens\.(embeddings\.\d+\.0\.)?weight(\.{CODES})?")
-    rows = [tensor.shape[0] for name, tensor in state.items() if embedding.fullmatch(name)]
-    return sum(rows) if rows else None
+    """How many words the embedding of a model holds, adaptive bands added up; None without one."""
+    embedding = rf"{_SIDE}\.embed_tokens\.(embeddings\.\d+\.0\.)?weight"
+    return sum(rows for _, rows in _rows(state, embedding)) or None
+
+
+def task_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a RoBERTa's weights say of options that its task decides; nothing for other models.
+
+    Returns:
+        max_positions, the most tokens of a row, and classification_heads, by name [inner width, classes].
+    """
+    positions = [rows for _, rows in _rows(state, r"encoder\.sentence_encoder\.embed_positions\.weight")]
+    heads: dict[str, list[int]] = {}
+    for part in ("dense", "out_proj"):
+        for found, rows in _rows(state, rf"classification_heads\.(.+)\.{part}\.weight"):
+            heads.setdefault(found[1], []).append(rows)
+    whole = {name: sizes for name, sizes in heads.items() if len(sizes) == 2}
+    return {"max_positions": positions[0] - PADDING - 1, "classification_heads": whole} if positions else {}
+
+
+def _rows(state: Mapping[str, Tensor], name: str) -> Iterator[tuple[re.Match[str], int]]:
+    """For each weight whose name matches, dense or in codes: the match and its number of rows."""
+    for key, tensor in state.items():
+        found = re.fullmatch(rf"{name}(?:\.{CODES})?", key)
+        if found:
+            yield found, tensor.shape[0]
 
 
 def _first_line(error: Exception) -> str:

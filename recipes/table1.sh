@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Table 1 of the Quant-Noise paper, and its table of exact and proxy noise, at the size of the quickstart: ten small
+# Table 1 of the Quant-Noise paper, and its table of exact and proxy noise, at the size of the quickstart: twelve small
 # language models on the documentation strings of the Python standard library, about two hours on two cores, no GPU.
 #
 #     bash recipes/table1.sh           everything
-#     bash recipes/table1.sh --list    the ten runs, each with the packed files that are made of it
+#     bash recipes/table1.sh --list    the twelve runs, each with the packed files that are made of it
 #
 # trains each network with its noise, quantizes it (intN at one go; iPQ in three stages with fine-tuning), evaluates
 # network and packed files with fairseq-eval-lm, prints the run's lines as it ends, and ends with the tables in
@@ -17,14 +17,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/lib.sh
 
-RUNS="none int4-qat int4-qn int8-qat int8-qn pq-qat proxy pq pq-clusters proxy-clusters"
+RUNS="none int4-qat int4-qn int8-qat int8-qn pq-qat proxy pq pq-clusters proxy-clusters int4-channel-qn int8-channel-qn"
 
 # files NAME: the packed files that are made of a run.
 files() {
   case "$1" in
     none) say int4 int4-channel int8 int8-channel ipq ipq-int8 ;;
     int?-qat) say "${1%-qat}" ;;
-    int?-qn) say "${1%-qn}" "${1%-qn}-channel" ;;
+    int?-qn | int?-channel-qn) say "${1%-qn}" ;;
     proxy) say ipq ipq-int8 ;;
     *) say ipq ;;
   esac
@@ -58,6 +58,7 @@ noise_flags() {
   case "$1" in
     none) NOISE_FLAGS=(--quant-noise-pq 0) ;;
     int?-qat) NOISE_FLAGS=(--quant-noise-pq 1 --quant-noise-kind "${1%-qat}") ;;
+    int?-channel-qn) NOISE_FLAGS=(--quant-noise-pq 0.5 --quant-noise-kind "${1%-channel-qn}" --quant-noise-range channel) ;;
     int?-qn) NOISE_FLAGS=(--quant-noise-pq 0.5 --quant-noise-kind "${1%-qn}") ;;
     *) NOISE_FLAGS=(--quantization-config-path "$OUT/$1/noise.yaml") ;;
   esac

@@ -6,6 +6,7 @@ import pytest
 import torch
 from lm_fixture import FFN, batch, both_kinds
 
+from fairseq_quant_noise import quantize_
 from fairseq_quant_noise.noise import noise_of
 from fairseq_quant_noise.noise.measure import Probe, kind_of, quantized_values, swapped, target_rules
 
@@ -76,6 +77,27 @@ def test_a_probe_measures_once_and_leaves_no_hook(lab):
         model(**batch()["net_input"])
     assert len(seen) == 1
     assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_a_forward_that_fails_says_why_and_the_next_one_is_measured(lab):
+    model = lab.model("--quant-noise-pq", 0.2).train()
+    seen = []
+    Probe(model, seen.append)
+    with pytest.raises(IndexError):
+        model(torch.full((1, 3), 10_000))
+    assert not seen
+    model(**batch()["net_input"])
+    assert "fc1" in seen[0]
+
+
+def test_weights_that_are_quantized_before_the_forward_are_left_out(lab):
+    model = lab.model("--quant-noise-pq", 0.2, "--quant-noise-pq-block-size", 4).train()
+    seen = []
+    Probe(model, seen.append)
+    quantize_(model, {"stages": [{"match": r".*fc[12]", "block_size": 8}]})
+    model(**batch()["net_input"])
+    assert "fc1" not in seen[0]
+    assert "self_attn" in seen[0]
 
 
 def test_the_target_of_proxy_noise_is_pq_and_of_int_noise_int(lab):

@@ -55,7 +55,8 @@ def distillation_loss(student: Recorder, teacher: nn.Module, sample: Mapping[str
     if adaptive is None:
         mine = student.get_normalized_probs(student.output, log_probs=True)
         theirs = teacher.get_normalized_probs(taught, log_probs=True)  # type: ignore[operator]
-        keep = target.flatten() != padding_idx if target.numel() == mine[..., 0].numel() else None
+        by_word = mine.dim() == 3 and target.numel() == mine[..., 0].numel()  # not one class for each row
+        keep = target.flatten() != padding_idx if by_word else None
         return kl_sum(mine.flatten(0, -2), theirs.flatten(0, -2), keep)
     flat = target.view(-1)
     clusters, targets = adaptive(student.output[0], flat)

@@ -25,6 +25,7 @@ from ..cli_errors import exits_on_user_error
 from ..errors import UserError
 from ..sizes import model_bytes
 from ..table import MIB
+from ..trained import SHARED
 from .distillation import Recorder, distillation_loss
 
 
@@ -44,6 +45,10 @@ class IPQCriterionConfig(FairseqDataclass):
     ipq_distillation_weight: float = field(
         default=0.5, metadata={"help": "share of the distillation in the loss, from 0 to 1, when there is a teacher"}
     )
+    classification_head_name: str = field(
+        default="sentence_classification_head", metadata={"help": "as in sentence_prediction, whose task asks for it"}
+    )
+    regression_target: bool = field(default=False, metadata={"help": "as in sentence_prediction"})
     sentence_avg: bool = II("optimization.sentence_avg")
 
 
@@ -129,9 +134,11 @@ def _build_inner(cfg: Any, task: Any) -> FairseqCriterion:
         raise UserError(f"--ipq-criterion {name}: not a criterion that can be wrapped; known: {known}")
     try:
         options = json.loads(cfg.ipq_criterion_options)
-        node = OmegaConf.create({**options, "_name": name})
+        dataclass = CRITERION_DATACLASS_REGISTRY[name]
+        shared = {key: cfg[key] for key in SHARED if key in dataclass.__dataclass_fields__}
+        node = OmegaConf.create({**shared, **options, "_name": name})
         node.__dict__["_parent"] = cfg.__dict__["_parent"]  # so that ${optimization.…} resolves, as fairseq does it
-        inner_cfg = merge_with_parent(CRITERION_DATACLASS_REGISTRY[name](), node)
+        inner_cfg = merge_with_parent(dataclass(), node)
     except Exception as error:  # JSON, TypeError, and half a dozen of omegaconf's
         raise UserError(f"--ipq-criterion-options {cfg.ipq_criterion_options}: {str(error).splitlines()[0]}") from None
     inner: FairseqCriterion = CRITERION_REGISTRY[name].build_criterion(inner_cfg, task)

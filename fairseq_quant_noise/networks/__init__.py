@@ -6,19 +6,26 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from .roberta import Roberta, RobertaConfig
 from .transformer_lm import TransformerLM, TransformerLMConfig
 
-__all__ = ["NETWORKS", "TransformerLM", "TransformerLMConfig", "build"]
+__all__ = ["NETWORKS", "Roberta", "RobertaConfig", "TransformerLM", "TransformerLMConfig", "build"]
 
 
 def _transformer_lm(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
     return TransformerLM(TransformerLMConfig.from_fairseq(options, vocab_size, padding_idx))
 
 
+def _roberta(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
+    return Roberta(RobertaConfig.from_fairseq(options, vocab_size, padding_idx))
+
+
 #: How to build each model from fairseq's options; an architecture is found by its model's name as a prefix.
 NETWORKS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
     "transformer_lm": _transformer_lm,
     "quant_noise_transformer_lm": _transformer_lm,
+    "roberta": _roberta,
+    "quant_noise_roberta": _roberta,
 }
 
 
@@ -27,7 +34,7 @@ def build(name: str, options: Mapping[str, Any], vocab_size: int, padding_idx: i
 
     Args:
         name: such as `transformer_lm` or `transformer_lm_wiki103`.
-        options: fairseq's `cfg.model` as a dict.
+        options: fairseq's `cfg.model` as a dict; of a RoBERTa with its `classification_heads`.
         vocab_size: the number of words in the dictionary.
         padding_idx: the dictionary's padding word.
 

@@ -1,22 +1,36 @@
-"""Causal self-attention under fairseq's names, without fairseq.
+"""Self-attention and the layer around it under fairseq's names, without fairseq.
 
-It exists so that a packed file runs where fairseq is not installed. The four projections are called as
-modules: each reads its own `weight` (noised, or decoded from codes) at use. Dropout is left alone.
+They exist so that a packed file runs where fairseq is not installed. The projections are called as modules: each
+reads its own `weight` (noised, or decoded from codes) at use. Dropout is left alone.
 
 Shapes: B batch, T tokens, C channels, H heads.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: fairseq's nonlinearities, by its names.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
+    "tanh": torch.tanh,
+    "linear": lambda x: x,
+}
+
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of every token to itself and the tokens before it."""
+    """Multi-head attention of every token to itself and the tokens before it or, if not `causal`, to all tokens."""
 
-    def __init__(self, dim: int, n_heads: int) -> None:
+    def __init__(self, dim: int, n_heads: int, causal: bool = True) -> None:
         super().__init__()
         self.n_heads = n_heads
+        self.causal = causal
         self.k_proj = nn.Linear(dim, dim)
         self.v_proj = nn.Linear(dim, dim)
         self.q_proj = nn.Linear(dim, dim)
@@ -26,15 +40,52 @@ class SelfAttention(nn.Module):
         """x: (B, T, C) -> (B, T, C).
 
         Args:
-            mask: None for plain causal attention, or what `causal_mask` returns.
+            mask: None where no token is padding, else what `causal_mask` (or, if not `causal`, `key_mask`) returns.
         """
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # (B, H, T, C/H)
+        is_causal = self.causal and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)  # (B, H, T, C/H)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, H, T, C/H)."""
         return x.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention and a feed-forward block, each added to its input and normalized before or after.
+
+    Args:
+        dim: C.
+        ffn_dim: inner width of the feed-forward block.
+        n_heads: H.
+        activation_fn: of the feed-forward block, one of ACTIVATIONS.
+        normalize_before: LayerNorm before each block instead of after it.
+        causal: no token sees those after it.
+    """
+
+    def __init__(
+        self, dim: int, ffn_dim: int, n_heads: int, activation_fn: str, normalize_before: bool, causal: bool = True
+    ) -> None:
+        super().__init__()
+        self.normalize_before = normalize_before
+        self.activation_fn = activation_fn
+        self.self_attn = SelfAttention(dim, n_heads, causal)
+        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, dim)
+        self.final_layer_norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: (B, T, C) -> (B, T, C); `mask` as in `SelfAttention`."""
+        if self.normalize_before:
+            x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+            return x + self._feed_forward(self.final_layer_norm(x))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, mask))
+        return self.final_layer_norm(x + self._feed_forward(x))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        return self.fc2(ACTIVATIONS[self.activation_fn](self.fc1(x)))
 
 
 def causal_mask(padding: Tensor) -> Tensor | None:
@@ -46,8 +97,21 @@ def causal_mask(padding: Tensor) -> Tensor | None:
     Returns:
         (B, 1, T, T) bool, or None where no token is padding.
     """
-    if not padding.any():
+    keys = key_mask(padding)
+    if keys is None:
         return None
     length = padding.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
-    return causal & ~padding[:, None, None, :]
+    return causal & keys
+
+
+def key_mask(padding: Tensor) -> Tensor | None:
+    """Which keys every query may see: those that are no padding.
+
+    Args:
+        padding: (B, T) bool, True where a token is padding.
+
+    Returns:
+        (B, 1, 1, T) bool, or None where no token is padding.
+    """
+    return ~padding[:, None, None, :] if padding.any() else None

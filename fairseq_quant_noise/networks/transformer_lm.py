@@ -10,55 +10,17 @@ Shapes: B batch, T tokens, C channels, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .adaptive import AdaptiveInput, AdaptiveSoftmax, new_embedding
-from .attention import SelfAttention, causal_mask
+from .attention import TransformerLayer, causal_mask
 from .positions import SinusoidalPositions, number_positions
 from .transformer_lm_config import TransformerLMConfig
 
 __all__ = ["TransformerLM", "TransformerLMConfig"]
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
-    "gelu": F.gelu,
-    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_accurate": lambda x: F.gelu(x, approximate="tanh"),
-    "tanh": torch.tanh,
-    "linear": lambda x: x,
-}
-
-
-class TransformerLayer(nn.Module):
-    """Self-attention and a feed-forward block, each added to its input and normalized before or after."""
-
-    def __init__(self, config: TransformerLMConfig) -> None:
-        super().__init__()
-        dim = config.decoder_embed_dim
-        self.normalize_before = config.decoder_normalize_before
-        self.activation_fn = config.activation_fn
-        self.self_attn = SelfAttention(dim, config.decoder_attention_heads)
-        self.self_attn_layer_norm = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, config.decoder_ffn_embed_dim)
-        self.fc2 = nn.Linear(config.decoder_ffn_embed_dim, dim)
-        self.final_layer_norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); `mask` as in `SelfAttention`."""
-        if self.normalize_before:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
-            return x + self._feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x, mask))
-        return self.final_layer_norm(x + self._feed_forward(x))
-
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.fc2(_ACTIVATIONS[self.activation_fn](self.fc1(x)))
 
 
 class TransformerDecoder(nn.Module):
@@ -76,7 +38,7 @@ class TransformerDecoder(nn.Module):
         self.project_in_dim = nn.Linear(embedded, dim, bias=False) if embedded != dim else None
         self.embed_positions = _positions(config)
         self.layernorm_embedding = nn.LayerNorm(dim) if config.layernorm_embedding else None
-        self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.decoder_layers))
+        self.layers = nn.ModuleList(_layer(config) for _ in range(config.decoder_layers))
         has_final_norm = config.decoder_normalize_before and not config.no_decoder_final_norm
         self.layer_norm = nn.LayerNorm(dim) if has_final_norm else None
         output_dim = config.output_dim
@@ -149,6 +111,16 @@ class TransformerLM(nn.Module):
             UserError: more tokens than learned positions.
         """
         return self.decoder(tokens)
+
+
+def _layer(config: TransformerLMConfig) -> TransformerLayer:
+    return TransformerLayer(
+        config.decoder_embed_dim,
+        config.decoder_ffn_embed_dim,
+        config.decoder_attention_heads,
+        config.activation_fn,
+        config.decoder_normalize_before,
+    )
 
 
 def _embedding(config: TransformerLMConfig) -> nn.Module:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import UserError
+from .attention import ACTIVATIONS
 
 _CURE = "evaluate it with fairseq-eval-lm --user-dir instead"
 #: Options that change the function and that `TransformerLM` lacks; unset, zero and false are fine.
@@ -23,7 +24,6 @@ _NOT_HERE = (
     "scale_resids",
     "cross_self_attention",
 )
-ACTIVATIONS = ("relu", "relu_squared", "gelu", "gelu_fast", "gelu_accurate", "tanh", "linear")
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,8 @@ class TransformerLMConfig:
     # above 0 without adaptive_input, stock fairseq puts an extra C x C Linear after the embedding
 
     def __post_init__(self) -> None:
-        if self.activation_fn not in ACTIVATIONS:
-            raise UserError(
-                f"activation_fn {self.activation_fn!r} is not implemented without fairseq "
-                f"(only {', '.join(ACTIVATIONS)}); {_CURE}"
-            )
-        if self.decoder_embed_dim % self.decoder_attention_heads:
-            raise UserError(
-                f"decoder_attention_heads {self.decoder_attention_heads} does not divide decoder_embed_dim "
-                f"{self.decoder_embed_dim}; choose a number of heads that does"
-            )
+        check_activation("activation_fn", self.activation_fn, _CURE)
+        check_heads("decoder", self.decoder_embed_dim, self.decoder_attention_heads)
         _check_cutoffs("adaptive_softmax_cutoff", self.adaptive_softmax_cutoff, self.vocab_size)
         _check_cutoffs("adaptive_input_cutoff", self.adaptive_input_cutoff, self.vocab_size)
         self._check_ties()
@@ -146,13 +138,15 @@ class TransformerLMConfig:
             UserError: an option that changes the function is not implemented here, or holds no plain value.
         """
         _refuse(options)
-        given = _given(options, [f.name for f in fields(cls)])
+        if options.get("max_target_positions") is None:
+            options = {**options, "max_target_positions": options.get("tokens_per_sample")}  # as fairseq does
+        given = given_options(options, [f.name for f in fields(cls)])
         for name in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):
-            given[name] = _integers(name, options.get(name))
-        keep = _integers("decoder_layers_to_keep", options.get("decoder_layers_to_keep"))
+            given[name] = integers(name, options.get(name))
+        keep = integers("decoder_layers_to_keep", options.get("decoder_layers_to_keep"))
         if keep:
             given["decoder_layers"] = len(keep)
-        if _is_ours(options):
+        if is_ours(options):
             given["quant_noise_pq"] = 0.0  # our own models noise the weights and add no Linear
         if "activation_fn" in given:
             given["activation_fn"] = str(given["activation_fn"])  # Hydra gives a member of an enum
@@ -160,11 +154,9 @@ class TransformerLMConfig:
         return cls(**{**given, "vocab_size": vocab_size, "padding_idx": padding_idx})
 
 
-def _given(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def given_options(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The options among `names` that have a value."""
     given = {name: options[name] for name in names if options.get(name) is not None}
-    if "max_target_positions" not in given and options.get("tokens_per_sample") is not None:
-        given["max_target_positions"] = options["tokens_per_sample"]  # as fairseq does
     for name, value in given.items():
         if isinstance(value, str) and "${" in value:
             cure = "resolve it first, with OmegaConf.to_container(cfg, resolve=True)"
@@ -172,7 +164,8 @@ def _given(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _is_ours(options: Mapping[str, Any]) -> bool:
+def is_ours(options: Mapping[str, Any]) -> bool:
+    """Whether the options are of a model of this package, rather than of fairseq's."""
     name = options.get("_name") or options.get("arch") or ""
     return str(name).startswith("quant_noise_")
 
@@ -181,11 +174,32 @@ def _refuse(options: Mapping[str, Any]) -> None:
     for name in _NOT_HERE:
         if options.get(name):
             raise UserError(f"option {name}={options[name]!r} is not implemented without fairseq; {_CURE}")
-    if options.get("quant_noise_scalar") and not _is_ours(options):
+    refuse_stock_int8(options, _CURE)
+
+
+def refuse_stock_int8(options: Mapping[str, Any], cure: str) -> None:
+    """Raise UserError for `--quant-noise-scalar` of fairseq's own models."""
+    if options.get("quant_noise_scalar") and not is_ours(options):
         raise UserError(
             f"option quant_noise_scalar={options['quant_noise_scalar']!r}: stock fairseq rounds weights and "
-            f"activations to int8 in evaluation too, which is not implemented without fairseq; {_CURE}, "
+            f"activations to int8 in evaluation too, which is not implemented without fairseq; {cure}, "
             "or set it to 0 to evaluate the weights as they are stored"
+        )
+
+
+def check_activation(name: str, value: str, cure: str) -> None:
+    """Raise UserError for a nonlinearity that is not in ACTIVATIONS."""
+    if value not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"{name} {value!r} is not implemented without fairseq (only {known}); {cure}")
+
+
+def check_heads(side: str, dim: int, n_heads: int) -> None:
+    """Raise UserError for attention heads that do not divide the width; `side` is encoder or decoder."""
+    if dim % n_heads:
+        raise UserError(
+            f"{side}_attention_heads {n_heads} does not divide {side}_embed_dim {dim}; "
+            "choose a number of heads that does"
         )
 
 
@@ -201,7 +215,7 @@ def _old_options(options: Mapping[str, Any]) -> dict[str, bool]:
     return modern
 
 
-def _integers(name: str, value: Any) -> tuple[int, ...]:
+def integers(name: str, value: Any) -> tuple[int, ...]:
     """'20000,60000', a list, one number or None as a tuple, without fairseq's eval() of the string."""
     parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
     if parts is None:

@@ -65,26 +65,33 @@ class Probe:
     def __init__(self, model: nn.Module, report: Callable[[dict[str, Distortion]], None]) -> None:
         self.draw = noise_of(model)
         self.report = report
+        self.busy = False
+        self.handles: list[Any] = []  # of hooks that stand for this forward
+        self.start = model.register_forward_pre_hook(self._begin)
+
+    def _begin(self, model: nn.Module, inputs: Any) -> None:
+        """The draw has been made, the layers have not run yet."""
+        self._remove()  # of a forward that failed
         self.found: dict[str, Distortion] = {}
         self.called: set[nn.Module] = set()
-        self.busy = False
-        self.handles: list[Any] = []
-        if self.draw is None:
-            return
         self.holders = {m: name for name, m in model.named_modules() if "_weight_noise" in m.__dict__}
         parents = {model.get_submodule(name.rpartition(".")[0]): name for name in self.holders.values()}
         self.parents = {m: name.rpartition(".")[0] for m, name in parents.items() if m is not model}
-        self.handles.append(model.register_forward_pre_hook(self._weights))
         for module in {**self.holders, **self.parents}:
             self.handles.append(module.register_forward_hook(self._outputs, with_kwargs=True))
-        self.handles.append(model.register_forward_hook(self._end, always_call=True))
+        self.handles.append(model.register_forward_hook(self._end))
+        self._weights()
+
+    def _remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
 
     def _of(self, name: str) -> Distortion:
         return self.found.setdefault(kind_of(name), Distortion([0.0, 0.0], [0.0, 0.0]))
 
     @torch.no_grad()
-    def _weights(self, model: nn.Module, inputs: Any) -> None:
-        """The draw has been made, the layers have not run yet."""
+    def _weights(self) -> None:
         done: set[WeightNoise] = set()
         for module, name in self.holders.items():
             noise: WeightNoise = module.__dict__["_weight_noise"]
@@ -125,8 +132,8 @@ class Probe:
         return first if isinstance(first, Tensor) and first.is_floating_point() else None
 
     def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        for handle in self.handles:
-            handle.remove()
+        self._remove()
+        self.start.remove()
         if model.training and self.found:
             self.report(self.found)
 

@@ -1,0 +1,101 @@
+"""`quant_noise_roberta`: fairseq's RoBERTa, with Quant-Noise and iPQ that work."""
+
+import re
+from typing import Any
+
+import torch
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.roberta.model import (
+    RobertaLMHead,
+    RobertaModel,
+    base_architecture,
+    roberta_large_architecture,
+)
+from fairseq.utils import safe_getattr
+from torch import Tensor, nn
+
+from ..cli_errors import exits_on_user_error
+from ..errors import UserError
+from ..layers.pq import CENTROIDS, CODES
+from .quantizable import Quantizable, add_noise, without_fairseq_noise
+from .roberta_config import QuantNoiseRobertaConfig
+
+_IN_A_HEAD = re.compile(rf"classification_heads\..+\.weight\.{CODES}")
+
+
+class _LinearLMHead(RobertaLMHead, nn.Linear):
+    """fairseq's head with a weight of its own, made known as the Linear that it is, for noise and plans."""
+
+
+@register_model("quant_noise_roberta", dataclass=QuantNoiseRobertaConfig)
+class QuantNoiseRoberta(Quantizable, RobertaModel):
+    """fairseq's `roberta` with noise on every Linear and Embedding, learned positions and heads included."""
+
+    def __init__(self, args: Any, encoder: nn.Module) -> None:
+        super().__init__(args, encoder)
+        head: Any = encoder.lm_head
+        if args.untie_weights_roberta:
+            head.__class__ = _LinearLMHead
+            head.out_features, head.in_features = head.weight.shape
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """The dataclass's options; fairseq's RobertaModel has a list of its own."""
+        super(RobertaModel, cls).add_args(parser)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> nn.Module:
+        """fairseq's model, with noise on its weights where the options ask for it."""
+        for name in ("mha_heads_to_keep", "ffn_blocks_to_remove"):
+            with exits_on_user_error():
+                if safe_getattr(args, name, -1) != -1:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(f"{flag}: replaces layers after they got their noise; prune with --arch roberta")
+        return super().build_model(args, task)
+
+    def register_classification_head(
+        self, name: str, num_classes: int | None = None, inner_dim: int | None = None, **kwargs: Any
+    ) -> None:
+        """fairseq's; tasks call it once the model is built, and the head's weights get their noise now."""
+        with exits_on_user_error():
+            with without_fairseq_noise(self.args):
+                super().register_classification_head(name, num_classes, inner_dim, **kwargs)
+            add_noise(self, self.args)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
+        """As fairseq's; names of old checkpoints and heads are settled before weights become quantized ones."""
+        self.upgrade_state_dict(state_dict)
+        return super().load_state_dict(state_dict, strict, model_cfg, args)
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
+        """As fairseq's, which looks at the `weight` of every head; those in codes have one of no memory meanwhile."""
+        names = [key.removesuffix(f".{CODES}") for key in state_dict if _IN_A_HEAD.fullmatch(key)]
+        stand_ins = {key: torch.empty(_dense_shape(state_dict, key), device="meta") for key in names}
+        state_dict.update(stand_ins)
+        super().upgrade_state_dict_named(state_dict, name)
+        for key, tensor in stand_ins.items():
+            if state_dict.get(key) is tensor:  # a head of another size has been replaced by the model's own
+                del state_dict[key]
+
+
+def _dense_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
+    codes, centroids = state[f"{name}.{CODES}"], state.get(f"{name}.{CENTROIDS}")
+    return codes.shape[0], codes.shape[1] * (1 if centroids is None else centroids.shape[1])
+
+
+register_model_architecture("quant_noise_roberta", "quant_noise_roberta_base")(base_architecture)
+register_model_architecture("quant_noise_roberta", "quant_noise_roberta_large")(roberta_large_architecture)
+
+
+@register_model_architecture("quant_noise_roberta", "quant_noise_roberta_small")
+def small(args: Any) -> None:
+    """A model for a CPU: 4 layers, d 256."""
+    sizes = {
+        "encoder_layers": 4,
+        "encoder_embed_dim": 256,
+        "encoder_ffn_embed_dim": 1024,
+        "encoder_attention_heads": 4,
+    }
+    for name, value in sizes.items():
+        setattr(args, name, safe_getattr(args, name, value))
+    base_architecture(args)

@@ -1,0 +1,97 @@
+"""The options of fairseq's `roberta` that decide what it computes.
+
+A packed file carries fairseq's model options as a plain dict; this reads them where fairseq is not installed, and
+refuses those that `Roberta` would compute differently. Options that only act while training are left alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..errors import UserError
+from .transformer_lm_config import check_activation, check_heads, given_options, integers, is_ours, refuse_stock_int8
+
+_CURE = "evaluate it with fairseq-validate --user-dir instead"
+#: Options that change the function, with the values (besides None) that `Roberta` implements.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "adaptive_input": (False,),
+    "no_token_positional_embeddings": (False,),
+    "encoder_learned_pos": (True,),
+    "no_scale_embedding": (True,),
+    "spectral_norm_classification_head": (False,),
+    "mha_heads_to_keep": (-1,),
+    "ffn_blocks_to_remove": (-1,),
+}
+
+
+@dataclass(frozen=True)
+class RobertaConfig:
+    """What a `Roberta` is built from; the names are fairseq's option names, the defaults those of its `roberta`.
+
+    Raises:
+        UserError: options that contradict each other, naming them and the cure.
+    """
+
+    vocab_size: int
+    # number of words, V, <mask> included
+    padding_idx: int = 1
+    # the padding word; it has no position, and nothing attends to it
+    encoder_embed_dim: int = 768
+    # width of the residual stream, C
+    encoder_ffn_embed_dim: int = 3072
+    # inner width of the feed-forward blocks
+    encoder_layers: int = 12
+    # number of layers; `from_fairseq` counts encoder_layers_to_keep instead where it is given
+    encoder_attention_heads: int = 12
+    # heads of every attention; a divisor of encoder_embed_dim
+    encoder_normalize_before: bool = False
+    # LayerNorm before each block, and after the last layer, instead of after each block
+    layernorm_embedding: bool = True
+    # LayerNorm after embedding and positions
+    activation_fn: str = "gelu"
+    # nonlinearity of the feed-forward blocks and of the language model's head, one of ACTIVATIONS
+    pooler_activation_fn: str = "tanh"
+    # nonlinearity of the classification heads, one of ACTIVATIONS
+    max_positions: int = 512
+    # the most tokens of a row
+    untie_weights_roberta: bool = False
+    # the language model's head has a weight of its own instead of the embedding's
+    classification_heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    # by name: inner width and number of classes; no option of fairseq's, whose tasks add them
+    quant_noise_pq: float = 0.0
+    # above 0, stock fairseq puts an extra C x C Linear after the embedding
+
+    def __post_init__(self) -> None:
+        check_activation("activation_fn", self.activation_fn, _CURE)
+        check_activation("pooler_activation_fn", self.pooler_activation_fn, _CURE)
+        check_heads("encoder", self.encoder_embed_dim, self.encoder_attention_heads)
+
+    @classmethod
+    def from_fairseq(cls, options: Mapping[str, Any], vocab_size: int, padding_idx: int = 1) -> "RobertaConfig":
+        """The configuration that fairseq's model options (its `cfg.model`, as a dict) describe.
+
+        Args:
+            options: fairseq's options by name, and `classification_heads`. One that is absent or None has its default;
+                one that does not change what a trained network computes is ignored.
+            vocab_size: the number of words in the dictionary, <mask> included.
+            padding_idx: the dictionary's padding word.
+
+        Raises:
+            UserError: an option that changes the function is not implemented here, or holds no plain value.
+        """
+        for name, known in _ONLY.items():
+            if options.get(name) is not None and options[name] not in known:
+                raise UserError(f"option {name}={options[name]!r} is not implemented without fairseq; {_CURE}")
+        refuse_stock_int8(options, _CURE)
+        if options.get("max_positions") is None:
+            options = {**options, "max_positions": options.get("tokens_per_sample")}  # as fairseq does
+        given = given_options(options, [f.name for f in fields(cls)])
+        keep = integers("encoder_layers_to_keep", options.get("encoder_layers_to_keep"))
+        if keep:
+            given["encoder_layers"] = len(keep)
+        if is_ours(options):
+            given["quant_noise_pq"] = 0.0  # our own models noise the weights and add no Linear
+        for name in ("activation_fn", "pooler_activation_fn"):
+            if name in given:
+                given[name] = str(given[name])  # Hydra gives a member of an enum
+        return cls(**{**given, "vocab_size": vocab_size, "padding_idx": padding_idx})
