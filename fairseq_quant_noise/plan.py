@@ -116,9 +116,13 @@ class NoiseRule:
         return 100 if self.range == "histogram" else 1
 
     def to_dict(self) -> dict[str, Any]:
-        """As in YAML."""
-        kind = self.kind if isinstance(self.kind, str) else list(self.kind)
-        return asdict(self) | {"kind": kind, "schedule": self.schedule and self.schedule.to_dict()}
+        """As in YAML, without what is the default."""
+        plain = _given(self)
+        if isinstance(self.kind, tuple):
+            plain["kind"] = list(self.kind)
+        if self.schedule is not None:
+            plain["schedule"] = self.schedule.to_dict()
+        return plain
 
 
 @dataclass(frozen=True)
@@ -231,8 +235,18 @@ class Plan:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dicts; `Plan.of` takes them back."""
-        return asdict(self) | {"noise": [r.to_dict() for r in self.noise], "stages": [asdict(r) for r in self.stages]}
+        """Plain lists and dicts, without what is the default; `Plan.of` takes them back."""
+        return {
+            "noise": [rule.to_dict() for rule in self.noise],
+            "stages": [_given(rule) for rule in self.stages],
+            "centroids": asdict(self.centroids),
+            "activations": None if self.activations is None else asdict(self.activations),
+        }
+
+
+def _given(rule: Any) -> dict[str, Any]:
+    """The fields of a rule that are not the default."""
+    return {f.name: value for f in fields(rule) if (value := getattr(rule, f.name)) != f.default}
 
 
 def _activations(source: Mapping[str, Any]) -> Activations | None:

@@ -68,6 +68,10 @@ class QuantizedTensor:
             return int_bytes(math.prod(self.shape), self.bits or 32)
         return pq_bytes(self.n_codes, self.block_size, self.n_centroids, self.centroid_bits)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are not the default."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
     def check(self) -> None:
         """Refuse what no version writes. Raises DamagedFileError."""
         numbers = (*self.shape, self.channels, self.centroid_bits)
@@ -93,7 +97,8 @@ class Manifest:
 
     def to_json(self, sha256: str = ZERO_HASH) -> str:
         """One line, sorted keys: the same manifest gives the same bytes."""
-        content = asdict(self) | {"format_version": FORMAT_VERSION, "sha256": sha256}
+        tensors = {name: entry.to_dict() for name, entry in self.tensors.items()}
+        content = asdict(self) | {"tensors": tensors, "format_version": FORMAT_VERSION, "sha256": sha256}
         return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod

@@ -4,7 +4,7 @@ A module that holds a quantized weight and multiplies by it (any holder but an E
 `input_quantizer`, which its state holds as `….fc1.input_quantizer.range`. In eval mode the input is rounded to the
 codes of that range. The range is the mean over calibration forwards of each one's range:
 
-- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320, section 7.2);
+- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320);
 - in training, the first `batches` forwards, and one in a hundred from then on, so that it follows the weights.
 
 Until the first of them, the range is that of the input itself.

@@ -1,4 +1,4 @@
-"""A weight in N-bit codes (arXiv 2004.07320, equation 2): while it is trained, and as a file holds it."""
+"""A weight in N-bit codes (`scalar/affine.py`): while it is trained, and as a file holds it."""
 
 from collections.abc import Mapping
 from typing import Any

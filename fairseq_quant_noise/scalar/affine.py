@@ -1,4 +1,4 @@
-"""Affine codes of N bits: phi_intN of the paper (arXiv 2004.07320, equation 2, in its standard form).
+"""Affine codes of N bits: phi_intN of the paper (arXiv 2004.07320), in its standard form.
 
     s = (max W - min W) / (2^N - 1),   z = round(-min W / s)
     q = clamp(round(w / s) + z, 0, 2^N - 1),   phi(w) = (q - z) * s
