@@ -3,7 +3,6 @@
 import pytest
 from lm_fixture import ROOT, USER_DIR, python, state_of
 
-
 NOISES = [["quant_noise_kind=int4", "quant_noise_schedule=linear:0:2"], ["quant_noise_kind=pq"]]
 
 
