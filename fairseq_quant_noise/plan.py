@@ -25,6 +25,7 @@ from torch import nn
 
 from .errors import UserError
 from .fairseq_yaml import is_fairseq_format, setting_by_feature, stages_of
+from .scalar import BITS, RANGES, SCHEMES, bits_of
 
 #: One number for all, a number per name (`default` and regular expressions), or fairseq's per module type.
 Setting = int | Mapping[str, Any]
@@ -72,7 +73,6 @@ class NoiseRule:
 
     def __post_init__(self) -> None:
         from .noise.distortions import DISTORTIONS
-        from .scalar import RANGES
 
         where = f"noise rule '{self.match}'"
         _check_regex("noise", self.match)
@@ -104,7 +104,7 @@ class NoiseRule:
         """The block size in numbers."""
         if self.block_size is not None:
             return self.block_size
-        return 1 if all(kind.startswith("int") for kind in self.kinds) else 8
+        return 1 if all(bits_of(kind) for kind in self.kinds) else 8
 
     @property
     def interval(self) -> int | str:
@@ -137,10 +137,8 @@ class StageRule:
     updates: int | None = None  # of fine-tuning in this stage; without it, the stages share --max-update
 
     def __post_init__(self) -> None:
-        from .scalar import BITS, RANGES
-
         _check_regex("stage", self.match)
-        schemes = ["pq", *(f"int{bits}" for bits in BITS)]
+        schemes = ("pq", *SCHEMES)
         if self.scheme not in schemes:
             raise UserError(
                 f"stage '{self.match}': unknown scheme {self.scheme!r}; known schemes: {', '.join(schemes)}"
@@ -153,7 +151,7 @@ class StageRule:
     @property
     def bits(self) -> int | None:
         """N of intN; None for pq."""
-        return None if self.scheme == "pq" else int(self.scheme.removeprefix("int"))
+        return bits_of(self.scheme)
 
     def block_size_of(self, name: str, module: nn.Module) -> int:
         """d for the weight of `module`. Raises UserError when the rule gives it none."""
@@ -193,7 +191,6 @@ class Activations:
 
     def __post_init__(self) -> None:
         from .layers.inputs import KINDS
-        from .scalar import BITS
 
         if type(self.bits) is not int or self.bits not in BITS:
             raise UserError(f"activations: bits is {self.bits!r}; give 2 to 8")

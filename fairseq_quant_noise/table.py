@@ -23,6 +23,7 @@ from .layers.pq import pq_bytes
 from .layers.scalar import int_bytes
 from .plan import Plan, StageRule, match_rules
 from .pq.kmeans import effective_centroids
+from .scalar import bits_of
 from .weights import Weight, find_weights
 
 MIB = 2**20
@@ -131,9 +132,7 @@ def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> 
 def rest_bits(schemes: Iterable[str]) -> int:
     """Bits a number that the paper counts for biases and norms, for the schemes of all weights (see above)."""
     found = set(schemes)
-    if len(found) == 1 and (scheme := found.pop()).startswith("int"):
-        return int(scheme.removeprefix("int"))
-    return 32
+    return (bits_of(found.pop()) if len(found) == 1 else None) or 32
 
 
 def make_table(model: nn.Module, targets: Sequence[Target] = ()) -> Table:

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..layers.adopt import STATE_PARTS
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..layers.pq import CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE, PQWeight
 from ..layers.quantized import parts_of
 from ..layers.scalar import AFFINE, SPEC, IntWeight, LatentIntWeight, spec_of
-
-_PARTS = (CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE, AFFINE, SPEC, "age")
 
 
 def dense_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
@@ -32,13 +31,13 @@ def dense_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
     decoded: dict[tuple[int, ...], Tensor] = {}
     for name, tensor in state.items():
         owner, _, last = name.rpartition(".")
-        owner = owner if owner in quantized and last in _PARTS else name
+        owner = owner if owner in quantized and last in STATE_PARTS else name
         if f".{INPUT_QUANTIZER}." in f".{name}" or owner in dense:
             continue
         if owner not in quantized:
             dense[name] = tensor
             continue
-        parts = parts_of(state, owner, _PARTS)
+        parts = parts_of(state, owner, STATE_PARTS)
         latent = state.get(owner)
         key = tuple(t.data_ptr() for t in (latent, *(parts.get(p) for p in (CODES, CENTROIDS))) if t is not None)
         if key not in decoded:

@@ -25,14 +25,13 @@ from typing import Any
 from ..errors import DamagedFileError
 from ..layers.pq import pq_bytes
 from ..layers.scalar import int_bytes
-from ..scalar import BITS
+from ..scalar import BITS, SCHEMES, bits_of
 from .bits import code_bits
 
 FORMAT_VERSION = 2
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
 _LARGEST = 3.4e38  # of an input's range: a float32
-SCALAR_SCHEMES = tuple(f"int{bits}" for bits in BITS)
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class QuantizedTensor:
     @property
     def bits(self) -> int | None:
         """N of intN; None for pq."""
-        return None if self.scheme == "pq" else int(self.scheme.removeprefix("int"))
+        return bits_of(self.scheme)
 
     @property
     def n_codes(self) -> int:
@@ -79,7 +78,7 @@ class QuantizedTensor:
             fits = self.block_size is not None and self.n_centroids in range(257) and self.centroid_bits in (8, 16)
             numbers += (self.block_size, self.n_centroids)  # type: ignore[operator]
         else:
-            fits = self.scheme in SCALAR_SCHEMES and self.block_size is None and self.n_centroids is None
+            fits = self.scheme in SCHEMES and self.block_size is None and self.n_centroids is None
         if not fits or len(self.shape) < 2 or not all(type(n) is int and n > 0 for n in numbers):
             raise DamagedFileError(f"its manifest is damaged (a tensor entry {self!r} that no version writes)")
 

@@ -13,7 +13,8 @@ from .pq import CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE, PQWeight
 from .quantized import QuantizedWeight, parts_of, swap_in
 from .scalar import AFFINE, SPEC, IntWeight, LatentIntWeight, set_spec, spec_of, to_int_
 
-_PARTS = (CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE, AFFINE, SPEC)
+#: What a state holds of a quantized weight, by the last part of the name.
+STATE_PARTS = (CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE, AFFINE, SPEC, "age")
 
 
 def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -26,7 +27,7 @@ def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """
     changed = []
     for weight in find_weights(model):
-        parts = parts_of(state, weight.tensor_name, _PARTS)
+        parts = parts_of(state, weight.tensor_name, STATE_PARTS)
         if CODES in parts and CENTROIDS in parts:
             adopted = _adopt_pq(weight, parts)
         elif CODES in parts and AFFINE in parts and SPEC in parts:

@@ -21,7 +21,29 @@ def int_bytes(numbers: int, bits: int) -> float:
     return numbers * bits / 8
 
 
-class LatentIntWeight(QuantizedWeight):
+class _ScalarWeight(QuantizedWeight):
+    """What both forms have in common."""
+
+    bits: int  # N
+    full_precision = (AFFINE,)
+    affine: Tensor  # (2, C): scales and zero points
+
+    @property
+    def scheme(self) -> str:  # type: ignore[override]
+        """intN."""
+        return f"int{self.bits}"
+
+    def facts(self) -> dict[str, Any]:
+        """How many scales there are."""
+        return {"channels": self.affine.shape[1]}
+
+    @property
+    def paper_bytes(self) -> float:
+        """N bits a number."""
+        return int_bytes(self.shape.numel(), self.bits)
+
+
+class LatentIntWeight(_ScalarWeight):
     """A dense weight that is seen through its N-bit codes, with straight-through gradients to the dense one.
 
     A checkpoint holds the dense weight under its own name, `….fc1.weight`, and `….fc1.weight.scalar`: N and the range.
@@ -42,13 +64,12 @@ class LatentIntWeight(QuantizedWeight):
         self.bits, self.range = bits, range_
         on = latent.device
         self.register_buffer(SPEC, torch.tensor([bits, RANGES.index(range_)], dtype=torch.uint8, device=on))
-        self.register_buffer(AFFINE, torch.zeros(2, self.channels, device=on))  # of the last search, in training
+        channels = latent.shape[0] if range_ == "channel" else 1
+        self.register_buffer(AFFINE, torch.zeros(2, channels, device=on))  # of the last search, in training
         self.register_buffer("age", torch.zeros((), dtype=torch.long, device=on))  # training forwards
         self._fitted: tuple[tuple[float, ...], Affine] | None = None
         self._count: int | None = None  # `age` as a number: reading the buffer makes a GPU wait
 
-    full_precision = (AFFINE,)
-    affine: Tensor
     age: Tensor
 
     @property
@@ -57,19 +78,9 @@ class LatentIntWeight(QuantizedWeight):
         return self.latent.dtype
 
     @property
-    def scheme(self) -> str:  # type: ignore[override]
-        """intN."""
-        return f"int{self.bits}"
-
-    @property
     def shape(self) -> torch.Size:  # type: ignore[override]
         """Of the weight."""
         return self.latent.shape
-
-    @property
-    def channels(self) -> int:
-        """How many scales there are."""
-        return self.latent.shape[0] if self.range == "channel" else 1
 
     def fit(self) -> Affine:
         """The codes of the weight as it is. A histogram's are searched for when the model changes its mode, or the
@@ -105,19 +116,10 @@ class LatentIntWeight(QuantizedWeight):
             self._count = count + 1
         return Affine.of_tensor(self.affine, self.bits)
 
-    def facts(self) -> dict[str, Any]:
-        """How many scales there are."""
-        return {"channels": self.channels}
-
     def parts(self) -> dict[str, Tensor]:
         """Codes (a byte each), scales and zero points."""
         affine = self.fit()
         return {CODES: affine.codes(self.latent.detach()), AFFINE: affine.to_tensor()}
-
-    @property
-    def paper_bytes(self) -> float:
-        """N bits a number."""
-        return int_bytes(self.latent.numel(), self.bits)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -134,7 +136,7 @@ class LatentIntWeight(QuantizedWeight):
         return f"shape={tuple(self.shape)}, bits={self.bits}, range={self.range}"
 
 
-class IntWeight(QuantizedWeight):
+class IntWeight(_ScalarWeight):
     """A weight in N-bit codes that is not trained any more.
 
     Args:
@@ -152,19 +154,12 @@ class IntWeight(QuantizedWeight):
         self.register_buffer(SPEC, torch.tensor([bits, 0], dtype=torch.uint8, device=codes.device))
         self._dtype = dtype
 
-    full_precision = (AFFINE,)
     codes: Tensor
-    affine: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the decoded weight."""
         return self._dtype
-
-    @property
-    def scheme(self) -> str:  # type: ignore[override]
-        """intN."""
-        return f"int{self.bits}"
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
@@ -175,18 +170,9 @@ class IntWeight(QuantizedWeight):
         """(q - z) * s."""
         return Affine.of_tensor(self.affine, self.bits).decode(self.codes).to(self._dtype)
 
-    def facts(self) -> dict[str, Any]:
-        """How many scales there are."""
-        return {"channels": self.affine.shape[1]}
-
     def parts(self) -> dict[str, Tensor]:
         """Codes (a byte each), scales and zero points."""
         return {CODES: self.codes, AFFINE: self.affine}
-
-    @property
-    def paper_bytes(self) -> float:
-        """N bits a number."""
-        return int_bytes(self.codes.numel(), self.bits)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntWeight":
         super()._apply(fn, recurse)

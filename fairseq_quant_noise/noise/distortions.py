@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..plan import NoiseRule
 from ..pq.encode import nearest
 from ..pq.kmeans import effective_centroids, kmeans
-from ..scalar import BITS, Affine, fake_quantize, fit_affine
+from ..scalar import BITS, SCHEMES, Affine, fake_quantize, fit_affine
 
 FIRST_ITERATIONS, NEXT_ITERATIONS = 20, 5  # of k-means: the first codebook, and one that goes on from the last
 
@@ -181,7 +181,7 @@ DISTORTIONS: dict[str, Any] = {
     "proxy": lambda name, rule, rows: Proxy(),
     "mean": lambda name, rule, rows: Mean(),
     "pq": Codebook,
-    **{f"int{bits}": _scalar(bits) for bits in BITS},
+    **{kind: _scalar(bits) for kind, bits in zip(SCHEMES, BITS, strict=True)},
 }
 
 

@@ -14,7 +14,13 @@ from torch import Tensor
 
 #: The bit widths N that have a scheme `intN`.
 BITS = range(2, 9)
+SCHEMES = tuple(f"int{bits}" for bits in BITS)
 _SMALLEST_SCALE = 2.0**-100  # its inverse, and products with the codes, stay in float32's normal range
+
+
+def bits_of(scheme: str) -> int | None:
+    """N of the scheme or kind `intN`; None for any other name."""
+    return int(scheme.removeprefix("int")) if scheme in SCHEMES else None
 
 
 @dataclass(frozen=True)
