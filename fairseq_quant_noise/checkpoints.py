@@ -33,11 +33,34 @@ def load_checkpoint_to_cpu(path: str, arg_overrides: Any = None, load_on_all_ran
         arg_overrides: values to set in the configuration, by name.
         load_on_all_ranks: as in fairseq; a local path needs no barrier.
     """
-    path = PathManager.get_local_path(path)
     with exits_on_user_error():
-        if is_packed(path):
-            return _with_overrides(packed_state(path), arg_overrides)
-        return _upgrade_state_dict(_with_overrides(safe_load(path), arg_overrides))
+        return load_state(path, arg_overrides)
+
+
+def load_state(path: str | Path, arg_overrides: Any = None) -> dict[str, Any]:
+    """As `load_checkpoint_to_cpu`, for callers in Python.
+
+    Args:
+        path: of a checkpoint, or of a packed file (`.safetensors`).
+        arg_overrides: values to set in the configuration, by name.
+
+    Raises:
+        UserError: no such file, or one of another kind.
+        DamagedFileError: a file that is not whole, or holds anything outside the allow-list.
+    """
+    path = PathManager.get_local_path(str(path))
+    if is_packed(path):
+        return _with_overrides(packed_state(path), arg_overrides)
+    return _upgrade_state_dict(_with_overrides(_with_history(safe_load(path)), arg_overrides))
+
+
+def _with_history(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint that was saved again with its model and configuration alone lacks what fairseq looks into."""
+    if not state.get("optimizer_history") and "best_loss" not in state:
+        state["optimizer_history"] = [{"optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}]
+    if state.get("extra_state") is None and "epoch" not in state:
+        state["extra_state"] = {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}}
+    return state
 
 
 def _with_overrides(state: dict[str, Any], arg_overrides: Any) -> dict[str, Any]:
@@ -60,7 +83,7 @@ def packed_state(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: was saved without a fairseq configuration; load it with fairseq_quant_noise.load")
     return {
         "args": None,
-        "cfg": config["cfg"],
+        "cfg": {"bpe": None, **config["cfg"]},  # the hub's interface sets it
         "model": packed.state_dict(),
         "optimizer_history": [],
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},

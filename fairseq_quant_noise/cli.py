@@ -32,13 +32,16 @@ def plan(args: argparse.Namespace) -> None:
     if (args.path is None) == (args.arch is None):
         raise UserError("plan: give either --path CKPT or --arch ARCH")
     if args.path is not None:
+        if args.set or args.head:
+            raise UserError("plan: --set and --head go with --arch, for a checkpoint has its own; leave them out")
         model = load_trained(args.path).model
     else:
         from .models.architectures import architecture_options
 
         if args.vocab_size is None:
             raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
-        model = meta_model(args.arch, architecture_options(args.arch), args.vocab_size)
+        options = architecture_options(args.arch, args.set, args.head)
+        model = meta_model(args.arch, options, args.vocab_size)
     table = make_table(model, resolve_stages(Plan.of(args.plan), model))
     if args.json:
         print(json.dumps(table.to_dict()))
@@ -146,12 +149,26 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
     "user-dir": (user_dir, 'fairseq-train DATA --user-dir "$(fairseq-quant-noise user-dir)" ...', []),
     "plan": (
         plan,
-        "fairseq-quant-noise plan --arch quant_noise_transformer_lm_wikitext103 --vocab-size 267744 "
-        "--plan configs/plans/wikitext103.yaml",
+        "fairseq-quant-noise plan --arch quant_noise_roberta_base --vocab-size 50265 --head mnli=3 "
+        "--set quant_noise_embedding_layer=true --plan configs/plans/roberta.yaml",
         [
             _option("--path", metavar="CKPT", help="a fairseq checkpoint"),
             _option("--arch", metavar="ARCH", help="an architecture's name, instead of a checkpoint"),
             _option("--vocab-size", type=int, metavar="N", help="words in the dictionary, with --arch"),
+            _option(
+                "--head",
+                metavar="NAME=CLASSES",
+                action="append",
+                default=[],
+                help="a classification head, with --arch; may be given again",
+            ),
+            _option(
+                "--set",
+                metavar="KEY=VALUE",
+                action="append",
+                default=[],
+                help="an option of the model, with --arch; may be given again",
+            ),
             _PLAN,
             _JSON,
         ],

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ import torch
 from .artifact import dense_state, read
 from .artifact.writer import replace_file
 from .safe_load import safe_load
-from .trained import FAIRSEQ_NOISE_OPTIONS, NOISE_FLAGS, PREFIX, stock_name, unwrapped
+from .trained import (
+    EMBEDDING_LAYER,
+    FAIRSEQ_NOISE_OPTIONS,
+    NOISE_FLAGS,
+    PREFIX,
+    find_embedding_layer,
+    stock_name,
+    unwrapped,
+)
 
 
 def stock_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -35,9 +44,10 @@ def stock_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any]) -> dict[str, Any]:
     if cfg and cfg.get("model"):
-        options = cfg["model"]
+        options = vars(cfg["model"]) if isinstance(cfg["model"], Namespace) else cfg["model"]
         options.update({k: stock_name(path, options[k]) for k in ("_name", "arch") if isinstance(options.get(k), str)})
         options.update({k: 0.0 for k in NOISE_FLAGS if options.get(k)})
+        options.update(EMBEDDING_LAYER if find_embedding_layer(model) else {})
         for name in [n for n in options if n.startswith(PREFIX) and n not in FAIRSEQ_NOISE_OPTIONS]:
             del options[name]
         cfg["criterion"] = unwrapped(cfg.get("criterion") or {})

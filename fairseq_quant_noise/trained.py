@@ -47,6 +47,8 @@ SHARED = ("classification_head_name", "regression_target")  # options of `ipq` t
 #: fairseq's options that say how much noise a training has.
 NOISE_FLAGS = ("quant_noise_pq", "quant_noise_scalar")
 FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
+#: Values of them with which fairseq builds the layer after the embedding; the noise is too rare to matter.
+EMBEDDING_LAYER = {"quant_noise_pq": 1e-8, "quant_noise_pq_block_size": 1}
 _MACHINE = {"data": "", "plasma_path": ""}
 
 
@@ -91,6 +93,7 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
     model["_name"] = architecture
     model.update({name: 0 for name in NOISE_FLAGS if model.get(name)})  # the file is evaluated, not trained
     model.update(task_options(state["model"]))
+    model["quant_noise_embedding_layer"] = find_embedding_layer(state["model"]) is not None
     if "criterion" in kept:
         kept["criterion"] = unwrapped(kept["criterion"])
     for referred, names in _REFERRED.items():
@@ -178,6 +181,12 @@ def task_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"max_positions": positions[0] - PADDING - 1, "classification_heads": whole} if positions else {}
 
 
+def find_embedding_layer(state: Mapping[str, Tensor]) -> str | None:
+    """The weight of the C x C layer after the embedding, which stock fairseq adds with its noise; None without one."""
+    found = (re.fullmatch(rf"({_SIDE}\.quant_noise\.weight)(\..+)?", key) for key in state)
+    return next((match[1] for match in found if match), None)
+
+
 def _rows(state: Mapping[str, Tensor], name: str) -> Iterator[tuple[re.Match[str], int]]:
     """For each weight whose name matches, dense or in codes: the match and its number of rows."""
     for key, tensor in state.items():
@@ -192,6 +201,15 @@ def _first_line(error: Exception) -> str:
 
 
 def meta_model(architecture: str, options: Mapping[str, Any], vocab_size: int) -> nn.Module:
-    """The network of an architecture without memory for its weights, for sizes."""
-    with torch.device("meta"):
-        return build(architecture, options, vocab_size)
+    """The network of an architecture without memory for its weights, for sizes.
+
+    Raises:
+        UserError: the options do not make a network.
+    """
+    try:
+        with torch.device("meta"):
+            return build(architecture, options, vocab_size)
+    except UserError:
+        raise
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{architecture}: these options make no network ({error}); change one of them") from None

@@ -117,6 +117,18 @@ def test_a_checkpoint_with_a_namespace_loads(lab, runs, kind, zipped):
 
 
 @pytest.mark.upstream(23)
+@pytest.mark.parametrize("configuration", ["cfg", "args"])
+def test_a_checkpoint_saved_again_as_a_refusal_advises_loads(lab, runs, configuration):
+    """With its model and its configuration alone; fairseq looks into more."""
+    stock = runs.stock("plain")
+    state = old_style(state_of(stock.path)) if configuration == "args" else state_of(stock.path)
+    kept = lab.checkpoint({name: state[name] for name in ("model", configuration)})
+    assert lab.eval_lm(kept) == pytest.approx(stock.ppl, rel=1e-5)
+    run = lab.train("--restore-file", kept, *NOISE, updates=2)
+    assert [log["num_updates"] for log in run.updates] == [1, 2]
+
+
+@pytest.mark.upstream(23)
 @both_kinds
 def test_a_checkpoint_with_a_namespace_goes_on_training(lab, runs, kind):
     old = lab.checkpoint(old_style(state_of(runs.stock(kind).path)))

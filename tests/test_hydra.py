@@ -3,7 +3,10 @@
 import pytest
 from lm_fixture import ROOT, USER_DIR, python, state_of
 
-NOISES = [["quant_noise_kind=int4", "quant_noise_schedule=linear:0:2"], ["quant_noise_kind=pq"]]
+NOISES = [
+    ["quant_noise_kind=int4", "quant_noise_schedule=linear:0:2"],
+    ["quant_noise_kind=pq", "quant_noise_embedding_layer=true"],
+]
 
 
 @pytest.mark.parametrize("noise", NOISES, ids=["int4", "pq"])
@@ -19,4 +22,6 @@ def test_the_small_language_model_trains_with_the_noise_its_keys_name(lab, noise
     assert "distortion_fc1_weight" in log
     assert "quantization_gap" in log
     kind = noise[0].removeprefix("quant_noise_kind=")
-    assert state_of(folder / "checkpoint_last.pt")["cfg"]["model"]["quant_noise_kind"] == kind
+    state = state_of(folder / "checkpoint_last.pt")
+    assert state["cfg"]["model"]["quant_noise_kind"] == kind
+    assert ("decoder.quant_noise.weight" in state["model"]) == (kind == "pq")

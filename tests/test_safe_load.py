@@ -1,9 +1,12 @@
 """Checkpoints without running what is in them."""
 
 import builtins
+import io
 import os
 import pickle
 import subprocess
+import tarfile
+import zipfile
 from argparse import Namespace
 
 import pytest
@@ -77,6 +80,28 @@ def test_a_bare_pickle_is_refused(tmp_path, place):
     assert not (tmp_path / "marker").exists()
 
 
+SHAPES = {  # pickles, by what is refused
+    "changes or makes <class 'set'>, which": b"\x80\x02}\x8f(K\x01K\x02u.",  # SETITEMS of a set
+    "the operation STACK_GLOBAL; save it with torch.save and": b"\x80\x04X\x01\x00\x00\x00a\x93.",
+    "an unknown operation, 255": b"\x80\x02\xff.",
+    "asks for something other than the numbers of a tensor": b"\x80\x02X\x01\x00\x00\x00aQ.",
+    "pickle calls .*, which could run code": b"\x80\x02K\x01)R.",
+    "pickle changes or makes .*int": b"\x80\x02K\x01}b.",
+    r"tensors of torch\.distributed\.tensor; save it with": b"\x80\x02ctorch.distributed.tensor\nDTensor\n.",
+    r"calls for x\?\[31m\.y,": b"\x80\x02cx\x1b[31m\ny\n.",
+}
+
+
+@pytest.mark.upstream(23)
+@pytest.mark.parametrize("reason", list(SHAPES))
+def test_whatever_torch_refuses_in_a_pickle_is_said_in_a_line(place, reason):
+    with zipfile.ZipFile(place, "w") as file:
+        for name, content in {"data.pkl": SHAPES[reason], "byteorder": b"little", "version": b"3\n"}.items():
+            file.writestr(f"archive/{name}", content)
+    with refuses(rf"^checkpoint .*checkpoint\.pt: refused, .*{reason}", DamagedFileError):
+        safe_load(place)
+
+
 def test_a_class_outside_the_allow_list_is_refused_by_its_name(place):
     save({"model": {}, "x": pytest.approx(1.0)}, place)
     with refuses(r"refused, its pickle calls for _pytest\.", DamagedFileError):
@@ -108,7 +133,7 @@ def test_the_allow_list_is_for_this_load_alone(place):
         torch.load(place, weights_only=True)
 
 
-JUNK = [b"", b"a line of text\n", b"PK\x03\x04" + bytes(50), bytes(100)]
+JUNK = [b"", b"a line of text\n", b"PK\x03\x04" + bytes(50), bytes(100), b"PK\x05\x06" + bytes(18)]
 
 
 @pytest.mark.parametrize("content", JUNK)
@@ -124,6 +149,54 @@ def test_a_checkpoint_that_is_cut_is_refused(place):
         place.write_bytes(content[:end])
         with refuses("not a whole PyTorch checkpoint", DamagedFileError):
             safe_load(place)
+
+
+def archived(write):
+    """The bytes of an archive with a model.pt in it."""
+    file = io.BytesIO()
+    write(file)
+    return file.getvalue()
+
+
+def tar(mode):
+    def write(file):
+        with tarfile.open(fileobj=file, mode=mode) as archive:
+            archive.addfile(tarfile.TarInfo("roberta.base/model.pt"), io.BytesIO())
+
+    return archived(write)
+
+
+def zipped_model(file):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("roberta.base/model.pt", "")
+
+
+OTHER_KINDS = {
+    "tar.gz": (tar("w:gz"), "an archive, as .tar.gz and .zip files are; unpack it and give the .pt file in it"),
+    "tar": (tar("w:"), "an archive, as .tar.gz"),
+    "zip": (archived(zipped_model), "an archive, as .tar.gz"),
+    "page": (
+        b"\n<!DOCTYPE html><html></html>",
+        "a web page, not a checkpoint; download it with the address of the file",
+    ),
+    "denied": (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "a web page, not a checkpoint"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS.*; run git lfs pull"),
+    "packed": ((40).to_bytes(8, "little") + b'{"__metadata__":{}}' + bytes(40), "its name must end in .safetensors"),
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHER_KINDS))
+def test_a_file_of_another_kind_is_named_with_the_cure(place, kind):
+    content, message = OTHER_KINDS[kind]
+    place.write_bytes(content)
+    with refuses(rf"^checkpoint .*checkpoint\.pt: .*{message}"):
+        safe_load(place)
+
+
+def test_a_torchscript_program_is_named(place):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(place))
+    with refuses("a TorchScript program, which holds no configuration; give the checkpoint that fairseq-train wrote"):
+        safe_load(place)
 
 
 @pytest.mark.parametrize("content", [{"weights": {}}, [1], torch.ones(2), "model"], ids=str)

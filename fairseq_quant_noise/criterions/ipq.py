@@ -5,6 +5,7 @@ loss = (1 - w) * criterion + w * KL(teacher || student)        w = --ipq-distill
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -17,6 +18,7 @@ from fairseq.criterions import (
 )
 from fairseq.dataclass import FairseqDataclass
 from fairseq.dataclass.utils import merge_with_parent
+from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from omegaconf import II, OmegaConf
 from torch import nn
@@ -146,9 +148,32 @@ def _build_inner(cfg: Any, task: Any) -> FairseqCriterion:
 
 
 def _load_teacher(path: str, task: Any) -> nn.Module:
+    if not PathManager.exists(path):
+        raise UserError(f"--ipq-teacher {path}: no such file; give the checkpoint of the uncompressed model")
+    state = checkpoint_utils.load_checkpoint_to_cpu(path)
+    _check_head(path, state["model"], task)  # before loading, which makes up a head that is missing
     try:
-        models, _ = checkpoint_utils.load_model_ensemble([path], task=task)
-    except OSError as error:
-        raise UserError(f"--ipq-teacher {path}: {error}; give the checkpoint of the uncompressed model") from None
+        models, _ = checkpoint_utils.load_model_ensemble([path], task=task, state=state)
+    except (AttributeError, RuntimeError) as error:
+        name = getattr(state["cfg"].model, "_name", None) if state.get("cfg") else state["args"].arch
+        line = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"--ipq-teacher {path}: this {name} does not fit the task and its dictionary ({line}); give the checkpoint "
+            "of the uncompressed model, trained on the same data"
+        ) from None
     teacher: nn.Module = models[0].eval()
     return teacher.requires_grad_(False)
+
+
+def _check_head(path: str, weights: Mapping[str, Any], task: Any) -> None:
+    """Raise UserError where the task wants a classification head that the teacher's checkpoint has not."""
+    head = getattr(task.cfg, "classification_head_name", None)
+    if head is None:
+        return
+    bias = weights.get(f"classification_heads.{head}.out_proj.bias")  # a bias is dense in any checkpoint
+    has = f"has {len(bias)} classes in" if bias is not None else "has no"
+    if bias is None or len(bias) != task.cfg.num_classes:
+        raise UserError(
+            f"--ipq-teacher {path}: {has} classification head {head!r}, and the task wants {task.cfg.num_classes} "
+            "classes; give the checkpoint of the uncompressed model, fine-tuned on this task"
+        )

@@ -42,6 +42,10 @@ class QuantNoiseOptions:
         default=None,
         metadata={"help": "of P: KIND:FROM:UPDATES, such as linear:0:1000; KIND is linear, cosine or step"},
     )
+    quant_noise_embedding_layer: bool = field(
+        default=False,
+        metadata={"help": "keep the d x d layer after the embedding that fairseq's own --quant-noise-pq adds"},
+    )
     quant_noise_log_interval: int = field(
         default=100,
         metadata={"help": "log the relative distortion of weights and outputs every so many updates; 0: never"},

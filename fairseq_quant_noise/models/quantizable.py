@@ -9,25 +9,33 @@ from contextlib import contextmanager
 from typing import Any
 
 from fairseq.checkpoint_utils import prune_state_dict
+from fairseq.modules.quant_noise import quant_noise
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ..cli_errors import exits_on_user_error
+from ..errors import UserError
 from ..layers import adopt_quantized, quantize_inputs_, to_int_
 from ..monitor import probe_next_forward
 from ..noise import attach_rules, detach_noise, noise_of
 from ..plan import Activations, NoiseRule
+from ..trained import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
 from ..weights import find_weights
 from .options import SCALAR_BITS, noise_rules
 
+_FAIRSEQ_DEFAULTS = {"quant_noise_pq": 0.0, "quant_noise_pq_block_size": 8, "quant_noise_scalar": 0.0}
+
 
 @contextmanager
-def without_fairseq_noise(options: Any) -> Iterator[None]:
-    """Build with fairseq's quant-noise options at zero; they are put back, since checkpoints record them."""
-    names = [n for n in ("quant_noise_pq", "quant_noise_scalar") if getattr(options, n, None)]
-    kept = {n: getattr(options, n) for n in names}
+def without_fairseq_noise(options: Any, embedding_layer: bool = False) -> Iterator[None]:
+    """Build with fairseq's quant-noise options at zero; they are put back, since checkpoints record them.
+
+    With `embedding_layer` they are such that fairseq builds the layer; its hooks must then be taken off the model.
+    """
+    meanwhile = dict.fromkeys(NOISE_FLAGS, 0.0) | (EMBEDDING_LAYER if embedding_layer else {})
+    kept = {n: getattr(options, n, default) for n, default in _FAIRSEQ_DEFAULTS.items() if n in meanwhile}
     try:
-        _update(options, dict.fromkeys(names, 0.0))
+        _update(options, meanwhile)
         yield
     finally:
         _update(options, kept)
@@ -41,6 +49,14 @@ def _update(options: Any, values: Mapping[str, Any]) -> None:
         vars(options).update(values)
 
 
+def _take_off_fairseq_noise(model: nn.Module) -> None:
+    """Remove fairseq's hooks, which overwrite the weights in training."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook.__module__ == quant_noise.__module__]:
+            del hooks[key]
+
+
 class Quantizable:
     """Mixed into a fairseq model class, before it, to make it a model of this package."""
 
@@ -52,8 +68,14 @@ class Quantizable:
         """fairseq's model, with noise on its weights where the options ask for it."""
         with exits_on_user_error():
             noise_rules(args)  # a mistake stops the run before the model is built
-            with without_fairseq_noise(args):
+            embedding_layer = getattr(args, "quant_noise_embedding_layer", False)
+            if embedding_layer and getattr(args, "adaptive_input", False):
+                raise UserError(
+                    "--quant-noise-embedding-layer: fairseq has none with --adaptive-input; leave the option out"
+                )
+            with without_fairseq_noise(args, embedding_layer):
                 model: nn.Module = super().build_model(args, task)  # type: ignore[misc]
+            _take_off_fairseq_noise(model)
             _clear_uninitialised(model)
             model.quant_noise_options = _measurements(args)  # type: ignore[assignment]
             add_noise(model, args)
@@ -74,8 +96,24 @@ class Quantizable:
         """As fairseq's; weights that the checkpoint holds as codes become quantized weights first."""
         names = prune_state_dict(state_dict, _copy(model_cfg))
         with exits_on_user_error():
+            if strict:
+                _check_embedding_layer(self, names)  # type: ignore[arg-type]
             adopt_quantized(self, names)  # type: ignore[arg-type]
         return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
+
+
+def _check_embedding_layer(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise UserError where only one of model and state has the layer after the embedding."""
+    here, there = find_embedding_layer(model.state_dict()), find_embedding_layer(state)
+    if there and not here:
+        raise UserError(
+            f"{there}: the checkpoint has this layer, which fairseq's own --quant-noise-pq adds after the embedding, "
+            "and the model has not; give --quant-noise-embedding-layer"
+        )
+    if here and not there:
+        raise UserError(
+            f"{here}: --quant-noise-embedding-layer adds this layer, and the checkpoint has none; leave the option out"
+        )
 
 
 def _measurements(args: Any) -> dict[str, int]:

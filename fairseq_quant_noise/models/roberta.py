@@ -1,10 +1,12 @@
 """`quant_noise_roberta`: fairseq's RoBERTa, with Quant-Noise and iPQ that work."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from fairseq.models import register_model, register_model_architecture
+from fairseq.models.roberta import RobertaHubInterface
 from fairseq.models.roberta.model import (
     RobertaLMHead,
     RobertaModel,
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from ..cli_errors import exits_on_user_error
 from ..errors import UserError
 from ..layers.pq import CENTROIDS, CODES
+from .published import hub_interface
 from .quantizable import Quantizable, add_noise, without_fairseq_noise
 from .roberta_config import QuantNoiseRobertaConfig
 
@@ -52,6 +55,32 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
                     flag = f"--{name.replace('_', '-')}"
                     raise UserError(f"{flag}: replaces layers after they got their noise; prune with --arch roberta")
         return super().build_model(args, task)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | Path,
+        checkpoint_file: str = "model.pt",
+        data_name_or_path: str | Path = ".",
+        bpe: str | None = "gpt2",
+        **overrides: Any,
+    ) -> RobertaHubInterface:
+        """As fairseq's, with the model of this package, and for packed files too.
+
+        Args:
+            model_name_or_path: a folder, or a name or address that fairseq's `roberta` downloads.
+            checkpoint_file: in that folder: a checkpoint, published or trained, or a packed file (`.safetensors`).
+            data_name_or_path: the folder of the dictionary; one that begins with a dot is relative to the model's.
+            bpe: fairseq's name of the encoding of text. For gpt2, `encoder.json` and `vocab.bpe` in the model's folder
+                are used if they are there; None for tokens only.
+            overrides: values to set in the checkpoint's configuration, as `gpt2_encoder_json`.
+
+        Raises:
+            UserError: no such folder, file or dictionary, or a checkpoint of another model.
+            DamagedFileError: a file that is not whole, or that is refused (see `safe_load`).
+        """
+        model = cls.hub_models().get(str(model_name_or_path), model_name_or_path)
+        return hub_interface(model, checkpoint_file, data_name_or_path, bpe, overrides)
 
     def register_classification_head(
         self, name: str, num_classes: int | None = None, inner_dim: int | None = None, **kwargs: Any
@@ -89,11 +118,11 @@ register_model_architecture("quant_noise_roberta", "quant_noise_roberta_large")(
 
 @register_model_architecture("quant_noise_roberta", "quant_noise_roberta_small")
 def small(args: Any) -> None:
-    """A model for a CPU: 4 layers, d 256."""
+    """A model for a CPU, of the size of quant_noise_transformer_lm_small: 4 layers, d 128."""
     sizes = {
         "encoder_layers": 4,
-        "encoder_embed_dim": 256,
-        "encoder_ffn_embed_dim": 1024,
+        "encoder_embed_dim": 128,
+        "encoder_ffn_embed_dim": 512,
         "encoder_attention_heads": 4,
     }
     for name, value in sizes.items():

@@ -35,7 +35,7 @@ class SentenceEncoder(nn.Module):
         self.embed_tokens = new_embedding(config.vocab_size, dim, padding_idx)
         self.embed_positions = new_embedding(config.max_positions + padding_idx + 1, dim, padding_idx)
         self.layernorm_embedding = nn.LayerNorm(dim) if config.layernorm_embedding else None
-        self.quant_noise = nn.Linear(dim, dim, bias=False) if config.quant_noise_pq > 0 else None
+        self.quant_noise = nn.Linear(dim, dim, bias=False) if config.quant_noise_embedding_layer else None
         self.layers = nn.ModuleList(_layer(config) for _ in range(config.encoder_layers))
         self.layer_norm = nn.LayerNorm(dim) if config.encoder_normalize_before else None
 

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import UserError
-from .transformer_lm_config import check_activation, check_heads, given_options, integers, is_ours, refuse_stock_int8
+from .transformer_lm_config import (
+    check_activation,
+    check_heads,
+    given_options,
+    has_embedding_layer,
+    integers,
+    refuse_stock_int8,
+)
 
 _CURE = "evaluate it with fairseq-validate --user-dir instead"
 #: Options that change the function, with the values (besides None) that `Roberta` implements.
@@ -58,8 +65,8 @@ class RobertaConfig:
     # the language model's head has a weight of its own instead of the embedding's
     classification_heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     # by name: inner width and number of classes; no option of fairseq's, whose tasks add them
-    quant_noise_pq: float = 0.0
-    # above 0, stock fairseq puts an extra C x C Linear after the embedding
+    quant_noise_embedding_layer: bool = False
+    # the C x C Linear after the embedding (`has_embedding_layer`)
 
     def __post_init__(self) -> None:
         check_activation("activation_fn", self.activation_fn, _CURE)
@@ -89,8 +96,7 @@ class RobertaConfig:
         keep = integers("encoder_layers_to_keep", options.get("encoder_layers_to_keep"))
         if keep:
             given["encoder_layers"] = len(keep)
-        if is_ours(options):
-            given["quant_noise_pq"] = 0.0  # our own models noise the weights and add no Linear
+        given["quant_noise_embedding_layer"] = has_embedding_layer(options)
         for name in ("activation_fn", "pooler_activation_fn"):
             if name in given:
                 given[name] = str(given[name])  # Hydra gives a member of an enum

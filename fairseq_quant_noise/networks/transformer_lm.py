@@ -32,7 +32,7 @@ class TransformerDecoder(nn.Module):
         self.config = config
         self.register_buffer("version", torch.tensor([3.0]))
         self.embed_tokens = _embedding(config)
-        has_extra_linear = config.quant_noise_pq > 0 and not config.adaptive_input
+        has_extra_linear = config.quant_noise_embedding_layer and not config.adaptive_input
         self.quant_noise = nn.Linear(dim, dim, bias=False) if has_extra_linear else None
         embedded = dim if config.adaptive_input else config.input_dim
         self.project_in_dim = nn.Linear(embedded, dim, bias=False) if embedded != dim else None

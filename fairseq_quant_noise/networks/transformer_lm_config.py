@@ -82,8 +82,8 @@ class TransformerLMConfig:
     # the adaptive softmax uses the embeddings of the adaptive input
     tie_adaptive_proj: bool = False
     # with tie_adaptive_weights: its tails use the projections of the adaptive input too, transposed
-    quant_noise_pq: float = 0.0
-    # above 0 without adaptive_input, stock fairseq puts an extra C x C Linear after the embedding
+    quant_noise_embedding_layer: bool = False
+    # without adaptive_input: the C x C Linear after the embedding (`has_embedding_layer`)
 
     def __post_init__(self) -> None:
         check_activation("activation_fn", self.activation_fn, _CURE)
@@ -146,8 +146,7 @@ class TransformerLMConfig:
         keep = integers("decoder_layers_to_keep", options.get("decoder_layers_to_keep"))
         if keep:
             given["decoder_layers"] = len(keep)
-        if is_ours(options):
-            given["quant_noise_pq"] = 0.0  # our own models noise the weights and add no Linear
+        given["quant_noise_embedding_layer"] = has_embedding_layer(options)
         if "activation_fn" in given:
             given["activation_fn"] = str(given["activation_fn"])  # Hydra gives a member of an enum
         given.update(_old_options(options))
@@ -162,6 +161,13 @@ def given_options(options: Mapping[str, Any], names: Sequence[str]) -> dict[str,
             cure = "resolve it first, with OmegaConf.to_container(cfg, resolve=True)"
             raise UserError(f"option {name} is {value!r}, a reference to another option; {cure}")
     return given
+
+
+def has_embedding_layer(options: Mapping[str, Any]) -> bool:
+    """Whether there is a bias-free C x C Linear after the embedding: in stock fairseq with its noise, here if asked."""
+    if is_ours(options):
+        return bool(options.get("quant_noise_embedding_layer"))
+    return given_options(options, ["quant_noise_pq"]).get("quant_noise_pq", 0) > 0
 
 
 def is_ours(options: Mapping[str, Any]) -> bool:

@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lm_fixture import batch, both_kinds, ipq_flags, one_error, state_of
+from roberta_fixture import (
+    ENCODER,
+    HEAD,
+    INT8,
+    MASKED,
+    SENTENCES,
+    roberta,  # noqa: F401
+    roberta_batch,
+)
 
+from fairseq_quant_noise.cli import main
 from fairseq_quant_noise.sizes import model_bytes
 
 PAD = 1
@@ -179,3 +189,73 @@ def test_a_teacher_in_half_precision_training(lab, runs):
     flags = [*ipq_flags("plain"), "--ipq-teacher", runs.stock("plain").path, "--bf16"]
     run = lab.train(*flags, updates=2)
     assert all(math.isfinite(float(log["loss"])) for log in run.updates)
+
+
+BAD_TEACHERS = {  # by what is wrong: who is asked, and what the message names
+    "no file": (SENTENCES, 2, ["--ipq-teacher", "/nowhere/teacher.pt"]),
+    "no checkpoint": (SENTENCES, 3, ["teacher.pt", "not a whole PyTorch checkpoint"]),
+    "other classes": (SENTENCES, 2, ["--ipq-teacher", HEAD]),
+    "no head": (SENTENCES, 2, ["--ipq-teacher", HEAD]),
+    "another head": (SENTENCES, 2, ["--ipq-teacher", HEAD]),
+    "another vocabulary": (SENTENCES, 2, ["--ipq-teacher"]),
+    "a language model": (SENTENCES, 2, ["--ipq-teacher"]),
+    "a language model of masked words": (MASKED, 2, ["--ipq-teacher"]),
+}
+
+
+def bad_teacher(case, lab, roberta):  # noqa: F811
+    """The path of a teacher with this fault."""
+    stock = roberta.run("stock", SENTENCES)
+    state = state_of(stock.path)
+    weights = state["model"]
+    if case == "no file":
+        return "/nowhere/teacher.pt"
+    if case == "no checkpoint":
+        path = roberta.new("teacher.pt")
+        path.write_bytes(b"teacher")
+        return path
+    if case == "no head":
+        return roberta.run("stock", MASKED).path
+    if "language model" in case:
+        return lab.train(arch="transformer_lm", updates=1).path
+    if case == "other classes":
+        return roberta.train("--num-classes", 5, kind=SENTENCES, updates=1).path
+    if case == "another head":
+        weights = {name.replace(HEAD, "other"): tensor for name, tensor in weights.items()}
+    else:  # another vocabulary
+        words = len(weights[f"{ENCODER}.embed_tokens.weight"])
+        weights = {name: t[:-9] if len(t) == words else t for name, t in weights.items()}
+    return roberta.checkpoint({**state, "model": weights})
+
+
+@pytest.mark.upstream(21)
+@pytest.mark.parametrize("case", BAD_TEACHERS)
+def test_a_teacher_that_does_not_fit_is_refused_in_one_line(lab, roberta, capsys, case):  # noqa: F811
+    kind, code, names = BAD_TEACHERS[case]
+    path = bad_teacher(case, lab, roberta)
+    flags = ["--criterion", "ipq", "--ipq-criterion", kind, "--ipq-teacher", path]
+    criterion = roberta.task(kind).build_criterion(roberta.config(*flags, kind=kind).criterion)
+    with pytest.raises(SystemExit) as end:
+        criterion.load_teacher()
+    assert end.value.code == code
+    message = one_error(capsys.readouterr())
+    assert all(name in message for name in names), message
+
+
+@pytest.mark.parametrize("name", ["stock", "scalar", "ipq", "packed"])
+def test_any_trained_model_of_the_task_may_teach(roberta, name):  # noqa: F811
+    """Dense, int8, in codes, or a packed file: its answers are those of the model that was saved."""
+    path = roberta.run("stock" if name == "packed" else name, SENTENCES).path
+    if name == "packed":
+        packed = roberta.new("packed.safetensors")
+        main(["quantize", "--path", str(path), "--plan", roberta.plan(INT8), "--out", str(packed)])
+        path = packed
+    flags = ["--criterion", "ipq", "--ipq-criterion", SENTENCES, "--ipq-teacher", path]
+    criterion = roberta.task(SENTENCES).build_criterion(roberta.config(*flags, kind=SENTENCES).criterion)
+    criterion.load_teacher()
+    answers = [
+        model(**roberta_batch(SENTENCES)["net_input"], features_only=True, classification_head_name=HEAD)[0]
+        for model in (criterion.teachers[0], roberta.load(path, SENTENCES))
+    ]
+    assert torch.equal(*answers)
+    assert answers[0].std() > 0

@@ -11,6 +11,7 @@ from roberta_fixture import (
     HEAD,
     INT8,
     MASKED,
+    PLAN,
     SENTENCES,
     both_tasks,
     plan_of,
@@ -81,6 +82,19 @@ def test_int8_with_activations_from_data(roberta):  # noqa: F811
     network = fairseq_quant_noise.load(out)
     assert f"classification_heads.{HEAD}.out_proj" in input_quantizers(network)
     assert roberta.validate(out, SENTENCES)["loss"] == pytest.approx(run.valid[-1]["loss"], rel=0.02)
+
+
+def test_a_head_in_codes_with_activations_from_data(roberta):  # noqa: F811
+    """fairseq's own model, which finds the ranges, looks for the `weight` of every head in what it loads."""
+    plan = roberta.plan({"stages": [PLAN["stages"][2]], "activations": {"range": "tensor"}})
+    run, out = roberta.run("stock", SENTENCES), roberta.new("packed.safetensors")
+    verb("quantize", "--path", run.path, "--plan", plan, "--out", out, "--calibration-data", roberta.of(SENTENCES))
+    network = fairseq_quant_noise.load(out)
+    names = [f"classification_heads.{HEAD}.{part}" for part in ("dense", "out_proj")]
+    assert {*names} <= {*input_quantizers(network)} & {*quantized_weights(network)}
+    torch.testing.assert_close(
+        logits(network, SENTENCES), logits(roberta.load(out, SENTENCES), SENTENCES), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_plan_of_a_checkpoint_lists_its_head(roberta, capsys):  # noqa: F811

@@ -70,7 +70,7 @@ def test_architectures_are_fairseqs(name):
 def test_the_small_architecture_leaves_what_is_given():
     args = Namespace(encoder_layers=3, max_positions=70)
     ARCH_CONFIG_REGISTRY["quant_noise_roberta_small"](args)
-    assert (args.encoder_layers, args.encoder_embed_dim, args.encoder_ffn_embed_dim) == (3, 256, 1024)
+    assert (args.encoder_layers, args.encoder_embed_dim, args.encoder_ffn_embed_dim) == (3, 128, 512)
     assert (args.encoder_attention_heads, args.max_positions, args.layernorm_embedding) == (4, 70, True)
 
 

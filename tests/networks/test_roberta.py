@@ -144,7 +144,7 @@ def test_options_that_are_not_given_have_fairseqs_defaults():
     config = RobertaConfig.from_fairseq(options, VOCAB)
     assert (config.encoder_layers, config.encoder_embed_dim, config.max_positions) == (12, 768, 512)
     assert config.layernorm_embedding
-    assert config.quant_noise_pq == 0  # our own models have no extra Linear
+    assert not config.quant_noise_embedding_layer  # our own models have it where it is asked for
     assert not config.encoder_normalize_before
     assert RobertaConfig.from_fairseq({"tokens_per_sample": 128}, VOCAB).max_positions == 128
 

@@ -1,0 +1,167 @@
+"""Configurations that fairseq pickled as omegaconf objects, as plain containers. Needs no omegaconf.
+
+Each global that such a pickle calls for is answered by a placeholder, which keeps what it is given and does nothing:
+no code of omegaconf, typing, numpy or fairseq runs while an untrusted file is read.
+"""
+
+import functools
+import re
+import struct
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+
+_MODULES = {
+    "omegaconf.dictconfig": "DictConfig",
+    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.base": "Metadata ContainerMetadata UnionNode",
+    "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode BytesNode PathNode",
+    "typing": "Any Dict List Tuple Union Optional",
+    "builtins": "dict list tuple str int float bool bytes object type",  # the types of options
+    "operator": "getitem",  # List[str] is pickled as getitem(List, str)
+    "_operator": "getitem",
+}
+_MAPPINGS_AND_LISTS = ("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.base.UnionNode")
+_ITEMS = 100_000  # more than any configuration holds; a few shared lists can stand for more than memory holds
+_REFERENCE = re.compile(r"\$\{([\w.-]+)\}")
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
+
+
+class RefusedError(Exception):
+    """What in a file is refused, and why; `safe_load` adds the file."""
+
+
+class Placeholder:
+    """An instance of a class of the pickle, or what one of its functions returned: the state, and no behaviour."""
+
+    name = ""  # of the global
+    state: Any = None  # what the pickle says of the instance
+
+    def __init__(self, *args: Any) -> None:
+        """Anything; it is forgotten."""
+
+    def __new__(cls, *args: Any) -> "Placeholder":
+        """Takes anything, as `__init__` does."""
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+@functools.cache
+def placeholder(name: str) -> type[Placeholder]:
+    """The class that stands for the global of this name."""
+    return type("Placeholder", (Placeholder,), {"name": name})
+
+
+class _NumberType:
+    """Of a numpy scalar: what `numpy.dtype` is called with, and its byte order."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _number(kind: _NumberType, data: bytes) -> float:
+    codes = {"b1": "?", "f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i", "i8": "q"}
+    number: float = struct.unpack(kind.order + codes[kind.code], data)[0]
+    return number
+
+
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def allowed() -> list[tuple[Any, str]]:
+    """What a pickled configuration calls for, as `torch.serialization.safe_globals` takes it."""
+    names = [f"{module}.{name}" for module, names in _MODULES.items() for name in names.split()]
+    numbers = [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    others = [(_empty_dict, "collections.defaultdict"), (_NumberType, "numpy.dtype"), (Namespace, "argparse.Namespace")]
+    return [*((placeholder(name), name) for name in names), *numbers, *others]
+
+
+def plain_config(config: Any) -> Any:
+    """A configuration in dicts, lists, Namespaces and values; references to its other options are followed.
+
+    Args:
+        config: as unpickled: a placeholder for a DictConfig, a dict, a Namespace, or None.
+
+    Raises:
+        RefusedError: no configuration, or an option that says ${resolver:...}, which omegaconf would run.
+    """
+    root = _Reader().plain(config)
+    return _followed(root, root) if isinstance(config, Placeholder) else root
+
+
+class _Reader:
+    """One walk over a configuration, which ends when it is longer than any honest one."""
+
+    def __init__(self) -> None:
+        self.left = _ITEMS
+
+    def plain(self, value: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise RefusedError("its configuration has no end")
+        if isinstance(value, dict):
+            return {self.plain(key): self.plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple | set):
+            return type(value)(map(self.plain, value))
+        if isinstance(value, Namespace):
+            copy = Namespace()
+            vars(copy).update(self.plain(vars(value)))
+            return copy
+        if isinstance(value, str | bytes):
+            _check_text(value)
+        return self._content(value) if _is_placeholder(value) else value
+
+    def _content(self, node: Any) -> Any:
+        key = "_content" if node.name in _MAPPINGS_AND_LISTS else "_val"
+        if not node.name.startswith("omegaconf.") or not isinstance(node.state, dict) or key not in node.state:
+            raise RefusedError(f"its configuration holds {node.name}, which is no value")
+        return self.plain(node.state[key])
+
+
+def _check_text(text: str | bytes) -> None:
+    found = _RESOLVER.search(text if isinstance(text, str) else text.decode("latin-1"))
+    if found:
+        raise RefusedError(f"its configuration says {found[0]}...}}, which would run when it is read")
+
+
+def _followed(value: Any, root: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _followed(item, root) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_followed(item, root) for item in value]
+    return _target(value, root)
+
+
+def _target(value: Any, root: Any) -> Any:
+    """The plain value that a text ${section.option} leads to; what leads nowhere is left for omegaconf to say so."""
+    target, seen = value, set()
+    while isinstance(target, str) and (found := _REFERENCE.fullmatch(target)) and target not in seen:
+        seen.add(target)
+        target = root
+        for key in found[1].split("."):
+            target = target.get(key, value) if isinstance(target, dict) else value
+    return value if isinstance(target, dict | list) else target
+
+
+def _is_placeholder(value: Any) -> bool:
+    return isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder))
+
+
+def check_no_placeholder(values: Iterable[Any]) -> None:
+    """Raises RefusedError for a class that a configuration may call for, anywhere else."""
+    left, seen = list(values), set()
+    while left:
+        value = left.pop()
+        if _is_placeholder(value):
+            raise RefusedError(f"its pickle calls for {value.name}, which could run code")
+        if isinstance(value, Namespace):
+            value = vars(value)
+        if isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            left += [*value, *value.values()] if isinstance(value, dict) else value
