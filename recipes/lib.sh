@@ -78,6 +78,53 @@ progress() {
     sed "s|^|    $1: |;s| \$|\n|" || true # nothing logged yet
 }
 
+# module NAME ARG...: a program of the recipes' own, from any folder.
+module() { PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -m "$@"; }
+
+# finished DIR UPDATES: whether a training is complete. fairseq-train adds an update to one that is.
+finished() {
+  [ -f "$1/checkpoint_last.pt" ] && python - "$@" 2>/dev/null <<'PYTHON'
+import sys
+
+from fairseq_quant_noise.safe_load import safe_load
+
+state = safe_load(f"{sys.argv[1]}/checkpoint_last.pt")
+sys.exit(state["optimizer_history"][-1]["num_updates"] < int(sys.argv[2]))
+PYTHON
+}
+
+# fetch URL FILE [SHA256]: downloads to FILE, which appears whole or not at all.
+fetch() {
+  mkdir -p "$(dirname "$2")"
+  say "fetching $1"
+  curl -fL --retry 5 --retry-delay 5 --connect-timeout 30 -o "$2.part" "$1" || return 1
+  if [ $# -gt 2 ] && ! printf '%s  %s\n' "$3" "$2.part" | sha256sum --check --status; then
+    say "$1: not the expected file (SHA-256)" >&2
+    return 1
+  fi
+  mv "$2.part" "$2"
+}
+
+# gpt2_bpe DIR DOWNLOADS: sets BPE, the folder of GPT-2's byte pairs: DIR, or if that is empty a download.
+gpt2_bpe() {
+  local file sums=(
+    196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
+    1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
+    2c31c5b236661067fe8626775eb995ef5fe808ac87d2ad4a6ddbef68550f5cc6
+  )
+  BPE="$1"
+  local i=0
+  for file in encoder.json vocab.bpe dict.txt; do
+    if [ -z "$1" ]; then
+      BPE="$2/gpt2_bpe"
+      step "download GPT-2's $file" "$BPE/.$file" fetch "https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe/$file" "$BPE/$file" "${sums[$i]}"
+    fi
+    [ -f "$BPE/$file" ] || die "$BPE/$file does not exist; give --bpe the folder of encoder.json, vocab.bpe and dict.txt"
+    i=$((i + 1))
+  done
+  BPE="$(cd "$BPE" && pwd)"
+}
+
 # The small language model of quickstart.sh and table1.sh. They set DATA, UPDATES, IPQ_UPDATES and SEED.
 PLUGIN="$REPO/fairseq_quant_noise"
 

@@ -71,18 +71,6 @@ logged() {
   "$@" >>"$log" 2>&1 || { { say "$log ends with:" && tail -n 8 "$log"; } >&2 && return 1; }
 }
 
-# finished DIR UPDATES: whether a training is complete. fairseq-train adds an update to one that is.
-finished() {
-  [ -f "$1/checkpoint_last.pt" ] && python - "$@" 2>/dev/null <<'PYTHON'
-import sys
-
-from fairseq_quant_noise.safe_load import safe_load
-
-state = safe_load(f"{sys.argv[1]}/checkpoint_last.pt")
-sys.exit(state["optimizer_history"][-1]["num_updates"] < int(sys.argv[2]))
-PYTHON
-}
-
 # train NAME: the dense model.
 train() {
   noise_flags "$1"

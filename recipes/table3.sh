@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Table 3 of the Quant-Noise paper for RoBERTa, reduced: iPQ on MNLI without noise, with noise from pre-training on, and
+# with noise in fine-tuning only (post-hoc); and the first two without the teacher. quant_noise_roberta_small, pre-trained on
+# WikiText-2; about three and a half hours of one CPU core, half of that on two.
+#
+#     bash recipes/table3.sh OUT_DIR --wikitext DIR --glue DIR [--bpe DIR]
+#
+# DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (without: a download). The results are lines of
+# JSON in OUT_DIR/table3.jsonl. Killed, the same command goes on.
+#     WORDS=16000 (of the dictionary)   PRETRAIN_UPDATES=6000  UPDATES=2000  IPQ_UPDATES=450  SEED=1
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+OUT="" WIKITEXT="" GLUE="" BPE=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    --wikitext | --glue | --bpe)
+      [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/table3.sh --help"
+      case "$1" in --wikitext) WIKITEXT="$2" ;; --glue) GLUE="$2" ;; *) BPE=(--bpe "$2") ;; esac
+      shift 2
+      ;;
+    -*) die "unknown option $1; see: bash recipes/table3.sh --help" ;;
+    *)
+      [ -z "$OUT" ] || die "two output folders given, $OUT and $1; give one"
+      OUT="${1%/}"
+      shift
+      ;;
+  esac
+done
+[ -n "$OUT" ] && [ -n "$WIKITEXT" ] && [ -n "$GLUE" ] || die "give OUT_DIR --wikitext DIR --glue DIR; see --help"
+export SIZE=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+mkdir -p "$OUT"
+lock "$OUT"
+
+bash "$REPO/recipes/roberta/prepare.sh" "$OUT/text-bin" --local "$WIKITEXT" --words "${WORDS:-16000}" ${BPE[@]+"${BPE[@]}"}
+bash "$REPO/recipes/mnli/prepare.sh" "$OUT/mnli-bin" --local "$GLUE" --dict "$OUT/text-bin/dict.txt" ${BPE[@]+"${BPE[@]}"}
+
+# pretrain NAME NOISE, and mnli NAME PRETRAINED NOISE TEACHER
+pretrain() {
+  mkdir -p "$OUT/$1"
+  UPDATES="${PRETRAIN_UPDATES:-6000}" NOISE="$2" bash "$REPO/recipes/roberta/run.sh" "$OUT/text-bin" "$OUT/$1/pre" >>"$OUT/$1/log" 2>&1 ||
+    die "pre-training of $1 failed; see $OUT/$1/log"
+}
+mnli() {
+  mkdir -p "$OUT/$1"
+  NOISE="$3" TEACHER="$4" bash "$REPO/recipes/mnli/run.sh" "$OUT/mnli-bin" "$OUT/$1" "$OUT/$2/pre/checkpoint_best.pt" >>"$OUT/$1/log" 2>&1 ||
+    die "$1 failed; see $OUT/$1/log"
+}
+without() { pretrain none 0 && mnli none none 0 1 && mnli none none 0 0; }
+scratch() { pretrain noise 0.1 && mnli noise noise 0.1 1 && mnli noise noise 0.1 0; }
+
+say "two lanes side by side; the logs are $OUT/{none,noise,posthoc}/log"
+without &
+LANE=$!
+trap 'kill "$LANE" 2>/dev/null || true' EXIT
+scratch
+wait "$LANE"
+mnli posthoc none 0.1 1
+
+for run in none noise posthoc; do
+  for file in result ipq-alone; do
+    [ ! -f "$OUT/$run/$file.json" ] || printf '{"run": "%s", "file": "%s", %s\n' "$run" "$file" "$(cut -c2- "$OUT/$run/$file.json")"
+  done
+done | tee "$OUT/table3.jsonl"
