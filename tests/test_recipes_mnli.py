@@ -59,7 +59,8 @@ def test_mnli_from_the_text_to_the_result_and_again(sources, tmp_path):
         assert set(result[f"accuracy_{kind}"]) == {"valid", "valid1"}
     assert result["file_bytes"] < result["dense_bytes"]
     again = recipe(name, *arguments, cwd=tmp_path, **settings)
-    assert again.stdout.count("[skip]") == 7 and "[step]" not in again.stdout
+    assert again.stdout.count("[skip]") == 7
+    assert "[step]" not in again.stdout
     assert json.loads(again.stdout.splitlines()[-1]) == result
 
 

@@ -34,7 +34,9 @@ def pairs(table: Path) -> list[tuple[str, str, str]]:
             continue
         cells = row.rstrip("\r").split("\t")
         if len(cells) != len(names):
-            raise BadTableError(f"{table}, line {number}: {len(cells)} columns instead of {len(names)}; download it again")
+            raise BadTableError(
+                f"{table}, line {number}: {len(cells)} columns instead of {len(names)}; download it again"
+            )
         premise, hypothesis, label = (cells[place].strip() for place in places)
         if label not in LABELS:
             raise BadTableError(f"{table}, line {number}: label {label!r} is none of {', '.join(LABELS)}")

@@ -42,19 +42,9 @@ free_dir "$OUT"
 
 # The text. The zip is kept only if it is whole: WikiText-103 has one checksum, whoever serves it.
 download() {
-  local url zip="$OUT.download/wikitext-103-v1.zip"
-  mkdir -p "$OUT.download"
+  local url
   for url in "${URLS[@]}"; do
-    say "fetching $url"
-    curl -fL --retry 5 --retry-delay 5 --connect-timeout 30 -o "$zip.part" "$url" || continue
-    python - "$zip.part" "$SHA256" <<'PYTHON' || continue
-import hashlib, sys
-found = hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest()
-print(f"sha256 {found}: {'as expected' if found == sys.argv[2] else 'NOT the ' + sys.argv[2] + ' of WikiText-103'}")
-sys.exit(found != sys.argv[2])
-PYTHON
-    mv "$zip.part" "$zip"
-    return 0
+    if fetch "$url" "$OUT.download/wikitext-103-v1.zip" "$SHA256"; then return 0; fi
   done
   die "WikiText-103 could not be downloaded; fetch it elsewhere, unpack it, and pass --local DIR"
 }
