@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Table 3 of the Quant-Noise paper for RoBERTa, reduced: iPQ on MNLI without noise, with noise from pre-training on, and
 # with noise in fine-tuning only (post-hoc); and the first two without the teacher. quant_noise_roberta_small, pre-trained on
-# WikiText-2; about three and a half hours of one CPU core, half of that on two.
+# WikiText-2; by the times of its parts about three hours of one CPU core, half of that on two.
 #
 #     bash recipes/table3.sh OUT_DIR --wikitext DIR --glue DIR [--bpe DIR]
 #
