@@ -98,30 +98,37 @@ fetch() {
   mkdir -p "$(dirname "$2")"
   say "fetching $1"
   curl -fL --retry 5 --retry-delay 5 --connect-timeout 30 -o "$2.part" "$1" || return 1
-  if [ $# -gt 2 ] && ! printf '%s  %s\n' "$3" "$2.part" | sha256sum --check --status; then
-    say "$1: not the expected file (SHA-256)" >&2
-    return 1
+  if [ $# -gt 2 ]; then
+    python - "$2.part" "$3" <<'PYTHON' || return 1
+import hashlib, sys
+found = hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest()
+print(f"sha256 {found}: {'as expected' if found == sys.argv[2] else 'NOT the expected ' + sys.argv[2]}")
+sys.exit(found != sys.argv[2])
+PYTHON
   fi
   mv "$2.part" "$2"
 }
 
+GPT2_BPE_URL="https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe"
+# gpt2_file DIR NAME SHA256: one of the files of GPT-2's byte pairs, downloaded to DIR.
+gpt2_file() {
+  need curl
+  fetch "$GPT2_BPE_URL/$2" "$1/$2" "$3" ||
+    die "GPT-2's $2 could not be downloaded; fetch encoder.json, vocab.bpe and dict.txt elsewhere and pass --bpe DIR"
+}
+
 # gpt2_bpe DIR DOWNLOADS: sets BPE, the folder of GPT-2's byte pairs: DIR, or if that is empty a download.
 gpt2_bpe() {
-  local file sums=(
-    196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
-    1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
-    2c31c5b236661067fe8626775eb995ef5fe808ac87d2ad4a6ddbef68550f5cc6
-  )
-  BPE="$1"
-  local i=0
-  for file in encoder.json vocab.bpe dict.txt; do
-    if [ -z "$1" ]; then
-      BPE="$2/gpt2_bpe"
-      step "download GPT-2's $file" "$BPE/.$file" fetch "https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe/$file" "$BPE/$file" "${sums[$i]}"
-    fi
+  local file sum
+  BPE="${1:-$2/gpt2_bpe}"
+  while read -r file sum; do
+    if [ -z "$1" ]; then step "download GPT-2's $file" "$BPE/.$file" gpt2_file "$BPE" "$file" "$sum" </dev/null; fi
     [ -f "$BPE/$file" ] || die "$BPE/$file does not exist; give --bpe the folder of encoder.json, vocab.bpe and dict.txt"
-    i=$((i + 1))
-  done
+  done <<'FILES'
+encoder.json 196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
+vocab.bpe 1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
+dict.txt 2c31c5b236661067fe8626775eb995ef5fe808ac87d2ad4a6ddbef68550f5cc6
+FILES
   BPE="$(cd "$BPE" && pwd)"
 }
 

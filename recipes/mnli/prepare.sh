@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # GLUE's MNLI in fairseq's binary format, in the byte pairs of GPT-2 that RoBERTa reads.
 #
-#     bash recipes/mnli/prepare.sh OUT_DIR               downloads MNLI (300 MB) and the byte pairs first
+#     bash recipes/mnli/prepare.sh OUT_DIR               downloads MNLI and the byte pairs first
 #     bash recipes/mnli/prepare.sh OUT_DIR --local DIR   takes DIR/train.tsv, dev_matched.tsv, dev_mismatched.tsv in
 #                                                        GLUE's columns; the mismatched part may be missing
 #     --bpe DIR       encoder.json, vocab.bpe and dict.txt of GPT-2's byte pairs, instead of a download
 #     --dict FILE     the dictionary of the pre-trained model (default: dict.txt of the byte pairs, that of roberta.base)
 #     --workers N     processes (default: the number of cores)
 #
-# OUT_DIR has input0, input1 and label; `valid` is dev_matched and `valid1` dev_mismatched. Half a minute for 13,000
+# OUT_DIR has input0, input1 and label; `valid` is dev_matched and `valid1` dev_mismatched. Under a minute for 13,000
 # pairs. Killed and run again, it goes on; run twice, it does nothing.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
@@ -37,7 +37,8 @@ need python fairseq-preprocess
 free_dir "$OUT"
 
 unpack() {
-  fetch "$URL" "$OUT.download/MNLI.zip"
+  fetch "$URL" "$OUT.download/MNLI.zip" ||
+    die "MNLI could not be downloaded; fetch it elsewhere, unpack it, and pass --local DIR"
   python -m zipfile -e "$OUT.download/MNLI.zip" "$OUT.download"
 }
 if [ -z "$LOCAL" ]; then

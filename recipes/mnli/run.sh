@@ -2,7 +2,7 @@
 # RoBERTa on MNLI with Quant-Noise, end to end: fine-tune a pre-trained checkpoint, quantize it in three stages with
 # the fine-tuned network as the teacher, export, evaluate. After recipes/mnli/prepare.sh.
 #
-#     bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt            the paper's setting: base, one GPU, two days
+#     bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt            the paper's setting: base, one GPU
 #     SIZE=cpu bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt   quant_noise_roberta_small on one CPU core
 #     NOISE=0 bash recipes/mnli/run.sh ...                               without noise, to compare
 #     TEACHER=0 bash recipes/mnli/run.sh ...                             iPQ without distillation, in OUT_DIR/ipq-alone
@@ -22,7 +22,7 @@ esac
 DATA="$1"
 OUT="${2:?error: no output folder given; run: bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt}"
 PRETRAINED="${3:?error: no checkpoint given; run: bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt}"
-SEED="${SEED:-1}" PLUGIN="$REPO/fairseq_quant_noise"
+SEED="${SEED:-1}"
 need python fairseq-train fairseq-validate fairseq-quant-noise
 [ -f "$DATA/input0/dict.txt" ] || die "$DATA/input0/dict.txt is missing; run: bash recipes/mnli/prepare.sh -h"
 [ -f "$PRETRAINED" ] || die "$PRETRAINED does not exist; give a checkpoint of RoBERTa"

@@ -23,6 +23,7 @@ case "${SIZE:-paper}" in
   paper)
     UPDATES="${UPDATES:-125000}" NOISE="${NOISE:-0.2}" LAYERDROP="${LAYERDROP:-0.2}"
     FLAGS=(--arch quant_noise_roberta_base --tokens-per-sample 512 --sample-break-mode complete --fp16
+      --skip-invalid-size-inputs-valid-test # of lines over 512 tokens, which training leaves out too
       --batch-size 16 --update-freq 2 --lr 5e-4 --warmup-updates 10000 --clip-norm 0.0 --log-interval 100)
     ;;
   cpu)
@@ -36,7 +37,7 @@ case "${SIZE:-paper}" in
 esac
 
 train() {
-  finished "$OUT" "$UPDATES" || fairseq-train "$DATA" --user-dir "$REPO/fairseq_quant_noise" --task masked_lm --criterion masked_lm \
+  finished "$OUT" "$UPDATES" || fairseq-train "$DATA" --user-dir "$PLUGIN" --task masked_lm --criterion masked_lm \
     "${FLAGS[@]}" --required-batch-size-multiple 1 --ddp-backend legacy_ddp \
     --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --encoder-layerdrop "$LAYERDROP" \
     --optimizer adam --adam-betas "(0.9,0.98)" --adam-eps 1e-6 --weight-decay 0.01 \
