@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from .cli_errors import exits_on_user_error
 from .errors import UserError
 from .safe_load import safe_load
+from .stock import no_training
 
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
@@ -57,9 +58,9 @@ def load_state(path: str | Path, arg_overrides: Any = None) -> dict[str, Any]:
 def _with_history(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint that was saved again with its model and configuration alone lacks what fairseq looks into."""
     if not state.get("optimizer_history") and "best_loss" not in state:
-        state["optimizer_history"] = [{"optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}]
+        state["optimizer_history"] = no_training()["optimizer_history"]
     if state.get("extra_state") is None and "epoch" not in state:
-        state["extra_state"] = {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}}
+        state["extra_state"] = no_training()["extra_state"]
     return state
 
 
@@ -85,8 +86,7 @@ def packed_state(path: str | Path) -> dict[str, Any]:
         "args": None,
         "cfg": {"bpe": None, **config["cfg"]},  # the hub's interface sets it
         "model": packed.state_dict(),
-        "optimizer_history": [],
-        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        **no_training(),
         "task_state": {},
     }
 

@@ -23,6 +23,14 @@ from .trained import (
 )
 
 
+def no_training() -> dict[str, Any]:
+    """What fairseq looks into of a training's state, of one that has not begun."""
+    return {
+        "optimizer_history": [{"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}],
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+    }
+
+
 def stock_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a packed file or a checkpoint as stock fairseq's own: dense weights, fairseq's names.
 
@@ -59,9 +67,8 @@ def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any])
         "cfg": cfg,
         "model": dict(model),
         "criterion": None,
-        "optimizer_history": [{"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}],
         "task_state": {},
-        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+        **no_training(),
         "last_optimizer_state": None,
     }
 
