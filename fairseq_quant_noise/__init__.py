@@ -6,7 +6,7 @@ Imported where fairseq is not, it is the core alone: noise, product quantization
 
 import sys
 
-from .api import attach_noise, detach_noise, load, noise_of, quantize_, save
+from .api import attach_noise, detach_noise, keep_layers_, load, noise_of, quantize_, save, share_layers_
 from .errors import DamagedFileError, UserError
 from .plan import Plan
 
@@ -17,11 +17,13 @@ __all__ = [
     "UserError",
     "attach_noise",
     "detach_noise",
+    "keep_layers_",
     "load",
     "noise_of",
     "quantize_",
     "register",
     "save",
+    "share_layers_",
 ]
 
 

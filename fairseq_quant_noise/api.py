@@ -20,8 +20,9 @@ from .networks import build
 from .noise import attach_rules, detach_noise, noise_of
 from .plan import Plan
 from .quantize import quantize_
+from .structure.modules import fit_stacks, keep_layers_, share_layers_, tie_layers_
 
-__all__ = ["attach_noise", "detach_noise", "load", "noise_of", "quantize_", "save"]
+__all__ = ["attach_noise", "detach_noise", "keep_layers_", "load", "noise_of", "quantize_", "save", "share_layers_"]
 
 AnyPlan = Plan | Mapping[str, Any] | str | Path
 
@@ -72,12 +73,16 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     packed = read(path)
     model = into if into is not None else _build(path, packed.manifest.model)
     state = packed.state_dict()
+    if into is not None and packed.manifest.is_pruned:
+        fit_stacks(into, state)
+    tie_layers_(model, packed.manifest.layers)
     adopt_quantized(model, state)
     try:
         model.load_state_dict(state, assign=into is None)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: does not fit this network ({reason}); give the network it was saved from") from None
+    tie_layers_(model, packed.manifest.layers)  # loading gave each layer in use a Parameter of its own
     return model.eval()
 
 

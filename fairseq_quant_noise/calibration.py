@@ -8,12 +8,16 @@ from torch import nn
 
 from .errors import UserError
 from .layers import adopt_quantized, calibrating, input_quantizers
+from .plan import Structure
+from .structure.modules import apply_structure
 
 SUBSET = "train"
 SENTENCES = 8  # of a batch
 
 
-def calibration_on(path: str | Path, data: str | Path, batches: int) -> Callable[[nn.Module], object]:
+def calibration_on(
+    path: str | Path, data: str | Path, batches: int, structure: Structure | None = None
+) -> Callable[[nn.Module], object]:
     """A `calibration` for `quantize_`: forwards of the quantized network over the training split of `data`.
 
     The network of the checkpoint `path` is built by fairseq too, with the same weights, and run on the first batches;
@@ -23,15 +27,16 @@ def calibration_on(path: str | Path, data: str | Path, batches: int) -> Callable
         path: of the checkpoint.
         data: the folder that fairseq-train read.
         batches: how many.
+        structure: of the plan, which the network to calibrate has had already.
     Raises:
         UserError: there is no such data.
     """
     if not Path(data).is_dir():
         raise UserError(f"--calibration-data {data}: no such folder; give the folder that fairseq-train reads")
-    return lambda model: _calibrate(model, str(path), str(data), batches)
+    return lambda model: _calibrate(model, str(path), str(data), batches, structure)
 
 
-def _calibrate(model: nn.Module, path: str, data: str, batches: int) -> None:
+def _calibrate(model: nn.Module, path: str, data: str, batches: int, structure: Structure | None) -> None:
     import fairseq.checkpoint_utils
 
     from . import register
@@ -39,6 +44,8 @@ def _calibrate(model: nn.Module, path: str, data: str, batches: int) -> None:
     register()
     models, cfg, task = fairseq.checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": data})
     theirs, state = models[0], model.state_dict()
+    if structure is not None:
+        apply_structure(theirs, structure)
     adopt_quantized(theirs, state)  # a stock checkpoint builds fairseq's own model, which does not do it itself
     nn.Module.load_state_dict(theirs, state)  # for fairseq's own looks for the `weight` of heads that are in codes
     criterion = task.build_criterion(cfg.criterion)

@@ -7,13 +7,15 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .cli_errors import exits_on_user_error
 from .cli_print import print_inspection, print_table
 from .errors import UserError
+from .structure.layer_map import START
 
 Verb = Callable[[argparse.Namespace], None]
 
@@ -26,6 +28,7 @@ def user_dir(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """Dry run: a row a tensor, the totals, nothing computed."""
     from .plan import Plan
+    from .structure.modules import apply_structure
     from .table import make_table, resolve_stages
     from .trained import load_trained, meta_model
 
@@ -42,7 +45,11 @@ def plan(args: argparse.Namespace) -> None:
             raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
         options = architecture_options(args.arch, args.set, args.head)
         model = meta_model(args.arch, options, args.vocab_size)
-    table = make_table(model, resolve_stages(Plan.of(args.plan), model))
+    the_plan = Plan.of(args.plan)
+    original = make_table(model)
+    if the_plan.structure is not None:
+        apply_structure(model, the_plan.structure)
+    table = make_table(model, resolve_stages(the_plan, model), original.dense_bytes)
     if args.json:
         print(json.dumps(table.to_dict()))
     else:
@@ -54,7 +61,7 @@ def quantize(args: argparse.Namespace) -> None:
     from .artifact import pack, write
     from .plan import Plan
     from .quantize import quantize_
-    from .trained import load_trained
+    from .structure.checkpoint import load_structured
 
     the_plan = Plan.of(args.plan)
     if not the_plan.stages:
@@ -68,10 +75,12 @@ def quantize(args: argparse.Namespace) -> None:
             )
         from .calibration import calibration_on
 
-        calibration = calibration_on(args.path, args.calibration_data, the_plan.activations.calibration_batches)
+        batches = the_plan.activations.calibration_batches
+        calibration = calibration_on(args.path, args.calibration_data, batches, the_plan.structure)
     _check_out(args.out)
-    trained = load_trained(args.path)
-    quantize_(trained.model, the_plan, seed=args.seed, calibration=calibration, progress=_progress)
+    trained = load_structured(args.path, the_plan.structure)
+    stages = replace(the_plan, structure=None)  # which the model has had
+    quantize_(trained.model, stages, seed=args.seed, calibration=calibration, progress=_progress)
     packed = pack(trained.model, the_plan, trained.config)
     write(packed, args.out)
     print_inspection(args.out, packed)
@@ -82,7 +91,7 @@ def export(args: argparse.Namespace) -> None:
     from .artifact import pack, write
     from .layers import quantized_weights
     from .plan import Plan
-    from .trained import load_trained
+    from .trained import STAGES, load_trained
 
     _check_out(args.out)
     trained = load_trained(args.path)
@@ -90,13 +99,55 @@ def export(args: argparse.Namespace) -> None:
         raise UserError(
             f"export: {args.path} holds no quantized weights; quantize it with `fairseq-quant-noise quantize`"
         )
-    stages = trained.state.get("extra_state", {}).get("quant_noise_stages", {})
+    stages = trained.state.get("extra_state", {}).get(STAGES, {})
     the_plan = Plan.of(stages["plan"]) if "plan" in stages else None
     if the_plan is not None and stages["done"] < len(the_plan.stages):
         _progress(f"note: {stages['done']} of the plan's {len(the_plan.stages)} stages are done; the rest stays dense")
     packed = pack(trained.model, the_plan, trained.config)
     write(packed, args.out)
     print_inspection(args.out, packed)
+
+
+def prune(args: argparse.Namespace) -> None:
+    """Take layers out of a checkpoint that was trained with LayerDrop; the result trains, evaluates and quantizes."""
+    from .stock import write_checkpoint
+    from .structure.checkpoint import kept_checkpoint
+    from .structure.state import stack_sizes
+
+    _check_out(args.out)
+    state = kept_checkpoint(args.path, _keep(args.keep))
+    write_checkpoint(state, args.out)
+    print(f"{args.out}: {_stacks(stack_sizes(state['model']))}")
+
+
+def share(args: argparse.Namespace) -> None:
+    """Give adjacent layers of a dense checkpoint one set of weights; training goes on with them shared."""
+    from .stock import write_checkpoint
+    from .structure.checkpoint import shared_checkpoint
+    from .structure.state import stack_sizes
+
+    _check_out(args.out)
+    if args.share_layers < 2:
+        raise UserError(f"--share-layers is {args.share_layers}; give how many adjacent layers share, 2 or more")
+    state = shared_checkpoint(args.path, args.share_layers, args.share_from)
+    write_checkpoint(state, args.out)
+    print(
+        f"{args.out}: {_stacks(stack_sizes(state['model']))}, {args.share_layers} adjacent ones with the same weights"
+    )
+
+
+def _keep(given: Sequence[str]) -> object:
+    """`--keep LAYERS` for all stacks, or `--keep STACK=LAYERS` for each."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    named = dict(part.partition("=")[::2] for part in given)
+    if len(named) < len(given) or not all("=" in part for part in given):
+        raise UserError(f"--keep {' --keep '.join(given)}: give one list, or one for each stack, as encoder=0,2,4")
+    return named
+
+
+def _stacks(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} layers in {stack.removesuffix('.layers')}" for stack, n in sizes.items())
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -192,6 +243,39 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
         export,
         "fairseq-quant-noise export --path ipq/checkpoint_best.pt --out model.safetensors",
         [_PATH, _OUT],
+    ),
+    "prune": (
+        prune,
+        "fairseq-quant-noise prune --path dense.pt --keep every-other --out pruned.pt",
+        [
+            _PATH,
+            _option(
+                "--keep",
+                metavar="[STACK=]LAYERS",
+                action="append",
+                required=True,
+                help="every-other, or numbers of layers such as 0,2,4; encoder=0,2 for one of two stacks, given again "
+                "for the other. Layers that share their weights stay or go together",
+            ),
+            _OUT,
+        ],
+    ),
+    "share": (
+        share,
+        "fairseq-quant-noise share --path dense.pt --share-layers 2 --share-from mean --out shared.pt",
+        [
+            _PATH,
+            _option(
+                "--share-layers", type=int, metavar="N", required=True, help="adjacent layers that share, 2 or more"
+            ),
+            _option(
+                "--share-from",
+                choices=START,
+                default=START[0],
+                help="the weights they start from: those of the first of them (default), or their mean",
+            ),
+            _OUT,
+        ],
     ),
     "inspect": (inspect, "fairseq-quant-noise inspect model.safetensors --json", [_FILE, _JSON]),
     "verify": (verify, "fairseq-quant-noise verify model.safetensors", [_FILE, _JSON]),

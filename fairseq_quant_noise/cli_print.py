@@ -23,6 +23,11 @@ def print_table(table: Table) -> None:
         f"{table.parameters:,} parameters; {table.dense_bytes / MIB:.2f} MiB dense, "
         f"{table.paper_bytes / MIB:.2f} MiB by the paper's accounting (x{info['ratio']:.2f})"
     )
+    if info["original_bytes"] != info["dense_bytes"]:
+        print(
+            f"{info['original_bytes'] / MIB:.2f} MiB dense before layers were shared or pruned "
+            f"(x{info['original_ratio']:.2f})"
+        )
 
 
 def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) -> None:
@@ -58,7 +63,7 @@ def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
     rest = rest_bits(entry.scheme for entry in manifest.tensors.values())
     rows = [_row(packed, name, None) for name in manifest.tensors]
     rows += [_row(packed, name, None, rest) for name in packed.tensors if name not in inside]
-    rows += [_row(packed, copy, owner) for copy, owner in manifest.ties.items()]
+    rows += [_row(packed, copy, owner) for copy, owner in packed.ties.items()]
     file_bytes = Path(path).stat().st_size
     dense_bytes = sum(4 * math.prod(r["shape"]) for r in rows if r["tied_to"] is None)
     return {

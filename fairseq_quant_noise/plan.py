@@ -8,6 +8,7 @@
       - {match: 'decoder\\.layers\\.\\d+\\.self_attn\\..*', scheme: int8, range: channel}
     centroids: {dtype: fp16}
     activations: {bits: 8, range: histogram, calibration_batches: 8}
+    structure: {share_layers: 2, keep_layers: every-other}
 
 `match` is a regular expression that must match a whole module name. A rule that matches nothing, a weight that two
 stages match, an unknown key: errors, before any work. fairseq's own quantization YAML is a plan too
@@ -20,15 +21,17 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import yaml
 from torch import nn
 
 from .errors import UserError
 from .fairseq_yaml import is_fairseq_format, setting_by_feature, stages_of
+from .plan_checks import check_keys, check_positive, check_probability, check_regex, check_setting, read_yaml
 from .scalar import BITS, RANGES, SCHEMES, bits_of
+from .structure.layer_map import START, parse_keep
 
 #: One number for all, a number per name (`default` and regular expressions), or fairseq's per module type.
 Setting = int | Mapping[str, Any]
+D = TypeVar("D")
 SCHEDULES = ("constant", "linear", "cosine", "step")
 _CENTROID_BITS = {"fp16": 16, "int8": 8}
 CHOICES = ("subvectors", "clusters")
@@ -47,10 +50,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
             raise UserError(f"schedule: unknown kind {self.kind!r}; known kinds: {', '.join(SCHEDULES)}")
-        _check_probability("schedule: from", self.start)
-        _check_positive("schedule: steps", self.steps)
+        check_probability("schedule: from", self.start)
+        check_positive("schedule: steps", self.steps)
         if self.kind != "constant":
-            _check_positive("schedule: updates", self.updates)
+            check_positive("schedule: updates", self.updates)
 
     def to_dict(self) -> dict[str, Any]:
         """As in YAML."""
@@ -75,8 +78,8 @@ class NoiseRule:
         from .noise.distortions import DISTORTIONS
 
         where = f"noise rule '{self.match}'"
-        _check_regex("noise", self.match)
-        _check_probability(f"{where}: p", self.p)
+        check_regex("noise", self.match)
+        check_probability(f"{where}: p", self.p)
         if isinstance(self.kind, list):
             object.__setattr__(self, "kind", tuple(self.kind))
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
@@ -87,12 +90,12 @@ class NoiseRule:
         for name, value, known in (("choice", self.choice, CHOICES), ("range", self.range, RANGES)):
             if value not in known:
                 raise UserError(f"{where}: unknown {name} {value!r}; known: {', '.join(known)}")
-        _check_positive(f"{where}: block_size", self.d)
-        _check_positive(f"{where}: n_centroids", self.n_centroids)
+        check_positive(f"{where}: block_size", self.d)
+        check_positive(f"{where}: n_centroids", self.n_centroids)
         if self.n_centroids > 256:
             raise UserError(f"{where}: n_centroids is {self.n_centroids}; a code is a byte, give at most 256")
         if self.refresh not in (None, EPOCH):
-            _check_positive(f"{where}: refresh (updates, or '{EPOCH}')", self.refresh)
+            check_positive(f"{where}: refresh (updates, or '{EPOCH}')", self.refresh)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -137,7 +140,7 @@ class StageRule:
     updates: int | None = None  # of fine-tuning in this stage; without it, the stages share --max-update
 
     def __post_init__(self) -> None:
-        _check_regex("stage", self.match)
+        check_regex("stage", self.match)
         schemes = ("pq", *SCHEMES)
         if self.scheme not in schemes:
             raise UserError(
@@ -146,7 +149,7 @@ class StageRule:
         if self.range not in RANGES:
             raise UserError(f"stage '{self.match}': unknown range {self.range!r}; known: {', '.join(RANGES)}")
         if self.updates is not None:
-            _check_positive(f"stage '{self.match}': updates", self.updates)
+            check_positive(f"stage '{self.match}': updates", self.updates)
 
     @property
     def bits(self) -> int | None:
@@ -196,9 +199,34 @@ class Activations:
             raise UserError(f"activations: bits is {self.bits!r}; give 2 to 8")
         if self.range not in KINDS:
             raise UserError(f"activations: unknown range {self.range!r}; known: {', '.join(KINDS)}")
-        _check_positive("activations: calibration_batches", self.calibration_batches)
+        check_positive("activations: calibration_batches", self.calibration_batches)
         if self.calibration_batches > 255:
             raise UserError(f"activations: calibration_batches is {self.calibration_batches}; give at most 255")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Which layers are stored and in use: shared first, then pruned (`structure/`)."""
+
+    share_layers: int = 1  # adjacent layers that have one set of weights
+    share_from: str = "first"  # where they differ so far: the chunk's first layer, or the mean over its layers
+    keep_layers: Any = (
+        None  # every-other, a list of layers, or either by stack: {encoder: [0, 2], decoder: every-other}
+    )
+    layerdrop: float | None = None  # in training: probability of leaving out a chunk; without it, what the flags say
+
+    def __post_init__(self) -> None:
+        check_positive("structure: share_layers", self.share_layers)
+        if self.share_from not in START:
+            raise UserError(f"structure: unknown share_from {self.share_from!r}; known: {', '.join(START)}")
+        if self.layerdrop is not None:
+            check_probability("structure: layerdrop", self.layerdrop)
+            if self.layerdrop >= 1:
+                raise UserError("structure: layerdrop is 1, which leaves out every layer; give less")
+        by_stack = self.keep_layers if isinstance(self.keep_layers, Mapping) else {"": self.keep_layers}
+        for stack, keep in by_stack.items():
+            if self.keep_layers is not None:
+                parse_keep(f"structure: keep_layers{f' of {stack}' if stack else ''}", keep)
 
 
 @dataclass(frozen=True)
@@ -209,6 +237,7 @@ class Plan:
     stages: tuple[StageRule, ...] = ()
     centroids: Centroids = field(default_factory=Centroids)
     activations: Activations | None = None  # left as they are without it
+    structure: Structure | None = None  # left as it is without it
 
     @classmethod
     def of(cls, source: "str | Path | Mapping[str, Any] | Plan") -> "Plan":
@@ -220,15 +249,16 @@ class Plan:
         if isinstance(source, Plan):
             return source
         if isinstance(source, str | Path):
-            return cls.of(_read_yaml(Path(source)))
+            return cls.of(read_yaml(Path(source)))
         if is_fairseq_format(source):
             return cls.of({"stages": stages_of(source)})
-        _check_keys("plan", source, [f.name for f in fields(cls)])
+        check_keys("plan", source, [f.name for f in fields(cls)])
         return cls(
             noise=_rules(NoiseRule, "noise", source.get("noise") or ()),
             stages=_rules(StageRule, "stages", source.get("stages") or ()),
             centroids=_build(Centroids, "centroids", source.get("centroids") or {}),
-            activations=_activations(source),
+            activations=_given_or_none(Activations, "activations", source),
+            structure=_given_or_none(Structure, "structure", source),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -238,6 +268,7 @@ class Plan:
             "stages": [_given(rule) for rule in self.stages],
             "centroids": asdict(self.centroids),
             "activations": None if self.activations is None else asdict(self.activations),
+            **({} if self.structure is None else {"structure": _given(self.structure)}),
         }
 
 
@@ -246,10 +277,10 @@ def _given(rule: Any) -> dict[str, Any]:
     return {f.name: value for f in fields(rule) if (value := getattr(rule, f.name)) != f.default}
 
 
-def _activations(source: Mapping[str, Any]) -> Activations | None:
-    """`activations: {}` stands for the defaults; without the key, or with none after it, there are none."""
-    given = source.get("activations")
-    return None if given is None else _build(Activations, "activations", given)
+def _given_or_none(cls: type[D], where: str, source: Mapping[str, Any]) -> D | None:
+    """`activations: {}` stands for the defaults; without the key, or with none after it, there is no such section."""
+    given = source.get(where)
+    return None if given is None else _build(cls, where, given)
 
 
 class Rule(Protocol):
@@ -261,7 +292,6 @@ class Rule(Protocol):
 
 
 R = TypeVar("R", bound=Rule)
-D = TypeVar("D")
 
 
 def match_rules(what: str, rules: Sequence[R], names: Sequence[str]) -> list[list[R]]:
@@ -293,7 +323,7 @@ def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
         value = next((setting[k] for k in patterns if re.fullmatch(k, name)), setting.get("default"))
     if not isinstance(value, int):
         raise UserError(f"{what} gives no value for {name}; add a pattern that matches it, or a default")
-    _check_positive(f"{what} for {name}", value)
+    check_positive(f"{what} for {name}", value)
     return value
 
 
@@ -307,66 +337,20 @@ def _build(cls: type[D], where: str, source: Any) -> D:
     if not isinstance(source, Mapping):
         raise UserError(f"plan: {where} must be a mapping of keys to values, not {type(source).__name__}")
     wanted = fields(cls)  # type: ignore[arg-type]
-    _check_keys(f"plan: {where}", source, [f.name for f in wanted])
+    check_keys(f"plan: {where}", source, [f.name for f in wanted])
     needed = [f.name for f in wanted if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in needed if name not in source]
     if missing:
         raise UserError(f"plan: {where} lacks the key '{missing[0]}'")
     for f in wanted:
         if cls is StageRule and f.name in ("block_size", "n_centroids") and f.name in source:
-            _check_setting(f"plan: {where}: {f.name}", source[f.name])
+            check_setting(f"plan: {where}: {f.name}", source[f.name])
     return cls(**source)
-
-
-def _check_keys(where: str, source: Mapping[str, Any], known: Sequence[str]) -> None:
-    unknown = [str(key) for key in source if key not in known]
-    if unknown:
-        raise UserError(f"{where}: unknown key '{unknown[0]}'; known keys: {', '.join(known)}")
-
-
-def _check_setting(where: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        _check_positive(where, value)
-        return
-    for pattern, number in value.items():
-        if isinstance(number, Mapping):
-            continue  # fairseq's form, checked by setting_by_feature
-        _check_regex(where, str(pattern))
-        _check_positive(f"{where}: '{pattern}'", number)
-
-
-def _check_positive(where: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{where} is {value!r}; give a whole number from 1 up")
-
-
-def _check_probability(where: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise UserError(f"{where} is {value!r}; give a probability from 0 to 1")
 
 
 def _schedule(where: str, source: Any) -> Schedule:
     """A schedule from its keys in YAML, where `start` is called `from`."""
     if not isinstance(source, Mapping):
         raise UserError(f"{where}: schedule must be a mapping such as {{kind: linear, from: 0.0, updates: 1000}}")
-    _check_keys(f"{where}: schedule", source, ["kind", "from", "updates", "steps"])
+    check_keys(f"{where}: schedule", source, ["kind", "from", "updates", "steps"])
     return Schedule(**{("start" if key == "from" else key): value for key, value in source.items()})
-
-
-def _check_regex(where: str, pattern: Any) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{where} rule '{pattern}': not a regular expression ({error})") from None
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"plan {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date like 2001-99-99
-        raise UserError(f"plan {path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"plan {path}: must hold a mapping with noise, stages, …; it holds {type(content).__name__}")
-    return content

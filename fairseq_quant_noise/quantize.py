@@ -15,6 +15,7 @@ from .layers import calibrating, quantize_inputs_, quantize_weight_, to_int_
 from .plan import Activations, Plan
 from .pq.encode import encode
 from .scalar import fake_quantize, fit_affine
+from .structure.modules import apply_structure
 from .table import Target, resolve_stages
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def quantize_(
 
     Args:
         model: any nn.Module; its Linear, Embedding and Conv2d weights are what a plan can name.
-        plan: a path, a mapping or a Plan.
+        plan: a path, a mapping or a Plan. Its `structure` comes first: layers are shared, then pruned.
         seed: of k-means; the same model, plan and seed give the same codes.
         calibration: where the plan has `activations`, the inputs of a few forwards: of each a tensor, a tuple of
             arguments or a dict of them; or a function that runs the model on inputs of its own.
@@ -40,14 +41,16 @@ def quantize_(
     Returns:
         The same model.
     Raises:
-        UserError: the plan does not fit the model, which is then unchanged; or the calibration inputs do not reach all
-            of it, which is quantized by then.
+        UserError: the plan does not fit the model, which is then unchanged (but for its `structure`); or the
+            calibration inputs do not reach all of it, which is quantized by then.
     """
     plan = Plan.of(plan)
     if not plan.stages:
         raise UserError("the plan has no stages; add a 'stages' section that says what to quantize")
     if plan.activations is not None and calibration is None:
         raise UserError("the plan quantizes activations, whose ranges need data; give calibration inputs")
+    if plan.structure is not None:
+        apply_structure(model, plan.structure)
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
     quantize_targets(targets, seed=seed, progress=progress)
     if plan.activations is not None:

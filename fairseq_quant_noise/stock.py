@@ -17,6 +17,7 @@ from .trained import (
     FAIRSEQ_NOISE_OPTIONS,
     NOISE_FLAGS,
     PREFIX,
+    STRUCTURE_OPTIONS,
     find_embedding_layer,
     stock_name,
     unwrapped,
@@ -56,8 +57,9 @@ def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any])
         options.update({k: stock_name(path, options[k]) for k in ("_name", "arch") if isinstance(options.get(k), str)})
         options.update({k: 0.0 for k in NOISE_FLAGS if options.get(k)})
         options.update(EMBEDDING_LAYER if find_embedding_layer(model) else {})
-        for name in [n for n in options if n.startswith(PREFIX) and n not in FAIRSEQ_NOISE_OPTIONS]:
-            del options[name]
+        ours = [n for n in options if n.startswith(PREFIX) and n not in FAIRSEQ_NOISE_OPTIONS]
+        for name in (*ours, *STRUCTURE_OPTIONS):
+            options.pop(name, None)
         cfg["criterion"] = unwrapped(cfg.get("criterion") or {})
     if args is not None:
         args = copy.deepcopy(args)

@@ -71,6 +71,7 @@ class Table:
     """All tensors of a model under a plan."""
 
     rows: list[Row]
+    original_bytes: int | None = None  # of the dense model before its layers were shared or pruned
 
     @property
     def parameters(self) -> int:
@@ -87,13 +88,19 @@ class Table:
         """The paper's accounting of the quantized model."""
         return sum(r.bytes for r in self.rows)
 
+    def ratio_of(self, dense_bytes: int) -> float:
+        """How many times smaller than so many bytes the quantized model is."""
+        return dense_bytes / self.paper_bytes if self.paper_bytes else 1.0
+
     def to_dict(self) -> dict[str, Any]:
         """The keys of `plan --json`."""
         return {
             "parameters": self.parameters,
             "dense_bytes": self.dense_bytes,
             "paper_bytes": self.paper_bytes,
-            "ratio": self.dense_bytes / self.paper_bytes if self.paper_bytes else 1.0,
+            "ratio": self.ratio_of(self.dense_bytes),
+            "original_bytes": self.original_bytes or self.dense_bytes,
+            "original_ratio": self.ratio_of(self.original_bytes or self.dense_bytes),
             "tensors": [row.to_dict() for row in self.rows],
         }
 
@@ -135,8 +142,14 @@ def rest_bits(schemes: Iterable[str]) -> int:
     return (bits_of(found.pop()) if len(found) == 1 else None) or 32
 
 
-def make_table(model: nn.Module, targets: Sequence[Target] = ()) -> Table:
-    """A row for each parameter of `model` (tied copies included), quantized as `targets` say, dense elsewhere."""
+def make_table(model: nn.Module, targets: Sequence[Target] = (), original_bytes: int | None = None) -> Table:
+    """A row for each parameter of `model` (tied copies included), quantized as `targets` say, dense elsewhere.
+
+    Args:
+        model: any network, on the meta device too.
+        targets: of `resolve_stages`.
+        original_bytes: of the dense model before its layers were shared or pruned.
+    """
     by_name = {t.weight.tensor_name: t for t in targets}
     first = {id(t.weight.stored): t.weight.tensor_name for t in targets}  # the owner, whichever holder comes first
     schemes = [by_name[w.tensor_name].rule.scheme if w.tensor_name in by_name else "dense" for w in find_weights(model)]
@@ -152,7 +165,7 @@ def make_table(model: nn.Module, targets: Sequence[Target] = ()) -> Table:
             d, k = target.block_size, target.n_centroids
             row = Row(name, target.rule.scheme, shape, d, k, target.paper_bytes, None)
         rows.append(row if owner == name else _tied(row, owner))
-    return Table(rows)
+    return Table(rows, original_bytes)
 
 
 def _tied(row: Row, owner: str) -> Row:

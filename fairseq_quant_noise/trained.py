@@ -23,6 +23,7 @@ from .safe_load import safe_load
 
 PREFIX = "quant_noise_"  # of this package's names for fairseq's models
 MODELS = ("transformer_lm", "roberta")  # fairseq's names of the models that this package knows
+STAGES = "quant_noise_stages"  # in a checkpoint's extra_state: the stages done
 
 PADDING = 1  # fairseq's index of the padding word
 _SIDE = r"(decoder|encoder\.sentence_encoder)"  # that embeds the words
@@ -46,6 +47,7 @@ _CRITERIA: dict[str, dict[str, Any]] = {
 SHARED = ("classification_head_name", "regression_target")  # options of `ipq` that it hands on
 #: fairseq's options that say how much noise a training has.
 NOISE_FLAGS = ("quant_noise_pq", "quant_noise_scalar")
+STRUCTURE_OPTIONS = ("share_layers", "share_from")  # of this package alone
 FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
 #: Values of them with which fairseq builds the layer after the embedding; the noise is too rare to matter.
 EMBEDDING_LAYER = {"quant_noise_pq": 1e-8, "quant_noise_pq_block_size": 1}
@@ -67,8 +69,18 @@ def load_trained(path: str | Path) -> Trained:
     Raises:
         UserError: not a checkpoint, an unsafe one, or of a network that is not implemented without fairseq.
     """
+    return as_trained(path, read_checkpoint(path))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint as `safe_load` reads it, its weights under the names of fairseq 0.12."""
     state = safe_load(path)
     state["model"] = modern_names(state["model"])
+    return state
+
+
+def as_trained(path: str | Path, state: dict[str, Any]) -> Trained:
+    """`load_trained` of a checkpoint that has been read; `path` is for messages."""
     config = packed_config(path, state)
     model = build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
     weights: dict[str, Tensor] = state["model"]

@@ -4,15 +4,20 @@ The noise goes by updates, which fairseq tells the model itself, and by epochs, 
 that were found at an earlier update are in the checkpoint, so that a resumed run makes the noise it would have made.
 """
 
+import re
+from pathlib import Path
 from typing import Any
 
 import fairseq.trainer
 
 from .layers import QuantizedWeight
+from .models.structure import record_layers
 from .monitor import Gap
 from .noise import noise_of
 
 STATE_KEY = "quant_noise"  # in a checkpoint's extra_state
+
+_LAYER = re.compile(r"(?<=\blayers)\.\d+")
 
 _Trainer = fairseq.trainer.Trainer
 _begin_epoch, _save_checkpoint, _load_checkpoint = (
@@ -50,7 +55,8 @@ def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
 
 
 def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
-    """Trainer.save_checkpoint, with the noise's state in `extra_state`."""
+    """Trainer.save_checkpoint, with the noise's state in `extra_state` and the model's layers in the configuration."""
+    record_layers(trainer.get_model(), trainer.cfg.model)
     noise = noise_of(trainer.get_model())
     if noise is not None:
         extra_state = {**extra_state, STATE_KEY: noise.state_dict()}
@@ -59,6 +65,9 @@ def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) ->
 
 def load_checkpoint(trainer: Any, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
     """Trainer.load_checkpoint; a run that goes on takes the noise's state, one that starts anew does not."""
+    layers = getattr(trainer.get_model(), "quant_noise_layers", None)
+    if layers is not None:
+        layers.own_checkpoint = Path(filename).parent.resolve() == Path(trainer.cfg.checkpoint.save_dir).resolve()
     extra_state = _load_checkpoint(trainer, filename, reset_optimizer, *args, **kwargs)
     noise = noise_of(trainer.get_model())
     if noise is not None and extra_state is not None and STATE_KEY in extra_state and not reset_optimizer:
@@ -67,13 +76,15 @@ def load_checkpoint(trainer: Any, filename: str, reset_optimizer: bool = False, 
 
 
 def catalog_shared_params(module: Any, *args: Any) -> Any:
-    """fairseq's list of tied parameters, for the Trainer to tie again, without those of quantized weights.
+    """fairseq's list of tied parameters, for the Trainer to tie again, without quantized weights and shared layers.
 
-    Their holders share the whole quantized weight, which stays shared; and its parts cannot be set from outside.
+    The Trainer logs a line for each; layers stay tied where they are. The holders of a quantized weight
+    share the whole of it, which stays shared; and its parts cannot be set from outside.
     """
     shared = _catalog_shared_params(module, *args)
     if args:  # a call within the recursion
         return shared
+    shared = [paths for paths in shared if len({_LAYER.sub("", path) for path in paths}) > 1]  # of shared layers
     inside = {
         f"{name}." for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, QuantizedWeight)
     }

@@ -14,16 +14,16 @@ import fairseq.quantization_utils
 
 from .cli_errors import exits_on_user_error
 from .errors import UserError
-from .models.quantizable import Quantizable
+from .models.quantizable import Quantizable, add_noise
+from .models.structure import restructure
 from .noise import attach_rules
 from .optimizer_carry import carry_over
 from .plan import Plan
 from .quantize import quantize_inputs, quantize_targets
 from .table import MIB, Table, make_table, resolve_stages
+from .trained import STAGES
 
 logger = logging.getLogger(__name__)
-
-STATE_KEY = "quant_noise_stages"  # in a checkpoint's extra_state
 
 
 def stage_starts(plan: Plan, max_update: int) -> list[int]:
@@ -63,6 +63,8 @@ class StageController:
         model = trainer.get_model()
         with exits_on_user_error():
             _check_trainer(trainer, self.plan)
+            if self.plan.structure is not None:
+                restructure(model, trainer.cfg.model, self.plan.structure, add_noise)
             if self.plan.noise:
                 attach_rules(model, self.plan.noise)
             load_teacher = getattr(trainer.get_criterion(), "load_teacher", None)
@@ -121,7 +123,7 @@ class StageController:
 
     def _save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
         if self.plan.stages:
-            extra_state = {**extra_state, STATE_KEY: self.state_dict()}
+            extra_state = {**extra_state, STAGES: self.state_dict()}
         return self._save(filename, extra_state)
 
     def _load_checkpoint(self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
@@ -130,7 +132,7 @@ class StageController:
             extra_state = self._load(filename, reset_optimizer, *args, **kwargs)
         finally:
             self.loading = False
-        state = (extra_state or {}).get(STATE_KEY)
+        state = (extra_state or {}).get(STAGES)
         if state is not None and state["plan"]["stages"]:  # else a plan of noise alone trained it
             with exits_on_user_error():
                 self._resume(filename, state, reset_optimizer)

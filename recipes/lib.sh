@@ -175,3 +175,32 @@ lm_evaluate() {
     --max-tokens 2048 --num-workers 0 --no-progress-bar --cpu >"$2.part" 2>&1 || { tail -n 5 "$2.part" >&2; return 1; }
   mv "$2.part" "$2"
 }
+
+# side_by_side JOBS COMMAND...: COMMANDs, each a line of shell, at most JOBS at once; stops all when one fails.
+side_by_side() {
+  local jobs="$1" command entry status
+  shift
+  POOL=() # process groups: stopping one stops its trainings too
+  trap 'for entry in ${POOL[@]+"${POOL[@]}"}; do kill -- "-$entry" 2>/dev/null || true; done' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+  for command in "$@" ''; do
+    while [ "${#POOL[@]}" -ge "$jobs" ] || { [ -z "$command" ] && [ "${#POOL[@]}" -gt 0 ]; }; do
+      sleep 1
+      for entry in "${!POOL[@]}"; do
+        kill -0 "${POOL[$entry]}" 2>/dev/null && continue
+        status=0
+        wait "${POOL[$entry]}" || status=$?
+        [ "$status" -eq 0 ] || die "a run failed; see its log above. The same command goes on from there"
+        unset "POOL[$entry]"
+      done
+    done
+    if [ -n "$command" ]; then
+      say "[run] $command"
+      set -m
+      (set +m -e && eval "$command") </dev/null &
+      set +m
+      POOL+=("$!")
+    fi
+  done
+}

@@ -7,14 +7,15 @@
 #
 # DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (without: a download). The results are lines of
 # JSON in OUT_DIR/table3.jsonl. Killed, the same command goes on.
-#     WORDS=16000 (of the dictionary)   PRETRAIN_UPDATES=6000  UPDATES=2000  IPQ_UPDATES=450  SEED=1
+#     WORDS=16000 (of the dictionary)   PRETRAIN_UPDATES=6000  LAYERDROP=0.2 (in pre-training)  UPDATES=2000  IPQ_UPDATES=450
+#     SEED=1
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 OUT="" WIKITEXT="" GLUE="" BPE=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --wikitext | --glue | --bpe)
       [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/table3.sh --help"
       case "$1" in --wikitext) WIKITEXT="$2" ;; --glue) GLUE="$2" ;; *) BPE=(--bpe "$2") ;; esac
@@ -29,7 +30,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -n "$OUT" ] && [ -n "$WIKITEXT" ] && [ -n "$GLUE" ] || die "give OUT_DIR --wikitext DIR --glue DIR; see --help"
-export SIZE=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export SIZE=cpu LAYERDROP="${LAYERDROP:-0.2}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$OUT"
 lock "$OUT"
 

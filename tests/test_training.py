@@ -25,7 +25,8 @@ from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.sizes import model_bytes
 from fairseq_quant_noise.table import make_table, resolve_stages
-from fairseq_quant_noise.training import STATE_KEY, StageController
+from fairseq_quant_noise.trained import STAGES as STATE_KEY
+from fairseq_quant_noise.training import StageController
 from fairseq_quant_noise.weights import find_weights
 
 FAIRSEQ_PLAN = Path(fairseq.__file__).parent / "examples/quant_noise/transformer_quantization_config.yaml"

@@ -1,10 +1,11 @@
 """What a packed file says about itself, as JSON under the only key of safetensors' `__metadata__`.
 
-    {"format_version": 2, "producer": "fairseq_quant_noise 0.1.0",
+    {"format_version": 3, "producer": "fairseq_quant_noise 0.1.0",
      "model":   {"architecture": ..., "cfg": {...}, "vocab_size": ..., "padding_idx": ...}   or {} for any other module,
      "plan":    {...},
      "tensors": {"decoder.layers.0.fc1.weight": {"scheme": "pq", "shape": [512, 128], "block_size": 8, ...}, ...},
      "ties":    {"decoder.output_projection.weight": "decoder.embed_tokens.weight"},
+     "layers":  {"decoder.layers": [0, 0, 2, 2]},
      "inputs":  {"decoder.layers.0.fc1": {"bits": 8, "low": -1.5, "high": 2.25}, ...},
      "sha256":  "<64 hexadecimal digits>"}
 
@@ -13,8 +14,10 @@
     scheme pq     NAME.codes (U8), NAME.centroids (F16); with centroid_bits 8: U8, and NAME.affine (F32, (2, 1))
     scheme intN   NAME.codes (U8), NAME.affine (F32, (2, channels)): scales, then zero points
 
-and every other tensor under its own name, as it was. `inputs` are the modules whose input is rounded to codes, and
-their ranges. `sha256` is the hash of the whole file with these 64 digits zero.
+and every other tensor under its own name, as it was. `ties` are tensors that another one stores; `layers` are stacks
+whose layers share their weights: for each layer in use the number of the layer that stores its tensors. `inputs` are
+the modules whose input is rounded to codes, and their ranges. `sha256` is the hash of the whole file with
+these 64 digits zero.
 """
 
 import json
@@ -28,7 +31,7 @@ from ..layers.scalar import int_bytes
 from ..scalar import BITS, SCHEMES, bits_of
 from .bits import code_bits
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
 _LARGEST = 3.4e38  # of an input's range: a float32
@@ -92,7 +95,14 @@ class Manifest:
     plan: dict[str, Any] = field(default_factory=dict)  # that made the file
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)  # quantized tensors by name
     ties: dict[str, str] = field(default_factory=dict)  # tied copy -> the tensor in store
+    layers: dict[str, list[int]] = field(default_factory=dict)  # by stack: for each layer in use the one in store
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by module: bits and range of its input
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the plan took layers out."""
+        structure = self.plan.get("structure")
+        return isinstance(structure, dict) and structure.get("keep_layers") is not None
 
     def to_json(self, sha256: str = ZERO_HASH) -> str:
         """One line, sorted keys: the same manifest gives the same bytes."""
@@ -133,7 +143,7 @@ def _quantized_tensor(entry: Any) -> QuantizedTensor:
 
 
 def _check_types(manifest: Manifest, sha256: Any) -> None:
-    mappings = [manifest.model, manifest.plan, manifest.ties, manifest.inputs]
+    mappings = [manifest.model, manifest.plan, manifest.ties, manifest.layers, manifest.inputs]
     mappings += manifest.inputs.values() if isinstance(manifest.inputs, dict) else []
     if not all(isinstance(m, dict) for m in mappings):
         raise DamagedFileError("its manifest is damaged (a field of the wrong type)")
@@ -142,6 +152,18 @@ def _check_types(manifest: Manifest, sha256: Any) -> None:
         ends = type(low) is float and type(high) is float and -_LARGEST <= low <= high <= _LARGEST
         if not ends or type(bits) is not int or bits not in BITS:
             raise DamagedFileError("its manifest is damaged (a range of inputs that no version writes)")
-    names = [*manifest.inputs, *manifest.tensors, *manifest.ties, *manifest.ties.values(), manifest.producer, sha256]
+    for stored in manifest.layers.values():
+        numbers = isinstance(stored, list) and all(type(j) is int for j in stored)
+        if not numbers or not all(0 <= j <= i and stored[j] == j for i, j in enumerate(stored)):
+            raise DamagedFileError("its manifest is damaged (a map of layers that no version writes)")
+    names = [
+        *manifest.inputs,
+        *manifest.layers,
+        *manifest.tensors,
+        *manifest.ties,
+        *manifest.ties.values(),
+        manifest.producer,
+        sha256,
+    ]
     if not all(isinstance(name, str) and name.isprintable() for name in names):
         raise DamagedFileError("its manifest is damaged (a name that is not plain text)")

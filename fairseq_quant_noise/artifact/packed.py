@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..layers.pq import CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE
 from ..layers.scalar import AFFINE, SPEC
 from ..plan import Plan
 from ..scalar import Affine
+from ..structure.state import layer_ties, maps_and_ties
 from ..weights import tensor_name
 from .bits import pack_bits, unpack_bits
 from .manifest import Manifest, QuantizedTensor
@@ -34,7 +36,7 @@ class Packed:
         state = {name: tensor for name, tensor in self.tensors.items() if name not in inside}
         for name, entry in self.manifest.tensors.items():
             state |= {f"{name}.{part}": tensor for part, tensor in self._quantized_state(name, entry)}
-        for copy, owner in self.manifest.ties.items():
+        for copy, owner in self.ties.items():
             parts = [key for key in state if key.startswith(f"{owner}.")] if owner in self.manifest.tensors else [owner]
             state |= {copy + key.removeprefix(owner): state[key] for key in parts}
         for name, inputs in self.manifest.inputs.items():
@@ -44,6 +46,13 @@ class Packed:
             prefix = f"{name}." if name else ""
             state |= {f"{prefix}{INPUT_QUANTIZER}.{key}": value for key, value in quantizer.state_dict().items()}
         return state
+
+    @cached_property
+    def ties(self) -> dict[str, str]:
+        """Tied copy -> the tensor in store, those of shared layers included."""
+        inside = {part for name in self.manifest.tensors for part in self.parts(name)}
+        stored = [*self.manifest.tensors, *(name for name in self.tensors if name not in inside)]
+        return {**self.manifest.ties, **layer_ties(self.manifest.layers, stored)}
 
     def parts(self, name: str) -> list[str]:
         """The entries in the file of the tensor `name`."""
@@ -86,21 +95,23 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     quantized = {tensor_name(name): weight for name, weight in quantized_weights(model).items()}
     entries = {n: QuantizedTensor(w.scheme, tuple(w.shape), **w.facts()) for n, w in quantized.items()}
     tensors, ties = _each_once(model)
-    for name, weight in quantized.items():
-        parts = weight.parts()
-        parts[CODES] = pack_bits(parts[CODES], entries[name].code_bits)
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     inputs = {
         name: {"bits": q.bits, "low": float(q.range[0]), "high": float(q.range[1])}
         for name, q in input_quantizers(model).items()
         if q.count
     }
+    layers, ties = maps_and_ties(ties, [*tensors, *entries])
+    for name, weight in quantized.items():
+        parts = weight.parts()
+        parts[CODES] = pack_bits(parts[CODES], entries[name].code_bits)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     manifest = Manifest(
         producer=f"fairseq_quant_noise {__version__}",
         model=dict(config or {}),
         plan=plan.to_dict() if plan else {},
         tensors=entries,
         ties=ties,
+        layers=layers,
         inputs=inputs,
     )
     return Packed({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, manifest)

@@ -20,6 +20,7 @@ from .packed import PARTS, Packed
 
 _MAX_HEADER = 100_000_000  # safetensors' own limit
 _CHUNK = 1 << 20
+_MAX_COPIES = 1_000_000  # tensors that shared layers stand for: a small file must not ask for much memory
 
 
 def read(path: str | Path) -> Packed:
@@ -35,13 +36,15 @@ def read(path: str | Path) -> Packed:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         _check_tensors(manifest, tensors)
+        packed = Packed(tensors, manifest)
+        _check_layers(packed)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the path of a packed file") from None
     except DamagedFileError as error:
         raise DamagedFileError(f"{path}: {error}") from None
     except safetensors.SafetensorError as error:
         raise DamagedFileError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-    return Packed(tensors, manifest)
+    return packed
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -90,6 +93,16 @@ def _check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     for copy, owner in manifest.ties.items():
         if owner not in tensors and owner not in manifest.tensors:
             raise DamagedFileError(f"tensor {copy}: tied to {owner!r}, which is not in the file")
+
+
+def _check_layers(packed: Packed) -> None:
+    for stack, stored in packed.manifest.layers.items():
+        missing = [j for j in set(stored) if not any(name.startswith(f"{stack}.{j}.") for name in packed.tensors)]
+        if missing:
+            raise DamagedFileError(f"layer {stack}.{missing[0]}: is in use, and not in the file")
+    copies = max(map(len, packed.manifest.layers.values()), default=0) * len(packed.tensors)
+    if copies > _MAX_COPIES:
+        raise DamagedFileError(f"its manifest is damaged (layers in use stand for {copies:,} tensors)")
 
 
 def _wrong(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:

@@ -17,6 +17,7 @@ from fairseq.models import (
 from torch import nn
 
 from ..errors import UserError
+from .structure import layers_of
 
 
 def architecture_options(architecture: str, settings: Sequence[str] = (), heads: Sequence[str] = ()) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def architecture_options(architecture: str, settings: Sequence[str] = (), heads:
     defaults = {name: field.default for name, field in getattr(dataclass, "__dataclass_fields__", {}).items()}
     options = Namespace(**_given(architecture, settings, [n for n in defaults if n != "_name"]))
     ARCH_CONFIG_REGISTRY[architecture](options)
+    layers_of(options)
     plain = {name: value for name, value in defaults.items() if not str(value).startswith("${")}
     named = _heads(architecture, heads)
     extra = {"classification_heads": {n: [options.encoder_embed_dim, k] for n, k in named.items()}} if named else {}

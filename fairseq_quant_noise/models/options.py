@@ -1,5 +1,7 @@
 """The options that every registered model of this package has besides fairseq's own, for the command line and Hydra.
 
+`--share-layers N` is about layers (`structure.py`); all others are about the noise.
+
 fairseq's `--quant-noise-pq P`, `--quant-noise-pq-block-size` and `--quant-noise-scalar P` say how much noise; these say
 which. They are shorthand for a plan's one rule over every weight; a plan with its own rules goes to
 `--quantization-config-path`.
@@ -19,6 +21,14 @@ SCALAR_BITS = 8  # of --quant-noise-scalar, as in fairseq
 @dataclass
 class QuantNoiseOptions:
     """Mixed into a model's dataclass."""
+
+    share_layers: int = field(
+        default=1, metadata={"help": "adjacent layers that share one set of weights: with 2, layers 1 = 2, 3 = 4, ..."}
+    )
+    share_from: str = field(
+        default="first",
+        metadata={"help": "the weights that layers of an unshared checkpoint start from: of the first, or their mean"},
+    )
 
     quant_noise_kind: str = field(
         default="proxy",

@@ -8,9 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fairseq.checkpoint_utils import prune_state_dict
 from fairseq.modules.quant_noise import quant_noise
-from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ..cli_errors import exits_on_user_error
@@ -22,6 +20,7 @@ from ..plan import Activations, NoiseRule
 from ..trained import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
 from ..weights import find_weights
 from .options import SCALAR_BITS, noise_rules
+from .structure import Layers, layers_of, share, update_options
 
 _FAIRSEQ_DEFAULTS = {"quant_noise_pq": 0.0, "quant_noise_pq_block_size": 8, "quant_noise_scalar": 0.0}
 
@@ -35,18 +34,10 @@ def without_fairseq_noise(options: Any, embedding_layer: bool = False) -> Iterat
     meanwhile = dict.fromkeys(NOISE_FLAGS, 0.0) | (EMBEDDING_LAYER if embedding_layer else {})
     kept = {n: getattr(options, n, default) for n, default in _FAIRSEQ_DEFAULTS.items() if n in meanwhile}
     try:
-        _update(options, meanwhile)
+        update_options(options, meanwhile)
         yield
     finally:
-        _update(options, kept)
-
-
-def _update(options: Any, values: Mapping[str, Any]) -> None:
-    if isinstance(options, DictConfig):
-        with open_dict(options):
-            options.update(values)
-    else:
-        vars(options).update(values)
+        update_options(options, kept)
 
 
 def _take_off_fairseq_noise(model: nn.Module) -> None:
@@ -61,6 +52,7 @@ class Quantizable:
     """Mixed into a fairseq model class, before it, to make it a model of this package."""
 
     quant_noise_options: Mapping[str, int] = {}  # how often the noise is measured
+    quant_noise_layers: Layers
     _probed = -1  # the last update measured
 
     @classmethod
@@ -68,6 +60,7 @@ class Quantizable:
         """fairseq's model, with noise on its weights where the options ask for it."""
         with exits_on_user_error():
             noise_rules(args)  # a mistake stops the run before the model is built
+            layers = layers_of(args)
             embedding_layer = getattr(args, "quant_noise_embedding_layer", False)
             if embedding_layer and getattr(args, "adaptive_input", False):
                 raise UserError(
@@ -77,6 +70,8 @@ class Quantizable:
                 model: nn.Module = super().build_model(args, task)  # type: ignore[misc]
             _take_off_fairseq_noise(model)
             _clear_uninitialised(model)
+            share(model, layers)
+            model.quant_noise_layers = layers  # type: ignore[assignment]
             model.quant_noise_options = _measurements(args)  # type: ignore[assignment]
             add_noise(model, args)
         return model
@@ -93,13 +88,13 @@ class Quantizable:
                 probe_next_forward(self)  # type: ignore[arg-type]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
-        """As fairseq's; weights that the checkpoint holds as codes become quantized weights first."""
-        names = prune_state_dict(state_dict, _copy(model_cfg))
+        """As fairseq's, but for layers that are pruned or shared; weights in codes become quantized weights first."""
         with exits_on_user_error():
+            taken = self.quant_noise_layers.taken(self, state_dict)  # type: ignore[arg-type]
             if strict:
-                _check_embedding_layer(self, names)  # type: ignore[arg-type]
-            adopt_quantized(self, names)  # type: ignore[arg-type]
-        return super().load_state_dict(state_dict, strict, model_cfg, args)  # type: ignore[misc]
+                _check_embedding_layer(self, taken)  # type: ignore[arg-type]
+            adopt_quantized(self, taken)  # type: ignore[arg-type]
+        return super().load_state_dict(taken, strict)  # type: ignore[misc]
 
 
 def _check_embedding_layer(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -153,8 +148,3 @@ def _clear_uninitialised(model: nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("_float_tensor"):
             buffer.zero_()
-
-
-def _copy(model_cfg: Any) -> Any:
-    """A copy to prune by: `prune_state_dict` erases `*_layers_to_keep` from the configuration that it is given."""
-    return model_cfg.copy() if isinstance(model_cfg, DictConfig) else None

@@ -6,8 +6,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
+from ..structure.modules import share_layers_
 from .roberta import Roberta, RobertaConfig
 from .transformer_lm import TransformerLM, TransformerLMConfig
+from .transformer_lm_config import given_options
 
 __all__ = ["NETWORKS", "Roberta", "RobertaConfig", "TransformerLM", "TransformerLMConfig", "build"]
 
@@ -43,7 +45,9 @@ def build(name: str, options: Mapping[str, Any], vocab_size: int, padding_idx: i
     """
     for model, builder in NETWORKS.items():
         if name == model or name.startswith(model + "_"):
-            return builder({"_name": name, **options}, vocab_size, padding_idx)
+            network = builder({"_name": name, **options}, vocab_size, padding_idx)
+            chunk = given_options(options, ["share_layers"]).get("share_layers", 1)
+            return share_layers_(network, chunk) if chunk != 1 else network
     raise UserError(
         f"model {name!r} is not implemented without fairseq (only {', '.join(NETWORKS)}); "
         "evaluate it with fairseq-eval-lm, fairseq-validate or fairseq-generate and --user-dir instead"

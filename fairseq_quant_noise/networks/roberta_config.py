@@ -14,7 +14,7 @@ from .transformer_lm_config import (
     check_heads,
     given_options,
     has_embedding_layer,
-    integers,
+    number_of_layers,
     refuse_stock_int8,
 )
 
@@ -93,9 +93,8 @@ class RobertaConfig:
         if options.get("max_positions") is None:
             options = {**options, "max_positions": options.get("tokens_per_sample")}  # as fairseq does
         given = given_options(options, [f.name for f in fields(cls)])
-        keep = integers("encoder_layers_to_keep", options.get("encoder_layers_to_keep"))
-        if keep:
-            given["encoder_layers"] = len(keep)
+        kept = number_of_layers(options, "encoder", given.get("encoder_layers", cls.encoder_layers))
+        given["encoder_layers"] = kept
         given["quant_noise_embedding_layer"] = has_embedding_layer(options)
         for name in ("activation_fn", "pooler_activation_fn"):
             if name in given:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import UserError
+from ..structure.layer_map import EVERY_OTHER, kept_layers, parse_keep
 from .attention import ACTIVATIONS
 
 _CURE = "evaluate it with fairseq-eval-lm --user-dir instead"
@@ -143,9 +144,8 @@ class TransformerLMConfig:
         given = given_options(options, [f.name for f in fields(cls)])
         for name in ("adaptive_input_cutoff", "adaptive_softmax_cutoff"):
             given[name] = integers(name, options.get(name))
-        keep = integers("decoder_layers_to_keep", options.get("decoder_layers_to_keep"))
-        if keep:
-            given["decoder_layers"] = len(keep)
+        kept = number_of_layers(options, "decoder", given.get("decoder_layers", cls.decoder_layers))
+        given["decoder_layers"] = kept
         given["quant_noise_embedding_layer"] = has_embedding_layer(options)
         if "activation_fn" in given:
             given["activation_fn"] = str(given["activation_fn"])  # Hydra gives a member of an enum
@@ -161,6 +161,17 @@ def given_options(options: Mapping[str, Any], names: Sequence[str]) -> dict[str,
             cure = "resolve it first, with OmegaConf.to_container(cfg, resolve=True)"
             raise UserError(f"option {name} is {value!r}, a reference to another option; {cure}")
     return given
+
+
+def number_of_layers(options: Mapping[str, Any], side: str, n_layers: int) -> int:
+    """Layers in use: `n_layers`, or those that fairseq's `*_layers_to_keep` leaves; `side` is encoder or decoder."""
+    name = f"{side}_layers_to_keep"
+    given = options.get(name)
+    if not given:
+        return n_layers
+    keep = parse_keep(name, given.strip("[]() ") if isinstance(given, str) else given)
+    chunk = int(options.get("share_layers") or 1)
+    return len(kept_layers(name, keep, side, n_layers, chunk)) if keep == EVERY_OTHER else len(keep)
 
 
 def has_embedding_layer(options: Mapping[str, Any]) -> bool:

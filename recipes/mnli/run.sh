@@ -6,23 +6,26 @@
 #     SIZE=cpu bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt   quant_noise_roberta_small on one CPU core
 #     NOISE=0 bash recipes/mnli/run.sh ...                               without noise, to compare
 #     TEACHER=0 bash recipes/mnli/run.sh ...                             iPQ without distillation, in OUT_DIR/ipq-alone
+#     SHARE=2 bash recipes/mnli/run.sh ...                               pairs of layers share their weights
+#     KEEP=every-other bash recipes/mnli/run.sh ...                      the checkpoint is pruned, then fine-tuned
 #
 # PRETRAINED.pt is a checkpoint of recipes/roberta/run.sh, of fairseq, or the published roberta.base/model.pt.
 # It ends with a line of OUT_DIR/result.json (ipq-alone.json): accuracy on dev_matched (valid) and dev_mismatched
 # (valid1) dense, after one-shot iPQ and after fine-tuning, and bytes. OUT_DIR/ipq.safetensors is the small file.
 #     NOISE=0.2 (paper; .1 for cpu)   UPDATES, IPQ_UPDATES   PLAN=configs/plans/roberta.yaml (roberta_small.yaml)   SEED=1
+#     IPQ=0: only fine-tune and evaluate
 # A step that is done is not done again; killed, the same command goes on.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
 case "${1:-}" in
-  -h | --help) sed -n '2,15s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
   '' | -*) die "no data given; run: bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt" ;;
 esac
 DATA="$1"
 OUT="${2:?error: no output folder given; run: bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt}"
 PRETRAINED="${3:?error: no checkpoint given; run: bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt}"
-SEED="${SEED:-1}"
+SEED="${SEED:-1}" SHARE="${SHARE:-1}" KEEP="${KEEP:-}"
 need python fairseq-train fairseq-validate fairseq-quant-noise
 [ -f "$DATA/input0/dict.txt" ] || die "$DATA/input0/dict.txt is missing; run: bash recipes/mnli/prepare.sh -h"
 [ -f "$PRETRAINED" ] || die "$PRETRAINED does not exist; give a checkpoint of RoBERTa"
@@ -57,19 +60,27 @@ case "${TEACHER:-1}" in
 esac
 COMMON=("$DATA" --user-dir "$PLUGIN" --task sentence_prediction "${MODEL[@]}"
   --num-classes 3 --classification-head-name mnli --init-token 0 --separator-token 2 --shorten-method truncate
-  --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --ddp-backend legacy_ddp
+  --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --share-layers "$SHARE" --ddp-backend legacy_ddp
   --batch-size 32 --required-batch-size-multiple 1 --clip-norm 0.0 --weight-decay 0.1
   --optimizer adam --adam-betas "(0.9,0.98)" --adam-eps 1e-6 --lr-scheduler polynomial_decay
   --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric --no-epoch-checkpoints --keep-interval-updates 1
   --no-progress-bar --log-format simple --log-interval 100 --seed "$SEED")
 
-# The embedding, the layers and the pooler come from the checkpoint; the head is new.
+# layers CKPT: the option that says how many there are, where they were pruned.
+layers() { if [ -n "$KEEP" ]; then echo "--encoder-layers $(module recipes.n_layers "$1")"; fi; }
+
+# The embedding, the layers and the pooler come from the checkpoint; the head is new. How many layers there are is the
+# pruned checkpoint's.
 train() {
-  finished "$OUT/dense" "$UPDATES" || fairseq-train "${COMMON[@]}" "${TRAIN[@]}" --criterion sentence_prediction \
+  if [ -n "$KEEP" ]; then
+    fairseq-quant-noise prune --path "$PRETRAINED" --keep "$KEEP" --out "$OUT/pruned.pt"
+    PRETRAINED="$OUT/pruned.pt"
+  fi
+  finished "$OUT/dense" "$UPDATES" || fairseq-train "${COMMON[@]}" "${TRAIN[@]}" $(layers "$PRETRAINED") --criterion sentence_prediction \
     --total-num-update "$UPDATES" --max-update "$UPDATES" --finetune-from-model "$PRETRAINED" --save-dir "$OUT/dense"
 }
 quantize_in_stages() {
-  finished "$OUT/$FILE" "$IPQ_UPDATES" || fairseq-train "${COMMON[@]}" "${TUNE[@]}" \
+  finished "$OUT/$FILE" "$IPQ_UPDATES" || fairseq-train "${COMMON[@]}" "${TUNE[@]}" $(layers "$OUT/dense/checkpoint_best.pt") \
     --criterion ipq --ipq-criterion sentence_prediction ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} \
     --quantization-config-path "$PLAN" --total-num-update "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
     --save-interval-updates $((IPQ_UPDATES / 3)) --finetune-from-model "$OUT/dense/checkpoint_best.pt" --save-dir "$OUT/$FILE"
@@ -89,12 +100,14 @@ evaluate() {
 
 mkdir -p "$OUT"
 SETTING="${SIZE:-paper} noise $NOISE updates $UPDATES seed $SEED $PRETRAINED" # a step is done again when this changes
+if [ "$SHARE$KEEP" != 1 ]; then SETTING="$SETTING share $SHARE keep $KEEP"; fi
 IPQ_SETTING="$SETTING $IPQ_UPDATES $PLAN"
 step "fine-tune, noise $NOISE" "$OUT/.trained" train "$SETTING"
+step "evaluate dense" "$OUT/.eval-dense" evaluate "$OUT/dense/checkpoint_best.pt" "$OUT/eval-dense.log" "$SETTING"
+if [ "${IPQ:-1}" = 0 ]; then exit 0; fi
 step "quantize in three stages ($FILE)" "$OUT/.$FILE" quantize_in_stages "$IPQ_SETTING"
 step "write the packed file" "$OUT/.$FILE-exported" export_packed "$IPQ_SETTING"
 step "one-shot iPQ, to compare" "$OUT/.one-shot" quantize_one_shot "$IPQ_SETTING"
-step "evaluate dense" "$OUT/.eval-dense" evaluate "$OUT/dense/checkpoint_best.pt" "$OUT/eval-dense.log" "$SETTING"
 step "evaluate one-shot" "$OUT/.eval-one-shot" evaluate "$OUT/one-shot.safetensors" "$OUT/eval-one-shot.log" "$IPQ_SETTING"
 step "evaluate the packed file" "$OUT/.eval-$FILE" evaluate "$OUT/$FILE.safetensors" "$OUT/eval-$FILE.log" "$IPQ_SETTING"
 module recipes.mnli.result "$OUT" --noise "$NOISE" --file "$FILE"

@@ -7,11 +7,12 @@
 #
 # ends with OUT_DIR/checkpoint_best.pt, to fine-tune with recipes/mnli/run.sh. Killed, the same command goes on.
 #     NOISE=0.2 (paper; .1 for cpu)   LAYERDROP=0.2 (paper; 0 for cpu)   UPDATES=125000 (paper; 6000 for cpu)   SEED=1
+#     SHARE=2: pairs of layers share their weights
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
 case "${1:-}" in
-  -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0" && exit 0 ;;
   '' | -*) die "no data given; run: bash recipes/roberta/run.sh DATA_BIN OUT_DIR" ;;
 esac
 DATA="$1"
@@ -39,9 +40,11 @@ esac
 train() {
   finished "$OUT" "$UPDATES" || fairseq-train "$DATA" --user-dir "$PLUGIN" --task masked_lm --criterion masked_lm \
     "${FLAGS[@]}" --required-batch-size-multiple 1 --ddp-backend legacy_ddp \
-    --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --encoder-layerdrop "$LAYERDROP" \
+    --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --encoder-layerdrop "$LAYERDROP" --share-layers "${SHARE:-1}" \
     --optimizer adam --adam-betas "(0.9,0.98)" --adam-eps 1e-6 --weight-decay 0.01 \
     --lr-scheduler polynomial_decay --total-num-update "$UPDATES" --max-update "$UPDATES" --seed "${SEED:-1}" \
     --keep-interval-updates 1 --no-epoch-checkpoints --no-progress-bar --log-format simple --save-dir "$OUT"
 }
-step "pre-train, noise $NOISE" "$OUT/.trained" train "$UPDATES $NOISE $LAYERDROP ${SIZE:-paper} ${SEED:-1}"
+SETTING="$UPDATES $NOISE $LAYERDROP ${SIZE:-paper} ${SEED:-1}"
+if [ "${SHARE:-1}" != 1 ]; then SETTING="$SETTING share $SHARE"; fi
+step "pre-train, noise $NOISE" "$OUT/.trained" train "$SETTING"

@@ -34,7 +34,7 @@ def test_the_json_is_one_line_of_ascii_with_sorted_keys():
     assert "\n" not in text
     assert text.isascii()
     keys = list(json.loads(text))
-    names = ["format_version", "inputs", "model", "plan", "producer", "sha256", "tensors", "ties"]
+    names = ["format_version", "inputs", "layers", "model", "plan", "producer", "sha256", "tensors", "ties"]
     assert keys == sorted(keys) == names
 
 

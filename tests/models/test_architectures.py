@@ -40,6 +40,31 @@ def test_the_papers_roberta_has_its_sizes(flags, parameters, dense, paper, capsy
     assert "classification_heads.mnli.out_proj.weight" in [row["name"] for row in table["tensors"]]
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "dense", "paper"),
+    [
+        ("wikitext103", [], 941.98, 38.66),
+        ("wikitext103", ["share_layers=2"], 557.57, 22.13),
+        ("wikitext103", ["share_layers=2", "decoder_layers_to_keep=every-other"], 365.37, 13.87),
+        ("wikitext103_x94", [], 365.37, None),
+    ],
+    ids=["16 layers", "8 unique", "4 unique", "x94"],
+)
+def test_the_papers_language_model_has_its_sizes(name, settings, dense, paper, capsys):
+    """Table 2 of the paper: 942 / 38, 19 and 10 MB; what the last two really come to."""
+    flags = [part for setting in settings for part in ("--set", setting)]
+    line = ["--arch", "quant_noise_transformer_lm_wikitext103", "--vocab-size", "267744", "--json", *flags]
+    main(["plan", *line, "--plan", str(PLANS / f"{name}.yaml")])
+    table = json.loads(capsys.readouterr().out)
+    assert round(table["dense_bytes"] / MIB, 2) == dense
+    if paper:
+        assert round(table["paper_bytes"] / MIB, 2) == paper
+    else:
+        assert table["paper_bytes"] <= 9.98 * MIB, "the header comes on top"
+        assert round(table["original_bytes"] / MIB, 2) == 941.98
+        assert table["original_ratio"] >= 94
+
+
 def test_stock_architectures_have_fairseqs_own_layer(capsys):
     plan("roberta_base", "--head", "mnli=3", "--set", "quant_noise_pq=0.1")
     assert json.loads(capsys.readouterr().out)["parameters"] == 125_879_388
@@ -51,7 +76,9 @@ def test_stock_architectures_have_fairseqs_own_layer(capsys):
         (ROBERTA, "encoder-embed-dim=64", "encoder_embed_dim", 64),
         (ROBERTA, "untie_weights_roberta=True", "untie_weights_roberta", True),
         (ROBERTA, "layernorm_embedding=false", "layernorm_embedding", False),
-        (ROBERTA, "encoder_layers_to_keep=0,2", "encoder_layers_to_keep", "0,2"),
+        (ROBERTA, "encoder_layers_to_keep=0,2", "encoder_layers", 2),
+        (LM, "decoder_layers_to_keep=every-other", "decoder_layers", 2),
+        (LM, "share_layers=2", "share_layers", 2),
         (ROBERTA, "activation_fn=relu", "activation_fn", "relu"),
         (LM, "decoder_embed_dim=64", "decoder_input_dim", 64),  # fairseq derives one from the other
         (LM, "max_target_positions=77", "max_target_positions", 77),

@@ -130,7 +130,7 @@ def test_modern_names_change_no_modern_state(pair):
         ({"pooler_activation_fn": "swish"}, "pooler_activation_fn 'swish' is not implemented"),
         ({"encoder_attention_heads": 5}, "encoder_attention_heads 5 does not divide encoder_embed_dim 32"),
         ({"max_positions": "${task.max_positions}"}, "a reference to another option"),
-        ({"encoder_layers_to_keep": "0,x"}, "encoder_layers_to_keep is '0,x'; give integers"),
+        ({"encoder_layers_to_keep": "0,x"}, "encoder_layers_to_keep is 0,x; give the numbers of the layers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,0 +1,113 @@
+"""Pruning and sharing of a fairseq checkpoint: its weights, and the options that say how many layers there are.
+
+What comes out starts a new training from these weights, evaluates and quantizes; the optimizer's memory is left out.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+from ..stock import no_training
+from ..trained import PREFIX, STAGES, Trained, as_trained, read_checkpoint, stock_name
+from .layer_map import kept_layers
+from .modules import keep_by_stack
+from .state import keep_state, share_state, stack_sizes
+
+
+def kept_checkpoint(path: str | Path, keep: object) -> dict[str, Any]:
+    """The checkpoint with some of its layers.
+
+    Args:
+        path: of a fairseq checkpoint, dense or with quantized weights, of any model whose stacks are called `layers`.
+        keep: as in `keep_layers_`.
+    Raises:
+        UserError: a layer that there is not, the same one twice, none at all, or a part of a chunk.
+    """
+    state = _read(path)
+    keep_in(state, "--keep", keep)
+    return _begun_anew(state)
+
+
+def shared_checkpoint(path: str | Path, chunk: int, start: str) -> dict[str, Any]:
+    """The checkpoint with one set of weights for each chunk of adjacent layers, for the models of this package.
+
+    Args:
+        path: of a dense fairseq checkpoint.
+        chunk: N, layers that come to share.
+        start: `first` or `mean` (see `state.share_state`).
+    Raises:
+        UserError: N does not divide the layers, the weights are quantized, or a model that this package does not know.
+    """
+    state = _read(path)
+    share_in(path, state, chunk, start)
+    return _begun_anew(state)
+
+
+def load_structured(path: str | Path, structure: Any) -> Trained:
+    """The network of a checkpoint after what a plan's `structure` (or None) asks for: sharing, then pruning.
+
+    Raises:
+        UserError: as `load_trained`; or `structure` does not fit the checkpoint.
+    """
+    if structure is None:
+        return as_trained(path, read_checkpoint(path))
+    state = _read(path)
+    if structure.share_layers > 1:
+        share_in(path, state, structure.share_layers, structure.share_from)
+    if structure.keep_layers is not None:
+        keep_in(state, "structure: keep_layers", structure.keep_layers)
+    return as_trained(path, state)
+
+
+def keep_in(state: dict[str, Any], where: str, keep: object) -> None:
+    """Prune a loaded checkpoint in place; `where` is the option or key, for messages."""
+    sizes = stack_sizes(state["model"])
+    chunk = max(int(options.get("share_layers") or 1) for options in _options(state))
+    wanted = keep_by_stack(where, keep, list(sizes))
+    kept = {stack: kept_layers(where, which, stack, sizes[stack], chunk) for stack, which in wanted.items()}
+    state["model"] = keep_state(state["model"], kept)
+    for options in _options(state):
+        options.update(layer_options({stack.partition(".")[0]: len(layers) for stack, layers in kept.items()}))
+
+
+def share_in(path: str | Path, state: dict[str, Any], chunk: int, start: str) -> None:
+    """Share the layers of a loaded checkpoint in place."""
+    state["model"], _ = share_state(state["model"], chunk, start)
+    for options in _options(state):
+        name = PREFIX + stock_name(path, str(options.get("_name") or options.get("arch")))
+        options.update({key: name for key in ("_name", "arch") if options.get(key) is not None}, share_layers=chunk)
+
+
+def layer_options(counts: Mapping[str, int]) -> dict[str, Any]:
+    """fairseq's options of a network that has been pruned to so many layers, by side (encoder, decoder)."""
+    return {f"{side}_layers": n for side, n in counts.items()} | {f"{side}_layers_to_keep": None for side in counts}
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    state = read_checkpoint(path)
+    if not stack_sizes(state["model"]):
+        raise UserError(f"checkpoint {path}: has no layers (no weights called '….layers.0.…') to prune or share")
+    if not list(_options(state)):
+        raise UserError(f"checkpoint {path}: holds no configuration ('cfg' or 'args') that says how many layers it has")
+    return state
+
+
+def _options(state: Mapping[str, Any]) -> Iterator[MutableMapping[str, Any]]:
+    """The options of the model, to read and to change: in `cfg`, and in the `args` of old checkpoints."""
+    for found in ((state.get("cfg") or {}).get("model"), state.get("args")):
+        if found is not None:
+            yield vars(found) if isinstance(found, Namespace) else found
+
+
+def _begun_anew(state: dict[str, Any]) -> dict[str, Any]:
+    weights: dict[str, Tensor] = state["model"]
+    fresh = no_training()
+    stages = (state.get("extra_state") or {}).get(STAGES)
+    if stages is not None:  # which stages are done; updates count from 0 again
+        origin = -stages["starts"][stages["done"] - 1] if stages["done"] else None
+        fresh["extra_state"][STAGES] = {**stages, "origin": origin}
+    return {**state, "model": weights, "last_optimizer_state": None, **fresh}

@@ -1,0 +1,240 @@
+"""Pruning and sharing on a network: its stacks are the ModuleLists called `layers`.
+
+A shared layer keeps a module of its own for each use (an attention remembers the keys of its place, the input of each
+use has its own range), and all uses hold the same Parameters or quantized weights. So they are one weight to noise,
+optimizer, stages and file (`weights.py`).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..layers import QuantizedWeight
+from .layer_map import Keep, chunk_map, kept_layers, parse_keep
+from .state import stack_sizes
+
+
+class LayerStack(nn.ModuleList):
+    """Layers of which training leaves out chunks at random: LayerDrop (arXiv 1909.11556).
+
+    Args:
+        layers: in their order.
+        chunk: adjacent layers that stay or go together.
+        p: the probability of leaving a chunk out, anew in each iteration over the stack.
+    """
+
+    def __init__(self, layers: Any = None, chunk: int = 1, p: float = 0.0) -> None:
+        super().__init__(layers)
+        self.chunk, self.p = chunk, p
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        stay = None
+        if self.training and self.p > 0:
+            stay = (torch.rand(-(-len(self) // self.chunk)) > self.p).tolist()
+        for i, layer in enumerate(super().__iter__()):
+            if stay is None or stay[i // self.chunk]:
+                yield layer
+
+
+def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The stacks of `model` by name, such as `decoder.layers`; not those inside a layer."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{stack}.") for stack in found)
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "layers" and len(module) and not inside:
+            found[name] = module
+    return found
+
+
+def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    stacks = find_stacks(model)
+    if not stacks:
+        raise UserError("this network has no ModuleList called 'layers', whose layers could be shared or pruned")
+    return stacks
+
+
+def _layers(stack: nn.ModuleList) -> list[nn.Module]:
+    """All of them, also where training leaves some out."""
+    return [stack[i] for i in range(len(stack))]
+
+
+@torch.no_grad()
+def share_layers_(model: nn.Module, chunk: int, start: str = "first") -> nn.Module:
+    """Give each chunk of adjacent layers of every stack one set of weights, in place; the same model comes back.
+
+    Call it before `attach_noise`. Chunks of a stack under LayerDrop stay or go as a whole from then on.
+
+    Args:
+        model: any network with a ModuleList `layers`.
+        chunk: N, layers that share.
+        start: `first`, the weights of the chunk's first layer, or `mean`, over its layers.
+    Raises:
+        UserError: N does not divide the layers, or layers of a chunk are not alike.
+    """
+    stacks = _stacks(model)
+    maps = {name: chunk_map(name, len(stack), chunk) for name, stack in stacks.items()}
+    for name, stack in stacks.items():
+        layers = _layers(stack)
+        for i in range(0, len(layers) if start == "mean" else 0, chunk):
+            _average(f"{name}.{i}", layers[i : i + chunk])
+        if chunk > 1 and getattr(stack, "p", 0) > 0:
+            _set_layerdrop(model, name, stack, chunk, float(stack.p))  # type: ignore[arg-type]
+    tie_layers_(model, maps)
+    return model
+
+
+def _average(name: str, layers: list[nn.Module]) -> None:
+    """Put the mean over the layers into the first."""
+    for path, module in layers[0].named_modules():
+        places = [_place(name, layer, path, module) for layer in layers]
+        for key, parameter in module._parameters.items():
+            each = [place._parameters[key] for place in places]
+            if parameter is not None and any(one is not parameter for one in each):
+                parameter.copy_(torch.stack([one.float() for one in each if one is not None]).mean(0))
+
+
+def tie_layers_(model: nn.Module, maps: Mapping[str, Sequence[int]]) -> None:
+    """Let layers hold the weights of others of their stack.
+
+    Args:
+        model: any network.
+        maps: by stack, for each layer in use the layer that stores its weights (see `layer_map.chunk_map`).
+    Raises:
+        UserError: the network has not these layers, or they are not alike.
+    """
+    stacks = find_stacks(model)
+    for name, stored in maps.items():
+        if name not in stacks or len(stacks[name]) != len(stored):
+            raise UserError(
+                f"{name}: the network does not have these {len(stored)} layers; give the one it was saved from"
+            )
+        for i, j in enumerate(stored):
+            if i != j:
+                _tie(f"{name}.{i}", stacks[name][j], stacks[name][i])
+
+
+def _tie(name: str, first: nn.Module, other: nn.Module) -> None:
+    for path, module in first.named_modules():
+        if isinstance(module, QuantizedWeight):
+            continue
+        place = _place(name, other, path, module)
+        place._parameters.update(module._parameters)
+        if isinstance(module._modules.get("weight"), QuantizedWeight):
+            place._modules["weight"] = module._modules["weight"]
+
+
+def _place(name: str, layer: nn.Module, path: str, like: nn.Module) -> nn.Module:
+    """The module `path` of a layer that comes to share the weights of `like`."""
+    place = dict(layer.named_modules()).get(path)
+    if place is None or _shapes(place) != _shapes(like):
+        raise UserError(f"{name}: its chunk has a layer without the same {path or 'weights'}; such layers cannot share")
+    return place
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    shapes = {key: None if p is None else tuple(p.shape) for key, p in module._parameters.items()}
+    quantized = module._modules.get("weight")
+    return shapes | ({"codes": tuple(quantized.shape)} if isinstance(quantized, QuantizedWeight) else {})
+
+
+def _set_layerdrop(model: nn.Module, name: str, stack: nn.ModuleList, chunk: int, p: float) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, LayerStack(_layers(stack), chunk, p))
+
+
+def shared_chunk(stack: nn.ModuleList) -> int:
+    """N, how many adjacent layers of the stack share their weights; 1 where none do."""
+    firsts = [_first_held(layer) for layer in _layers(stack)]
+    return next((i for i, held in enumerate(firsts) if held is not firsts[0]), len(firsts))
+
+
+def _first_held(layer: nn.Module) -> object:
+    for module in layer.modules():
+        if isinstance(module, QuantizedWeight):
+            return module
+        held = next((p for p in module._parameters.values() if p is not None), None)
+        if held is not None:
+            return held
+    return layer
+
+
+def keep_layers_(model: nn.Module, keep: object) -> dict[str, list[int]]:
+    """Take layers out of the stacks of `model`, in place.
+
+    Args:
+        model: any network with a ModuleList `layers`, best one trained with LayerDrop.
+        keep: `every-other`, a list of layers, or a mapping from stacks (`decoder.layers`, or `decoder`) to either;
+            stacks that a mapping leaves out stay whole. Layers that share their weights stay or go together.
+    Returns:
+        By stack, the layers that stayed.
+    Raises:
+        UserError: a layer that there is not, the same one twice, none at all, or a part of a chunk.
+    """
+    stacks = _stacks(model)
+    wanted = keep_by_stack("keep_layers", keep, list(stacks))
+    kept = {
+        name: kept_layers("keep_layers", which, name, len(stacks[name]), shared_chunk(stacks[name]))
+        for name, which in wanted.items()
+    }
+    for name, layers in kept.items():
+        remove_layers(model, name, layers)
+    return kept
+
+
+def keep_by_stack(where: str, keep: object, stacks: Sequence[str]) -> dict[str, Keep]:
+    """A `keep` of `keep_layers_` for each stack that it prunes.
+
+    Raises:
+        UserError: a mapping that names no stack, or a list that is none.
+    """
+    if not isinstance(keep, dict):
+        return dict.fromkeys(stacks, parse_keep(where, keep))
+    found: dict[str, Keep] = {}
+    for key, which in keep.items():
+        names = [name for name in stacks if key in (name, name.partition(".")[0])]
+        if not names:
+            raise UserError(f"{where} names the stack {key!r}; there are: {', '.join(stacks) or 'none'}")
+        found.update(dict.fromkeys(names, parse_keep(f"{where} of {key}", which)))
+    return found
+
+
+def remove_layers(model: nn.Module, name: str, keep: Sequence[int]) -> None:
+    """Leave only the layers `keep` in the stack `name`; fairseq's count of them follows."""
+    stack: Any = model.get_submodule(name)
+    for i in reversed(range(len(stack))):
+        if i not in keep:
+            del stack[i]
+    parent: Any = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(getattr(parent, "num_layers", None), int):
+        parent.num_layers = len(keep)
+
+
+def fit_stacks(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Leave each stack of `model` as many layers as `state` has, the first ones, ready to load a pruned state."""
+    stacks = find_stacks(model)
+    for name, n in stack_sizes(state).items():
+        if name in stacks and n < len(stacks[name]):
+            remove_layers(model, name, range(n))
+
+
+def apply_structure(model: nn.Module, structure: Any) -> dict[str, list[int]]:
+    """Share, then prune, then set LayerDrop, as a plan's `structure` says, in place.
+
+    Args:
+        model: any network with a ModuleList `layers`.
+        structure: a `plan.Structure`.
+    Returns:
+        By stack, the layers that stayed, where some were to go.
+    Raises:
+        UserError: it does not fit the network.
+    """
+    if structure.share_layers > 1:
+        share_layers_(model, structure.share_layers, structure.share_from)
+    kept = keep_layers_(model, structure.keep_layers) if structure.keep_layers is not None else {}
+    if structure.layerdrop is not None:
+        for name, stack in _stacks(model).items():
+            _set_layerdrop(model, name, stack, shared_chunk(stack), structure.layerdrop)
+    return kept

@@ -1,0 +1,11 @@
+"""How many layers a checkpoint's network has, for the command line of a training that goes on from it.
+
+python -m recipes.n_layers CKPT
+"""
+
+import sys
+
+from fairseq_quant_noise.structure.state import stack_sizes
+from fairseq_quant_noise.trained import read_checkpoint
+
+print(*stack_sizes(read_checkpoint(sys.argv[1])["model"]).values())

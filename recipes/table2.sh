@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Table 2 of the Quant-Noise paper, reduced: what sharing (pairs of layers), pruning (every other pair), iPQ and noise
+# each add. Seven rows for a language model on WikiText-2 and, with --glue, for quant_noise_roberta_small on MNLI.
+# About an hour and a half of one core for the language model, four for MNLI; less where runs of table3.sh are there.
+#
+#     bash recipes/table2.sh OUT_DIR --wikitext DIR [--glue DIR [--bpe DIR]]
+#
+# DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (without: a download). Every network is trained
+# with LayerDrop .2. OUT_DIR of table3.sh gives its pre-trained networks. It ends with the tables, in OUT_DIR/table2.md and
+# table2.jsonl. A step that is done is not done again; killed, the same command goes on.
+#     JOBS=2 (runs side by side)   UPDATES=3000  IPQ_UPDATES=300 (language model)   PRETRAIN_UPDATES=6000
+#     WORDS=16000  SEED=1   ONLY="lm mnli"
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+OUT="" WIKITEXT="" GLUE="" BPE=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    --wikitext | --glue | --bpe)
+      [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/table2.sh --help"
+      case "$1" in --wikitext) WIKITEXT="$2" ;; --glue) GLUE="$2" ;; *) BPE=(--bpe "$2") ;; esac
+      shift 2
+      ;;
+    -*) die "unknown option $1; see: bash recipes/table2.sh --help" ;;
+    *)
+      [ -z "$OUT" ] || die "two output folders given, $OUT and $1; give one"
+      OUT="${1%/}"
+      shift
+      ;;
+  esac
+done
+[ -n "$OUT" ] && [ -n "$WIKITEXT" ] || die "give OUT_DIR --wikitext DIR; see: bash recipes/table2.sh --help"
+export SIZE=cpu LAYERDROP="${LAYERDROP:-0.2}" SEED="${SEED:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+ONLY="${ONLY:-lm${GLUE:+ mnli}}"
+JOBS="${JOBS:-2}"
+[[ "$JOBS" =~ ^[1-9][0-9]*$ ]] || die "JOBS is '$JOBS'; give a whole number from 1 up"
+mkdir -p "$OUT/lm"
+lock "$OUT"
+
+# quietly LOG COMMAND...: what it prints goes to the end of LOG.
+quietly() {
+  local log="$1"
+  shift
+  mkdir -p "$(dirname "$log")"
+  "$@" >>"$log" 2>&1 || { { say "$log ends with:" && tail -n 5 "$log"; } >&2 && return 1; }
+}
+
+# lm NAME NOISE SHARE IPQ: a network of the language model, and what was made of it.
+lm() {
+  quietly "$OUT/lm/$1/log" env NOISE="$2" SHARE="$3" IPQ="$4" UPDATES="${UPDATES:-3000}" IPQ_UPDATES="${IPQ_UPDATES:-300}" \
+    bash "$REPO/recipes/wikitext/run.sh" "$OUT/lm-bin" "$OUT/lm/$1"
+}
+# lm_pruned NAME FROM NOISE IPQ: every other pair of layers of the network FROM.
+lm_pruned() {
+  KEEP=every-other DENSE="$OUT/lm/$2/dense/checkpoint_best.pt" lm "$1" "$3" 2 "$4"
+}
+# mnli NAME NOISE SHARE IPQ KEEP: pre-trained in OUT/NAME/pre, unless it is pruned from the network of the pre-training
+# KEEP; then fine-tuned, and what was made of it.
+mnli() {
+  local pre="${5:-$1}"
+  if [ -z "${5:-}" ]; then
+    quietly "$OUT/$1/log" env UPDATES="${PRETRAIN_UPDATES:-6000}" NOISE="$2" SHARE="$3" \
+      bash "$REPO/recipes/roberta/run.sh" "$OUT/text-bin" "$OUT/$1/pre"
+  fi
+  quietly "$OUT/$1/log" env NOISE="$2" SHARE="$3" IPQ="$4" KEEP="${5:+every-other}" UPDATES=2000 IPQ_UPDATES=450 \
+    bash "$REPO/recipes/mnli/run.sh" "$OUT/mnli-bin" "$OUT/$1" "$OUT/$pre/pre/checkpoint_best.pt"
+}
+
+if [[ " $ONLY " == *" lm "* ]]; then
+  bash "$REPO/recipes/wikitext/prepare.sh" "$OUT/lm-bin" --local "$WIKITEXT"
+  side_by_side "$JOBS" "lm none 0 1 1" "lm noise 0.05 1 1" \
+    "lm shared 0 2 0 && lm_pruned shared-pruned shared 0 0" \
+    "lm noise-shared 0.05 2 1 && lm_pruned noise-shared-pruned noise-shared 0.05 1"
+fi
+if [[ " $ONLY " == *" mnli "* ]]; then
+  [ -n "$GLUE" ] || die "give --glue DIR, the folder of MNLI"
+  bash "$REPO/recipes/roberta/prepare.sh" "$OUT/text-bin" --local "$WIKITEXT" --words "${WORDS:-16000}" ${BPE[@]+"${BPE[@]}"}
+  bash "$REPO/recipes/mnli/prepare.sh" "$OUT/mnli-bin" --local "$GLUE" --dict "$OUT/text-bin/dict.txt" ${BPE[@]+"${BPE[@]}"}
+  side_by_side "$JOBS" "mnli none 0 1 1" "mnli noise 0.1 1 1" \
+    "mnli shared 0 2 0 && mnli shared-pruned 0 2 0 shared" \
+    "mnli noise-shared 0.1 2 1 && mnli noise-shared-pruned 0.1 2 1 noise-shared"
+fi
+module recipes.table2.table "$OUT"
