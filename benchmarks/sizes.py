@@ -1,4 +1,4 @@
-"""The paper's sizes, for real: its networks with random weights, quantized and written to disk, beside what `plan` says.
+"""The paper's sizes, for real: its networks with random weights, quantized and on disk, beside what `plan` says.
 
     python benchmarks/sizes.py OUT_DIR [--only wikitext103] [--json]
 

@@ -207,10 +207,10 @@ class Lab:
         arguments = [*self.eval_arguments("later"), "--user-dir", USER_DIR, "--log-format", "none"]
         return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_eval_lm_parser(), arguments))
 
-    def eval_lm(self, path) -> float:
+    def eval_lm(self, path, model_overrides="{}") -> float:
         """The perplexity that fairseq-eval-lm gives on the validation data."""
         cfg = copy.deepcopy(self._eval_config())
-        cfg.common_eval.path = str(path)
+        cfg.common_eval.path, cfg.common_eval.model_overrides = str(path), model_overrides
         with forgetful_fairseq():
             return float(fairseq_cli.eval_lm.main(cfg)["perplexity"])
 

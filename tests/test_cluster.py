@@ -35,10 +35,12 @@ def free_port():
 
 @pytest.mark.upstream(25)
 @pytest.mark.upstream(10)
-def test_two_processes_train_the_stages_together(lab, runs):
+@pytest.mark.parametrize("structure", [{}, {"share_layers": 2}], ids=["", "shared"])
+def test_two_processes_train_the_stages_together(lab, runs, structure):
     stock, folder, port = runs.stock("adaptive").path, lab.new(), free_port()
+    plan = lab.plan({**PLANS["adaptive"], "structure": structure})
     flags = split(
-        f"--quant-noise-pq 0.1 --quantization-config-path {lab.plan(PLANS['adaptive'])} --finetune-from-model {stock}",
+        f"--quant-noise-pq 0.1 --quantization-config-path {plan} --finetune-from-model {stock}",
         f"--save-dir {folder} --distributed-backend gloo --distributed-world-size 2 --distributed-no-spawn",
         f"--distributed-init-method tcp://localhost:{port} --ddp-backend legacy_ddp --disable-validation",
     )
@@ -66,7 +68,8 @@ def test_two_processes_train_the_stages_together(lab, runs):
     saved = state_of(folder / "checkpoint_last.pt")
     assert saved["extra_state"]["quant_noise_stages"]["done"] == 3
     assert all(torch.equal(t, first["model"][name]) for name, t in saved["model"].items())
-    alone = quantize_(lab.load(stock), {"stages": PLANS["adaptive"]["stages"][:1]}, seed=3).state_dict()
+    first_stage = {"stages": PLANS["adaptive"]["stages"][:1], "structure": structure}
+    alone = quantize_(lab.load(stock), first_stage, seed=3).state_dict()
     codes = {name: t for name, t in alone.items() if name.endswith(".codes")}
     assert len(codes) == 4
     assert all(torch.equal(t, saved["model"][name]) for name, t in codes.items())

@@ -88,6 +88,8 @@ def layer_options(counts: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _read(path: str | Path) -> dict[str, Any]:
+    if str(path).endswith(".safetensors"):
+        raise UserError(f"{path}: is a packed file; prune or share the checkpoint that it was made of")
     state = read_checkpoint(path)
     if not stack_sizes(state["model"]):
         raise UserError(f"checkpoint {path}: has no layers (no weights called '….layers.0.…') to prune or share")

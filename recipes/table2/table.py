@@ -21,9 +21,10 @@ from recipes.table1.table import markdown
 LM, MNLI = "language model, WikiText-2, PPL", "RoBERTa small, MNLI, accuracy in percent"
 HEADER = ("", "score", "bytes", "ratio", "paper: MB", "paper: score")
 NOTE = """\
-Score: of the language model fairseq-eval-lm's perplexity, of RoBERTa fairseq-validate's accuracy on dev_matched; of the packed
-file where there is one. Bytes: on disk, of a dense network 4 a number. Ratio: to the original network. The paper's figures are of
-networks of 247 and 126 M parameters: compare the order of the lines, not the numbers. "r": recalled, not looked up."""
+Score: of the language model fairseq-eval-lm's perplexity, of RoBERTa fairseq-validate's accuracy on dev_matched; of
+the packed file where there is one. Bytes: on disk, of a dense network 4 a number. Ratio: to the original network. The
+paper's figures are of networks of 247 and 126 M parameters: compare the order of the lines, not the numbers. "r":
+recalled, not looked up."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """`prune` and `share`: what fairseq does with the checkpoints that they write."""
 
 import json
+import re
 
 import pytest
 import torch
-from lm_fixture import ATTENTION, FFN, PLANS, WORD_VECTORS, both_kinds, one_error, same, state_of
+from lm_fixture import ATTENTION, FFN, PLANS, WORD_VECTORS, batch, both_kinds, one_error, same, state_of
 
 from fairseq_quant_noise import load
 from fairseq_quant_noise.artifact import read
@@ -65,6 +66,28 @@ def test_fairseqs_flag_and_the_verb_prune_alike(lab, deep, capsys):
     assert stack_sizes(state_of(run.path)["model"]) == {"decoder.layers": 2}
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["checkpoint", "packed file"])
+def test_model_overrides_prune_what_is_evaluated(lab, deep, capsys, packed):
+    path = lab.train("--decoder-layers", 4, "--finetune-from-model", deep.path, updates=1).path
+    out = pruned(lab, capsys, path, "0,2")
+    if packed:
+        paths = path, out
+        path, out = lab.new("whole.safetensors"), lab.new("pruned.safetensors")
+        for source, file in zip(paths, (path, out), strict=True):
+            ran(capsys, "quantize", "--path", source, "--plan", lab.plan(PACKED_PLAN), "--out", file)
+    pruned_ppl = lab.eval_lm(out)
+    assert lab.eval_lm(path, model_overrides="{'decoder_layers_to_keep': '0,2'}") == pytest.approx(pruned_ppl, rel=1e-6)
+    for keep, message in (("0,4", "names layer 4"), ("", "is ; give the numbers")):
+        with pytest.raises(SystemExit):
+            lab.eval_lm(path, model_overrides=f"{{'decoder_layers_to_keep': '{keep}'}}")
+        assert f"--decoder-layers-to-keep {message}" in one_error(capsys.readouterr())
+
+
+def test_a_packed_file_is_not_pruned(lab, runs, capsys):
+    line = ["prune", "--path", runs.packed("plain"), "--keep", "0", "--out", lab.new()]
+    assert "is a packed file; prune or share the checkpoint that it was made of" in refused(capsys, *line)
+
+
 def test_a_pruned_checkpoint_goes_on_training_and_quantizes(lab, deep, capsys):
     out = pruned(lab, capsys, deep.path)
     run = lab.train("--restore-file", out, "--decoder-layers", 2)
@@ -87,8 +110,6 @@ def test_a_pruned_checkpoint_goes_on_training_and_quantizes(lab, deep, capsys):
 )
 def test_lists_that_cannot_be_kept_are_refused_by_name(lab, deep, capsys, keep, message):
     out = lab.new("never.pt")
-    import re
-
     assert re.search(message, refused(capsys, "prune", "--path", deep.path, "--keep", keep, "--out", out))
     assert not out.exists()
     if keep:
@@ -111,11 +132,8 @@ def test_a_run_that_prunes_resumes(lab, deep):
 @pytest.mark.upstream(22)
 def test_the_layers_of_the_other_side_stay(lab, capsys):
     """Stock fairseq loses the decoder's layers where only the encoder's are pruned."""
-    layers = {
-        f"{side}.layers.{i}.fc1.weight": torch.full((2, 2), float(i))
-        for side in ("encoder", "decoder")
-        for i in (0, 1, 2)
-    }
+    names = [f"{side}.layers.{i}.fc1.weight" for side in ("encoder", "decoder") for i in range(3)]
+    layers = {name: torch.zeros(2, 2) for name in names}
     state = {"model": layers, "cfg": {"model": {"_name": "transformer", "encoder_layers": 3, "decoder_layers": 3}}}
     path, out = lab.checkpoint(state), lab.new("pruned.pt")
     ran(capsys, "prune", "--path", path, "--keep", "encoder=2", "--out", out)
@@ -144,6 +162,17 @@ def test_sharing_from_scratch_stores_evaluates_and_resumes_as_one(lab):
     assert same(state_of(resumed.path)["model"], state["model"])
     assert same(state_of(resumed.path)["last_optimizer_state"], state["last_optimizer_state"])
     assert lab.eval_lm(run.path) == pytest.approx(run.ppl, rel=1e-5)
+
+
+def test_each_use_of_a_shared_layer_remembers_its_own_keys(lab):
+    """As fairseq-generate decodes: a token at a time, with the keys of the tokens before in every layer."""
+    model = lab.model("--decoder-layers", 4, "--share-layers", 2).eval()
+    tokens = batch()["net_input"]["src_tokens"][:1]
+    whole, _ = model(tokens)
+    memory: dict = {}
+    for i in range(tokens.shape[1]):
+        step, _ = model.decoder(tokens[:, : i + 1], incremental_state=memory)
+        torch.testing.assert_close(step[:, -1], whole[:, i], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("start", ["first", "mean"])
@@ -186,7 +215,7 @@ def test_a_checkpoint_in_stages_is_pruned_with_its_codes(lab, runs, capsys):
 
 @both_kinds
 def test_everything_together_in_one_plan(lab, deep, capsys, kind):
-    """Noise, sharing, LayerDrop, pruning, iPQ with int8 centroids: training's score is the file's, and stock fairseq's."""
+    """Noise, sharing, LayerDrop, pruning, iPQ with int8 centroids: training, the file and stock fairseq agree."""
     start = deep.path if kind == "plain" else lab.train(*DEEP, arch="transformer_lm", kind=kind).path
     stages = [{**stage, "updates": 2} for stage in PLANS[kind]["stages"]]
     plan = {

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from stacks import PLAN, layer_of, net
-from toys import refuses
 from torch import nn
+from toys import refuses
 
 from fairseq_quant_noise import attach_noise, keep_layers_, load, quantize_, save, share_layers_
 from fairseq_quant_noise.layers import quantized_weights

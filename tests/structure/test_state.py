@@ -25,7 +25,9 @@ def test_kept_layers_are_numbered_anew_and_other_stacks_stay():
     state = {f"{side}.layers.{i}.w": torch.tensor(i) for side in ("encoder", "decoder") for i in range(4)}
     kept = keep_state({**state, "decoder.norm": torch.tensor(9)}, {"decoder.layers": [1, 3]})
     assert {name: int(t) for name, t in kept.items() if "decoder" in name} == {
-        **{"decoder.layers.0.w": 1, "decoder.layers.1.w": 3, "decoder.norm": 9}
+        "decoder.layers.0.w": 1,
+        "decoder.layers.1.w": 3,
+        "decoder.norm": 9,
     }
     assert len(kept) == 7
 
