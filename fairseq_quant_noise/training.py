@@ -14,8 +14,7 @@ import fairseq.quantization_utils
 
 from .cli_errors import exits_on_user_error
 from .errors import UserError
-from .models.quantizable import Quantizable, add_noise
-from .models.structure import restructure
+from .models.quantizable import Quantizable
 from .noise import attach_rules
 from .optimizer_carry import carry_over
 from .plan import Plan
@@ -64,7 +63,7 @@ class StageController:
         with exits_on_user_error():
             _check_trainer(trainer, self.plan)
             if self.plan.structure is not None:
-                restructure(model, trainer.cfg.model, self.plan.structure, add_noise)
+                model.restructure(self.plan.structure, trainer.cfg.model)
             if self.plan.noise:
                 attach_rules(model, self.plan.noise)
             load_teacher = getattr(trainer.get_criterion(), "load_teacher", None)

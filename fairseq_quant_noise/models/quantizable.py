@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..layers import adopt_quantized, quantize_inputs_, to_int_
 from ..monitor import probe_next_forward
 from ..noise import attach_rules, detach_noise, noise_of
-from ..plan import Activations, NoiseRule
+from ..plan import Activations, NoiseRule, Structure
 from ..trained import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
 from ..weights import find_weights
 from .options import SCALAR_BITS, noise_rules
@@ -75,6 +75,18 @@ class Quantizable:
             model.quant_noise_options = _measurements(args)  # type: ignore[assignment]
             add_noise(model, args)
         return model
+
+    def restructure(self, structure: Structure, options: Any) -> None:
+        """Apply a plan's `structure` before training; the noise that `options` ask for is put on anew.
+
+        Raises:
+            UserError: it contradicts the options, or does not fit the model.
+        """
+        noised = noise_of(self) is not None  # type: ignore[arg-type]
+        detach_noise(self)  # type: ignore[arg-type]
+        self.quant_noise_layers.restructure(self, structure)  # type: ignore[arg-type]
+        if noised:
+            add_noise(self, options)  # type: ignore[arg-type]
 
     def set_num_updates(self, num_updates: int) -> None:
         """fairseq says before each update which one it is; schedules and intervals of the noise go by it."""

@@ -13,7 +13,6 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..noise import detach_noise, noise_of
 from ..plan import Structure
 from ..structure.checkpoint import layer_options
 from ..structure.layer_map import START, Keep, kept_layers, parse_keep
@@ -54,6 +53,27 @@ class Layers:
             logger.info(f"{', '.join(changed)}: chunks of {self.chunk} layers share their weights, starting from {how}")
         return taken
 
+    def restructure(self, model: nn.Module, structure: Structure) -> None:
+        """Apply a plan's `structure` to a model without noise; weights that it loads later are taken over accordingly.
+
+        Raises:
+            UserError: it contradicts the options, or does not fit the model.
+        """
+        if structure.share_layers > 1 and self.chunk not in (1, structure.share_layers):
+            raise UserError(
+                f"--share-layers {self.chunk} and the plan's share_layers {structure.share_layers} differ; give one"
+            )
+        if structure.keep_layers is not None and self.keep:
+            option = next(iter(self.keep.values()))[0]
+            raise UserError(f"{option} and the plan's keep_layers both prune; give one of them")
+        apply_structure(model, structure)
+        if structure.share_layers > 1:
+            self.chunk, self.start = structure.share_layers, structure.share_from
+        if structure.keep_layers is not None:
+            where = "structure: keep_layers"
+            by_stack = keep_by_stack(where, structure.keep_layers, list(find_stacks(model)))
+            self.keep = {stack: (where, keep) for stack, keep in by_stack.items()}
+
 
 def layers_of(options: Any) -> Layers:
     """Read the options of a model about its layers; `*_layers_to_keep` turn into the number of layers.
@@ -80,38 +100,6 @@ def layers_of(options: Any) -> Layers:
         update_options(options, layer_options({side: len(kept_layers(where, keep, f"the {side}", n, chunk))}))
         layers.keep[side] = where, keep
     return layers
-
-
-def restructure(model: Any, options: Any, structure: Structure, add_noise: Any) -> None:
-    """Apply a plan's `structure` to a model that is about to be trained.
-
-    Args:
-        model: as `build_model` made it, with or without noise; weights that it loads later are taken over accordingly.
-        options: its own.
-        structure: of the plan.
-        add_noise: called with model and options to put the options' noise on again.
-    Raises:
-        UserError: it contradicts the options, or does not fit the model.
-    """
-    layers: Layers = model.quant_noise_layers
-    if structure.share_layers > 1 and layers.chunk not in (1, structure.share_layers):
-        raise UserError(
-            f"--share-layers {layers.chunk} and the plan's share_layers {structure.share_layers} differ; give one"
-        )
-    if structure.keep_layers is not None and layers.keep:
-        option = next(iter(layers.keep.values()))[0]
-        raise UserError(f"{option} and the plan's keep_layers both prune; give one of them")
-    noised = noise_of(model) is not None
-    detach_noise(model)
-    apply_structure(model, structure)
-    if structure.share_layers > 1:
-        layers.chunk, layers.start = structure.share_layers, structure.share_from
-    if structure.keep_layers is not None:
-        where = "structure: keep_layers"
-        by_stack = keep_by_stack(where, structure.keep_layers, list(find_stacks(model)))
-        layers.keep = {stack: (where, keep) for stack, keep in by_stack.items()}
-    if noised:
-        add_noise(model, options)
 
 
 def share(model: nn.Module, layers: Layers) -> None:

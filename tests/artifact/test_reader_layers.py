@@ -1,18 +1,13 @@
 """The map of shared layers in a file that may come from anywhere."""
 
-import sys
-from pathlib import Path
-
 import pytest
 from packed_files import damaged, forge
-from toys import refuses
+from stacks import net
 from torch import nn
+from toys import refuses
 
 from fairseq_quant_noise import load, share_layers_
 from fairseq_quant_noise.artifact import pack, read, write
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "structure"))
-from stacks import net  # noqa: E402
 
 
 @pytest.fixture
