@@ -55,6 +55,10 @@ lm() {
 lm_pruned() {
   KEEP=every-other DENSE="$OUT/lm/$2/dense/checkpoint_best.pt" lm "$1" "$3" 2 "$4"
 }
+# lm_x94 NAME FROM NOISE: the same by the plan for x94, which prunes by itself and has larger blocks.
+lm_x94() {
+  PLAN="$REPO/configs/plans/wikitext103_x94.yaml" DENSE="$OUT/lm/$2/dense/checkpoint_best.pt" lm "$1" "$3" 2 1
+}
 # mnli NAME NOISE SHARE IPQ KEEP: pre-trained in OUT/NAME/pre, unless it is pruned from the network of the pre-training
 # KEEP; then fine-tuned, and what was made of it.
 mnli() {
@@ -71,7 +75,7 @@ if [[ " $ONLY " == *" lm "* ]]; then
   bash "$REPO/recipes/wikitext/prepare.sh" "$OUT/lm-bin" --local "$WIKITEXT"
   side_by_side "$JOBS" "lm none 0 1 1" "lm noise 0.05 1 1" \
     "lm shared 0 2 0 && lm_pruned shared-pruned shared 0 0" \
-    "lm noise-shared 0.05 2 1 && lm_pruned noise-shared-pruned noise-shared 0.05 1"
+    "lm noise-shared 0.05 2 1 && lm_pruned noise-shared-pruned noise-shared 0.05 1 && lm_x94 noise-x94 noise-shared 0.05"
 fi
 if [[ " $ONLY " == *" mnli "* ]]; then
   [ -n "$GLUE" ] || die "give --glue DIR, the folder of MNLI"

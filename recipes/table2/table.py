@@ -45,6 +45,7 @@ LINES = (
     Line("+ Quant-Noise", "noise", True, {LM: ("38", "20.7"), MNLI: ("38", "83.6")}),
     Line("+ sharing", "noise-shared", True, {LM: ("19 r", "22.0 r"), MNLI: ("14", "82.5")}),
     Line("+ pruning", "noise-shared-pruned", True, {LM: ("10", "24.7"), MNLI: ("8 r", "78.8 r")}),
+    Line("  with larger blocks (x94 plan)", "noise-x94", True, {LM: ("", ""), MNLI: ("", "")}),
 )
 
 
