@@ -176,31 +176,62 @@ lm_evaluate() {
   mv "$2.part" "$2"
 }
 
-# side_by_side JOBS COMMAND...: COMMANDs, each a line of shell, at most JOBS at once; stops all when one fails.
+# side_by_side JOBS RUN...: at most JOBS runs at once. RUN is "NAME: COMMAND", the command a line of shell; the newest log in
+# $OUT/NAME gives a line of progress every minute. The first run that fails stops the others and the recipe.
 side_by_side() {
-  local jobs="$1" command entry status
+  local jobs="$1" run
   shift
-  POOL=() # process groups: stopping one stops its trainings too
-  trap 'for entry in ${POOL[@]+"${POOL[@]}"}; do kill -- "-$entry" 2>/dev/null || true; done' EXIT
+  RUNNING=() # pid:name
+  SHOW=$((SECONDS + ${PROGRESS_SECONDS:-60}))
+  trap stop_runs EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM
-  for command in "$@" ''; do
-    while [ "${#POOL[@]}" -ge "$jobs" ] || { [ -z "$command" ] && [ "${#POOL[@]}" -gt 0 ]; }; do
-      sleep 1
-      for entry in "${!POOL[@]}"; do
-        kill -0 "${POOL[$entry]}" 2>/dev/null && continue
+  for run in "$@"; do
+    wait_below "$jobs"
+    set -m # each run is a process group of its own, so that stopping it stops its trainings too
+    (set +m -e && eval "${run#*: }") </dev/null &
+    set +m
+    RUNNING+=("$!:${run%%:*}")
+  done
+  wait_below 1
+}
+
+stop_runs() {
+  local entry
+  for entry in ${RUNNING[@]+"${RUNNING[@]}"}; do kill -- "-${entry%%:*}" 2>/dev/null || true; done
+}
+
+# wait_below N: until fewer than N runs are going on.
+wait_below() {
+  local entry status left
+  while true; do
+    left=()
+    for entry in ${RUNNING[@]+"${RUNNING[@]}"}; do
+      if kill -0 "${entry%%:*}" 2>/dev/null; then
+        left+=("$entry")
+      else
         status=0
-        wait "${POOL[$entry]}" || status=$?
-        [ "$status" -eq 0 ] || die "a run failed; see its log above. The same command goes on from there"
-        unset "POOL[$entry]"
-      done
+        wait "${entry%%:*}" || status=$?
+        [ "$status" -eq 0 ] || { say "error: ${entry#*:} failed, so the recipe stops" >&2 && exit "$status"; }
+      fi
     done
-    if [ -n "$command" ]; then
-      say "[run] $command"
-      set -m
-      (set +m -e && eval "$command") </dev/null &
-      set +m
-      POOL+=("$!")
+    RUNNING=(${left[@]+"${left[@]}"})
+    [ "${#RUNNING[@]}" -ge "$1" ] || return 0
+    sleep 1
+    if [ "$SECONDS" -ge "$SHOW" ]; then
+      SHOW=$((SECONDS + ${PROGRESS_SECONDS:-60}))
+      for entry in "${RUNNING[@]}"; do progress "${entry#*:}" "$(newest_log "$OUT/${entry#*:}")"; done
     fi
   done
+}
+
+# newest_log DIR: the log that is written to.
+newest_log() { find "$1" -maxdepth 1 \( -name '*.log' -o -name log \) -exec ls -t {} + 2>/dev/null | head -n 1; }
+
+# quietly LOG COMMAND...: what the command prints goes to the end of LOG, whose last lines are shown when it fails.
+quietly() {
+  local log="$1"
+  shift
+  mkdir -p "$(dirname "$log")"
+  "$@" >>"$log" 2>&1 || { { say "$log ends with:" && tail -n 8 "$log"; } >&2 && return 1; }
 }

@@ -64,30 +64,23 @@ noise_flags() {
   esac
 }
 
-# logged LOG COMMAND...: what the command prints goes to the end of LOG, whose last lines are shown when it fails.
-logged() {
-  local log="$1"
-  shift
-  "$@" >>"$log" 2>&1 || { { say "$log ends with:" && tail -n 8 "$log"; } >&2 && return 1; }
-}
-
 # train NAME: the dense model.
 train() {
   noise_flags "$1"
-  finished "$OUT/$1/dense" "$UPDATES" || logged "$OUT/$1/dense.log" lm_train "$OUT/$1/dense" "${NOISE_FLAGS[@]}"
+  finished "$OUT/$1/dense" "$UPDATES" || quietly "$OUT/$1/dense.log" lm_train "$OUT/$1/dense" "${NOISE_FLAGS[@]}"
 }
 
 # ipq NAME FILE: fine-tuned in stages. What is still dense keeps the noise of the run, which is in the plan too.
 ipq() {
   local run="$OUT/$1"
   finished "$run/$2" "$IPQ_UPDATES" ||
-    logged "$run/$2.log" lm_ipq "$run/dense" "$run/$2-plan.yaml" "$run/$2" --quant-noise-pq 0
-  logged "$run/$2.log" fairseq-quant-noise export --path "$run/$2/checkpoint_last.pt" --out "$run/$2.safetensors"
+    quietly "$run/$2.log" lm_ipq "$run/dense" "$run/$2-plan.yaml" "$run/$2" --quant-noise-pq 0
+  quietly "$run/$2.log" fairseq-quant-noise export --path "$run/$2/checkpoint_last.pt" --out "$run/$2.safetensors"
 }
 
 # one_shot NAME FILE PLAN: rounded, without fine-tuning.
 one_shot() {
-  logged "$OUT/$1/$2.log" \
+  quietly "$OUT/$1/$2.log" \
     fairseq-quant-noise quantize --path "$OUT/$1/dense/checkpoint_best.pt" --plan "$3" --out "$OUT/$1/$2.safetensors"
 }
 
@@ -108,53 +101,6 @@ run() {
   python -m recipes.table1.table "$OUT" --run "$name"
 }
 
-# The pool. Each run is a process group of its own (set -m), so that stopping it stops its trainings too.
-RUNNING=() # pid:name
-start() {
-  set -m
-  (set +m && run "$1") </dev/null &
-  set +m
-  RUNNING+=("$!:$1")
-}
-
-# reap: takes the runs that have ended off the list; the recipe ends with the first that failed.
-reap() {
-  local entry status left=()
-  for entry in ${RUNNING[@]+"${RUNNING[@]}"}; do
-    if kill -0 "${entry%%:*}" 2>/dev/null; then
-      left+=("$entry")
-    else
-      status=0
-      wait "${entry%%:*}" || status=$?
-      [ "$status" -eq 0 ] || { say "error: ${entry#*:} failed, so the recipe stops" >&2 && exit "$status"; }
-    fi
-  done
-  RUNNING=(${left[@]+"${left[@]}"})
-}
-
-stop() {
-  local entry
-  for entry in ${RUNNING[@]+"${RUNNING[@]}"}; do kill -- "-${entry%%:*}" 2>/dev/null || true; done
-}
-trap stop EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-# wait_below N: until fewer than N runs are going on, with a line of progress for each every minute.
-wait_below() {
-  local entry dir
-  while reap && [ "${#RUNNING[@]}" -ge "$1" ]; do
-    sleep 1
-    if [ "$SECONDS" -ge "$SHOW" ]; then
-      SHOW=$((SECONDS + ${PROGRESS_SECONDS:-60}))
-      for entry in "${RUNNING[@]}"; do
-        dir="$OUT/${entry#*:}"
-        progress "${entry#*:}" "$(find "$dir" -maxdepth 1 -name '*.log' -exec ls -t {} + | head -n 1)"
-      done
-    fi
-  done
-}
-
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
 DATA="$OUT/data-bin"
@@ -167,10 +113,7 @@ printf '%s' "$SETTINGS" >"$OUT/.settings"
 bash recipes/quickstart/prepare.sh "$OUT"
 python -m recipes.table1.plans "$OUT"
 lm_flags
-SHOW=$((SECONDS + ${PROGRESS_SECONDS:-60}))
-for name in $ONLY; do
-  wait_below "$JOBS"
-  start "$name"
-done
-wait_below 1
+RUNS_NOW=()
+for name in $ONLY; do RUNS_NOW+=("$name: run $name"); done
+side_by_side "$JOBS" "${RUNS_NOW[@]}"
 python -m recipes.table1.table "$OUT"

@@ -38,14 +38,6 @@ JOBS="${JOBS:-2}"
 mkdir -p "$OUT/lm"
 lock "$OUT"
 
-# quietly LOG COMMAND...: what it prints goes to the end of LOG.
-quietly() {
-  local log="$1"
-  shift
-  mkdir -p "$(dirname "$log")"
-  "$@" >>"$log" 2>&1 || { { say "$log ends with:" && tail -n 5 "$log"; } >&2 && return 1; }
-}
-
 # lm NAME NOISE SHARE IPQ: a network of the language model, and what was made of it.
 lm() {
   quietly "$OUT/lm/$1/log" env NOISE="$2" SHARE="$3" IPQ="$4" UPDATES="${UPDATES:-3000}" IPQ_UPDATES="${IPQ_UPDATES:-300}" \
@@ -73,16 +65,16 @@ mnli() {
 
 if [[ " $ONLY " == *" lm "* ]]; then
   bash "$REPO/recipes/wikitext/prepare.sh" "$OUT/lm-bin" --local "$WIKITEXT"
-  side_by_side "$JOBS" "lm none 0 1 1" "lm noise 0.05 1 1" \
-    "lm shared 0 2 0 && lm_pruned shared-pruned shared 0 0" \
-    "lm noise-shared 0.05 2 1 && lm_pruned noise-shared-pruned noise-shared 0.05 1 && lm_x94 noise-x94 noise-shared 0.05"
+  side_by_side "$JOBS" "lm/none: lm none 0 1 1" "lm/noise: lm noise 0.05 1 1" \
+    "lm/shared: lm shared 0 2 0 && lm_pruned shared-pruned shared 0 0" \
+    "lm/noise-shared: lm noise-shared 0.05 2 1 && lm_pruned noise-shared-pruned noise-shared 0.05 1 && lm_x94 noise-x94 noise-shared 0.05"
 fi
 if [[ " $ONLY " == *" mnli "* ]]; then
   [ -n "$GLUE" ] || die "give --glue DIR, the folder of MNLI"
   bash "$REPO/recipes/roberta/prepare.sh" "$OUT/text-bin" --local "$WIKITEXT" --words "${WORDS:-16000}" ${BPE[@]+"${BPE[@]}"}
   bash "$REPO/recipes/mnli/prepare.sh" "$OUT/mnli-bin" --local "$GLUE" --dict "$OUT/text-bin/dict.txt" ${BPE[@]+"${BPE[@]}"}
-  side_by_side "$JOBS" "mnli none 0 1 1" "mnli noise 0.1 1 1" \
-    "mnli shared 0 2 0 && mnli shared-pruned 0 2 0 shared" \
-    "mnli noise-shared 0.1 2 1 && mnli noise-shared-pruned 0.1 2 1 noise-shared"
+  side_by_side "$JOBS" "none: mnli none 0 1 1" "noise: mnli noise 0.1 1 1" \
+    "shared: mnli shared 0 2 0 && mnli shared-pruned 0 2 0 shared" \
+    "noise-shared: mnli noise-shared 0.1 2 1 && mnli noise-shared-pruned 0.1 2 1 noise-shared"
 fi
 module recipes.table2.table "$OUT"

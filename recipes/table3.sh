@@ -8,7 +8,7 @@
 # DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (without: a download). The results are lines of
 # JSON in OUT_DIR/table3.jsonl. Killed, the same command goes on.
 #     WORDS=16000 (of the dictionary)   PRETRAIN_UPDATES=6000  LAYERDROP=0.2 (in pre-training)  UPDATES=2000  IPQ_UPDATES=450
-#     SEED=1
+#     SEED=1   JOBS=2 (runs side by side)
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -39,25 +39,18 @@ bash "$REPO/recipes/mnli/prepare.sh" "$OUT/mnli-bin" --local "$GLUE" --dict "$OU
 
 # pretrain NAME NOISE, and mnli NAME PRETRAINED NOISE TEACHER
 pretrain() {
-  mkdir -p "$OUT/$1"
-  UPDATES="${PRETRAIN_UPDATES:-6000}" NOISE="$2" bash "$REPO/recipes/roberta/run.sh" "$OUT/text-bin" "$OUT/$1/pre" >>"$OUT/$1/log" 2>&1 ||
-    die "pre-training of $1 failed; see $OUT/$1/log"
+  quietly "$OUT/$1/log" env UPDATES="${PRETRAIN_UPDATES:-6000}" NOISE="$2" \
+    bash "$REPO/recipes/roberta/run.sh" "$OUT/text-bin" "$OUT/$1/pre"
 }
 mnli() {
-  mkdir -p "$OUT/$1"
-  NOISE="$3" TEACHER="$4" bash "$REPO/recipes/mnli/run.sh" "$OUT/mnli-bin" "$OUT/$1" "$OUT/$2/pre/checkpoint_best.pt" >>"$OUT/$1/log" 2>&1 ||
-    die "$1 failed; see $OUT/$1/log"
+  quietly "$OUT/$1/log" env NOISE="$3" TEACHER="$4" \
+    bash "$REPO/recipes/mnli/run.sh" "$OUT/mnli-bin" "$OUT/$1" "$OUT/$2/pre/checkpoint_best.pt"
 }
-without() { pretrain none 0 && mnli none none 0 1 && mnli none none 0 0; }
-scratch() { pretrain noise 0.1 && mnli noise noise 0.1 1 && mnli noise noise 0.1 0; }
 
-say "two lanes side by side; the logs are $OUT/{none,noise,posthoc}/log"
-without &
-LANE=$!
-trap 'kill "$LANE" 2>/dev/null || true' EXIT
-scratch
-wait "$LANE"
-mnli posthoc none 0.1 1
+say "the logs are $OUT/{none,noise,posthoc}/log"
+side_by_side "${JOBS:-2}" \
+  "none: pretrain none 0 && mnli none none 0 1 && mnli none none 0 0 && mnli posthoc none 0.1 1" \
+  "noise: pretrain noise 0.1 && mnli noise noise 0.1 1 && mnli noise noise 0.1 0"
 
 for run in none noise posthoc; do
   for file in result ipq-alone; do
