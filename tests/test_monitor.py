@@ -39,8 +39,9 @@ def test_weights_lose_the_square_root_of_p_to_proxy_noise(lab, kind):
     model = lab.model("--quant-noise-pq", 0.2, "--dropout", 0.1, kind=kind).train()
     found = measured(model, lambda: model(**batch()["net_input"]))
     assert {"fc1", "fc2", "self_attn"} <= set(found)
-    for distortion in found.values():
-        assert distortion.of_weight in (None, pytest.approx(math.sqrt(0.2), abs=0.12))  # None: a tied copy
+    for layer, distortion in found.items():
+        if layer != "head":  # eight blocks, of which none may be hit
+            assert distortion.of_weight in (None, pytest.approx(math.sqrt(0.2), abs=0.12))  # None: a tied copy
     for layer in ("fc1", "fc2", "self_attn"):
         assert 0.02 < found[layer].of_output < 1.5
 

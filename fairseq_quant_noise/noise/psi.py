@@ -30,9 +30,19 @@ class StraightThrough(torch.autograd.Function):
 
 
 def draw_blocks(n_blocks: int, p: float, generator: torch.Generator) -> Tensor:
-    """J: a (n,) mask on the generator's device in which each block is hit with probability p."""
-    mask = torch.empty(n_blocks, dtype=torch.bool, device=generator.device)
-    return mask.bernoulli_(p, generator=generator)
+    """J: a (n,) mask on the generator's device in which each block is hit with probability p.
+
+    On a CPU, a draw of 64 bits decides on four blocks, which takes a quarter of the time of one each; p then counts in
+    steps of 2^-16.
+    """
+    if generator.device.type != "cpu":
+        mask = torch.empty(n_blocks, dtype=torch.bool, device=generator.device)
+        return mask.bernoulli_(p, generator=generator)
+    words = torch.empty(-(-n_blocks // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    threshold = round(p * 2**16) - 2**15
+    return (
+        words.view(torch.int16)[:n_blocks] < threshold if threshold < 2**15 else torch.ones(n_blocks, dtype=torch.bool)
+    )
 
 
 def draw_clusters(codes: Tensor, n_centroids: int, p: float, generator: torch.Generator) -> Tensor:

@@ -82,6 +82,8 @@ class WeightNoise:
         self.rules = [RuleNoise(weight.name, rule, weight) for rule in rules]
         self.hits: list[tuple[RuleNoise, Tensor | None]] = []  # the rules that act, and their J, for the seed below
         self.hits_of: tuple[int | None, torch.device | None] = (None, None)
+        self.is_tied = len(weight.holders) > 1
+        self.seen: tuple[Tensor, bool, Tensor] | None = None  # of a tied weight: stored, with gradient, and as read
 
     def __call__(self, module: nn.Module, stored: Tensor) -> Tensor:
         """The weight as `module` reads it: noised in a training forward, else `stored` itself."""
@@ -89,6 +91,13 @@ class WeightNoise:
             return stored
         if self.hits_of != (self.draw.seed, stored.device):
             self._draw_hits(stored)
+        if not self.is_tied or in_backward():
+            return self._noised(stored)
+        if self.seen is None or self.seen[0] is not stored or self.seen[1] != torch.is_grad_enabled():
+            self.seen = stored, torch.is_grad_enabled(), self._noised(stored)
+        return self.seen[2]
+
+    def _noised(self, stored: Tensor) -> Tensor:
         weight = stored
         for rule, hit in self.hits:
             weight = psi(weight, hit, rule.rule.d, rule.phi)
@@ -100,7 +109,7 @@ class WeightNoise:
         """J of every rule, and what the rules measure, for the draw of now."""
         generator = torch.Generator(stored.device)
         generator.manual_seed((self.draw.seed or 0) + self.index)
-        self.hits = []
+        self.hits, self.seen = [], None
         for rule in self.rules:
             p = p_at(rule.rule.p, rule.rule.schedule, self.draw.at)
             if p > 0:
@@ -110,4 +119,6 @@ class WeightNoise:
         self.hits_of = (self.draw.seed, stored.device)
 
     def _spend(self, gradient: Tensor) -> None:
+        """The backward of this forward has come to the weight: all its uses have been."""
         self.draw.spent = True
+        self.seen = None

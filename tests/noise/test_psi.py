@@ -25,6 +25,12 @@ def test_the_share_of_blocks_hit_is_p(p):
     assert abs(count - n * p) < 5 * math.sqrt(n * p * (1 - p))  # five standard deviations of a binomial
 
 
+def test_a_small_p_is_met_to_its_step():
+    n = 2_000_000
+    count = int(draw_blocks(n, 0.0007, generator()).sum())
+    assert abs(count - n * round(0.0007 * 2**16) / 2**16) < 5 * math.sqrt(n * 0.0007)
+
+
 def test_p_0_hits_no_block_and_p_1_hits_all():
     assert not draw_blocks(1000, 0.0, generator()).any()
     assert draw_blocks(1000, 1.0, generator()).all()
