@@ -1,4 +1,4 @@
-"""Claim: noise costs at most 5 % of a training step (exact pq 10 %, codebooks found anew included), and less than fairseq's.
+"""Claim: noise costs at most 5 % of a training step (exact pq 10 %, with its refreshes), and less than fairseq's.
 
     python benchmarks/noise.py [--layers 6 --dim 512 --words 10000 --tokens 2048 --p 0.1] [--json]
 
@@ -46,14 +46,13 @@ def measure(args: "Arguments") -> list[Claim]:
     models[FAIRSEQ] = build(STOCK, **sizes, quant_noise_pq=args.p, quant_noise_pq_block_size=8)
     seconds = rounds({name: step(model, args.tokens) for name, model in models.items()}, args.repeats)
     refresh = refresh_seconds(models["exact pq noise"]) / args.steps_per_epoch
-    claims = [
+    return [
         at_most("a step with proxy noise", seconds, "proxy noise", PLAIN, 1.05),
         at_most("a step with int8 noise", seconds, "int8 noise", PLAIN, 1.05),
         at_most("a step with exact pq noise, refreshes counted", seconds, "exact pq noise", PLAIN, 1.10, refresh),
         at_most("proxy noise against fairseq's own", seconds, "proxy noise", FAIRSEQ, 1.0),
         at_most("fairseq's own, for comparison", seconds, FAIRSEQ, PLAIN, 1.05),
     ]
-    return claims
 
 
 class Arguments:

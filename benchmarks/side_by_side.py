@@ -1,7 +1,7 @@
 """What the benchmarks have in common: timing side by side, and the report.
 
-Every round runs each contender once, in turn, so that a machine that gets slower meanwhile slows them all. A claim's ratio is
-of medians over the rounds; its spread is from the least to the largest ratio within a round.
+Every round runs each contender once, in turn, so that a machine that gets slower meanwhile slows them all. A claim's
+ratio is of medians over the rounds; its spread is from the least to the largest ratio within a round.
 """
 
 import argparse
@@ -56,16 +56,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def at_most(claim: str, seconds: Mapping[str, list[float]], ours: str, peer: str, bound: float, extra: float = 0) -> Claim:
+Seconds = Mapping[str, list[float]]
+
+
+def at_most(claim: str, seconds: Seconds, ours: str, peer: str, bound: float, extra: float = 0) -> Claim:
     """The claim that ours takes at most `bound` times the peer's time; `extra` seconds a run are added to ours."""
-    mine = [s + extra for s in seconds[ours]]
-    return _claim(claim, mine, seconds[peer], peer, f"<= {bound}", [a / b for a, b in zip(mine, seconds[peer], strict=True)])
+    mine, its = [s + extra for s in seconds[ours]], seconds[peer]
+    return _claim(claim, mine, its, peer, f"<= {bound}", [a / b for a, b in zip(mine, its, strict=True)])
 
 
-def at_least(claim: str, seconds: Mapping[str, list[float]], ours: str, peer: str, bound: float) -> Claim:
+def at_least(claim: str, seconds: Seconds, ours: str, peer: str, bound: float) -> Claim:
     """The claim that ours is at least `bound` times faster than the peer."""
-    pairs = zip(seconds[ours], seconds[peer], strict=True)
-    return _claim(claim, seconds[ours], seconds[peer], peer, f">= {bound}", [b / a for a, b in pairs])
+    mine, its = seconds[ours], seconds[peer]
+    return _claim(claim, mine, its, peer, f">= {bound}", [b / a for a, b in zip(mine, its, strict=True)])
 
 
 def _claim(claim: str, ours: list[float], theirs: list[float], peer: str, target: str, ratios: list[float]) -> Claim:

@@ -42,9 +42,40 @@ class WeightAccess:
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 
+class _Linear(WeightAccess):
+    """A Linear whose quantized weight may multiply without being decoded."""
+
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """As nn.Linear's."""
+        quantized = self._modules.get("weight")
+        if quantized is not None and not quantized.training and quantized.multiplies(input):
+            return quantized.linear(input, self.bias)
+        return super().forward(input)  # type: ignore[misc]
+
+
+class _Embedding(WeightAccess):
+    """An Embedding whose quantized weight decodes the rows that are looked up, and no others."""
+
+    max_norm: float | None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """As nn.Embedding's."""
+        quantized = self._modules.get("weight")
+        if quantized is not None and not quantized.training and self.max_norm is None and quantized.has_rows():
+            return quantized.rows(input)
+        return super().forward(input)  # type: ignore[misc]
+
+
 @functools.cache
 def _with_access(cls: type) -> type:
-    return type(cls.__name__, (WeightAccess, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    mixin: type = WeightAccess
+    for base, special in ((nn.Linear, _Linear), (nn.Embedding, _Embedding)):
+        if issubclass(cls, base) and cls.forward is base.forward:
+            mixin = special
+    contents = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_intercepted": cls}
+    return type(cls.__name__, (mixin, cls), contents)
 
 
 def intercept(module: nn.Module) -> None:
@@ -56,4 +87,4 @@ def intercept(module: nn.Module) -> None:
 def release(module: nn.Module) -> None:
     """Undo `intercept`: `module.weight` is the stored Parameter again."""
     if isinstance(module, WeightAccess):
-        module.__class__ = type(module).__mro__[2]
+        module.__class__ = type(module)._intercepted  # type: ignore[attr-defined]

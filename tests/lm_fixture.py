@@ -4,9 +4,6 @@ import contextlib
 import copy
 import functools
 import io
-import os
-import subprocess
-import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -388,10 +385,3 @@ def one_error(captured) -> str:
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("error: ")
     return lines[0].removeprefix("error: ")
-
-
-def python(*arguments, **settings) -> subprocess.CompletedProcess:
-    """A Python of its own that can import the package."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False, **settings)

@@ -16,10 +16,10 @@ from lm_fixture import (
     both_kinds,
     old_style,
     one_error,
-    python,
     split,
     state_of,
 )
+from toys import python
 
 from fairseq_quant_noise.artifact import FORMAT_VERSION, read
 from fairseq_quant_noise.cli import _VERBS, main

@@ -1,7 +1,8 @@
 """fairseq-hydra-train with the configurations in configs/."""
 
 import pytest
-from lm_fixture import ROOT, USER_DIR, python, state_of
+from lm_fixture import ROOT, USER_DIR, state_of
+from toys import python
 
 NOISES = [
     ["quant_noise_kind=int4", "quant_noise_schedule=linear:0:2"],

@@ -1,6 +1,10 @@
 """Small models, and what several tests ask of a weight or of an error."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +129,13 @@ class Blocks:
 sys.meta_path.insert(0, Blocks())
 '''
 TOKENS = torch.tensor([[3, 5, 7, 1, 2], [0, 15, 4, 4, 9]])
+
+
+def python(*arguments, env=None, **settings):
+    """A Python of its own that can import the package."""
+    env = {**(env or os.environ), "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False, **settings)
 
 
 def zoo(seed=0):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import linear, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine
 from ..weights import Weight
 from .quantized import QuantizedWeight, dense_weight, swap_in
@@ -112,6 +113,26 @@ class PQWeight(QuantizedWeight):
             seen = self.centroids.detach() if self.bits == 16 else self.stored_centroids()
             return _Lookup.apply(self.centroids, seen, codes).view(self.shape)
         return self.stored_centroids().index_select(0, codes).view(self.shape)
+
+    def multiplies(self, x: Tensor) -> bool:
+        """A few rows, in evaluation without gradients (`kernels.linear`)."""
+        return not torch.is_grad_enabled() and len(self.shape) == 2 and takes_linear(x, self.centroids)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
+        if not self.codes.t().is_contiguous():  # the kernel's order, once and for all; the shape stays
+            self.codes = self.codes.t().contiguous().t()
+        return linear(x, self.codes.t(), self.stored_centroids(), bias)
+
+    def has_rows(self) -> bool:
+        """In evaluation without gradients."""
+        return not torch.is_grad_enabled()
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The rows of these numbers, decoded: (...) int64 -> (..., I)."""
+        codes = self.codes[numbers.flatten()]  # (n, blocks a row)
+        found = self.stored_centroids().index_select(0, codes.flatten().long())
+        return found.view(*numbers.shape, *self.shape[1:])
 
     def facts(self) -> dict[str, Any]:
         """d, K and the bits of a centroid's numbers."""

@@ -31,6 +31,14 @@ class QuantizedWeight(nn.Module):
         """The dense weight as the module that holds it should use it."""
         raise NotImplementedError
 
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether `linear` does this product, and faster than with the decoded weight; by default none."""
+        return False
+
+    def has_rows(self) -> bool:
+        """Whether `rows` decodes rows by themselves; by default not."""
+        return False
+
     def facts(self) -> dict[str, Any]:
         """How a packed file describes it (`artifact.manifest.QuantizedTensor`, without scheme and shape)."""
         raise NotImplementedError

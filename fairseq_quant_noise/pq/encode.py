@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..blocks import as_blocks, code_shape
 from ..errors import UserError
-from .kmeans import assign, kmeans
+from ..kernels import nearest as nearest_centroid
+from .kmeans import kmeans
 
 ITERATIONS = 20  # of k-means, the paper's setting
 FP16_MAX = 65504.0
@@ -53,4 +54,4 @@ def nearest(blocks: Tensor, centroids: Tensor) -> Tensor:
         return torch.zeros(0, dtype=torch.long, device=blocks.device)
     exponent = int(torch.maximum(blocks.abs().max().float(), centroids.abs().max().float()).frexp().exponent)
     scale = 2.0 ** min(-exponent, 126)  # exact, and keeps squares in float32's range
-    return assign(blocks.float() * scale, centroids.float() * scale)
+    return nearest_centroid(blocks.float() * scale, centroids.float() * scale)

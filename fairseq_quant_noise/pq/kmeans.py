@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fairseq_quant_noise.errors import UserError
+from ..errors import UserError
+from ..kernels import nearest
 
 SAMPLE = 1 << 14  # vectors that seed the centroids: 64 for each of 256
-CPU_SCORES, GPU_SCORES = 1 << 20, 1 << 24  # distances at a time: on a CPU they stay in its cache
 Frame = Callable[[Tensor], Tensor]
 
 
@@ -113,7 +113,7 @@ def _plus_plus(sample: Tensor, frame: Frame, n_centroids: int, generator: torch.
 
 def _encode(vectors: Tensor, frame: Frame, centroids: Tensor) -> tuple[Tensor, float]:
     """Codes (n,) and SSE of (n, d) with (K, d), in float64 throughout: centroids count as they were rounded."""
-    codes = assign(frame(vectors), frame(centroids))  # (n,)
+    codes = nearest(frame(vectors), frame(centroids))  # (n,)
     return codes, (vectors.double() - centroids[codes]).square_().sum().item()
 
 
@@ -121,24 +121,11 @@ def _lloyd(vectors: Tensor, frame: Frame, centroids: Tensor, iterations: int) ->
     """At most ``iterations`` EM steps over (n, d) from centroids (K, d) float64; ends once no code changes."""
     points, before = frame(vectors).float(), None  # (n, d), (n,)
     for _ in range(iterations):
-        codes = assign(points, frame(centroids).float())  # (n,)
+        codes = nearest(points, frame(centroids).float())  # (n,)
         if before is not None and torch.equal(codes, before):
             break
         centroids, before = _means(vectors, codes, centroids), codes  # (K, d), (n,)
     return centroids
-
-
-def assign(points: Tensor, centroids: Tensor) -> Tensor:
-    """E-step: (n,) int64 argmin_k || c_k ||^2 - 2 b.c_k, the first one where several are least."""
-    bias, slope = centroids.square().sum(1), centroids.t() * -2  # (K,), (d, K)
-    rank = torch.arange(len(centroids), 0, -1, device=points.device, dtype=points.dtype)  # (K,)
-    rows = min(len(points), (CPU_SCORES if points.device.type == "cpu" else GPU_SCORES) // len(rank))
-    buffer, best = points.new_empty(rows, len(rank)), points.new_empty(len(points))  # (rows, K), (n,)
-    for chunk, out in zip(points.split(rows), best.split(rows), strict=True):
-        score = torch.addmm(bias, chunk, slope, out=buffer[: len(chunk)])  # (rows, K)
-        # argmin is not vectorized on a CPU, amin is: to mark the least and read its rank is twice as fast.
-        torch.amax(score.eq_(score.amin(1, keepdim=True)).mul_(rank), 1, out=out)  # (rows,)
-    return len(rank) - best.long()
 
 
 def _means(vectors: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:

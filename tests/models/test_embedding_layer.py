@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
-from lm_fixture import batch, ipq_flags, one_error, python, state_of
+from lm_fixture import batch, ipq_flags, one_error, state_of
 from roberta_fixture import HEAD, MASKED, SENTENCES, roberta, roberta_batch  # noqa: F401
+from toys import python
 
 import fairseq_quant_noise
 from fairseq_quant_noise.artifact import read

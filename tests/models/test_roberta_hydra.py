@@ -1,8 +1,9 @@
 """fairseq-hydra-train with the configurations of RoBERTa in configs/: pre-training, and fine-tuning from it."""
 
 import torch
-from lm_fixture import ROOT, USER_DIR, python, state_of
+from lm_fixture import ROOT, USER_DIR, state_of
 from roberta_fixture import MASKED, SENTENCES, roberta  # noqa: F401
+from toys import python
 
 SMALL = [f"model.encoder_{k}" for k in ("layers=2", "embed_dim=32", "ffn_embed_dim=64")]
 

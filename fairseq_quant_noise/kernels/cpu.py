@@ -1,0 +1,144 @@
+"""The kernels of cpu.cpp: compiled once for a machine, kept in the user's cache, called through ctypes.
+
+Nothing is compiled when the package is installed. Where there is no compiler, or it fails, `takes` says no and the
+reference serves; the log says why, once. Work is split among as many threads as torch has.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+_LANES = 16  # K is padded to a multiple of it
+_CHUNK = 1 << 14  # points, or rows of a weight, of one thread at a time
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether the compiled form is there for this tensor."""
+    return tensor.device.type == "cpu" and tensor.dtype in _NEAREST and library() is not None
+
+
+@functools.cache
+def library() -> Any:
+    """The compiled kernels, or None where they cannot be."""
+    if os.environ.get(SWITCH) == "reference":
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logger.info(f"no compiled kernels, plain torch serves: {str(reason).strip().splitlines()[-1]}")
+        return None
+
+
+def _compiled() -> Path:
+    """The shared library for this source, compiler and processor; compiled if it is not in the cache yet."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise OSError("there is no C++ compiler (c++, g++, clang++, or $CXX)")
+    source = _SOURCE.read_bytes()
+    key = hashlib.sha256(b"\0".join([source, repr(_FLAGS).encode(), compiler.encode(), _processor().encode()]))
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fairseq_quant_noise"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to somebody else")
+    path = folder / f"kernels-{key.hexdigest()[:16]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            part = Path(beside) / path.name
+            command = [compiler, *_FLAGS, "-o", str(part), str(_SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            os.replace(part, path)  # whole or not at all: other processes may be at the same
+    return path
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: a home folder may be shared by machines that differ."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join(dict.fromkeys(found)) or f"{platform.machine()} {platform.processor()} {platform.node()}"
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """ctypes releases the interpreter's lock, so Python's threads do. A forked process needs its own."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
+
+
+def _in_threads(run: Any, size: int) -> None:
+    """`run(start, end)` over [0, size), in chunks whose bounds do not depend on the number of threads."""
+    starts = range(0, size, _CHUNK)
+    threads = min(torch.get_num_threads(), len(starts))
+    if threads <= 1:
+        run(0, size)
+        return
+    list(_pool(threads, os.getpid()).map(lambda start: run(start, min(start + _CHUNK, size)), starts))
+
+
+_NEAREST = {torch.float32: "nearest_float", torch.float64: "nearest_double"}
+
+
+def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """See `kernels.nearest`."""
+    points, k = points.contiguous(), len(centroids)
+    d, padded = points.shape[1], -(-k // _LANES) * _LANES
+    slope = torch.zeros(d, padded, dtype=points.dtype)  # (d, K)
+    slope[:, :k] = centroids.t() * -2
+    bias = torch.full((padded,), torch.inf, dtype=points.dtype)  # (K,): what is padded is never least
+    bias[:k] = centroids.square().sum(1)
+    out = torch.empty(len(points), dtype=torch.long)
+    kernel, size = getattr(library(), _NEAREST[points.dtype]), points.element_size()
+
+    def run(start: int, end: int) -> None:
+        kernel(
+            _at(points, start * d * size),
+            *(ctypes.c_int64(end - start), ctypes.c_int64(d)),
+            *(_at(slope), _at(bias), ctypes.c_int64(padded)),
+            _at(out, start * out.element_size()),
+        )
+
+    _in_threads(run, len(points))
+    return out
+
+
+def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `kernels.linear`: for each row of x a table of its blocks' products with all centroids, then sums of entries.
+
+    With few centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I.
+    """
+    k, d = centroids.shape
+    blocks, rows = codes.shape
+    flat = x.reshape(-1, d)  # (rows of x * I/d, d)
+    table = torch.zeros(len(flat), 256) if k < 256 else torch.empty(len(flat), 256)
+    torch.mm(flat, centroids.t(), out=table) if k == 256 else table[:, :k].copy_(flat @ centroids.t())
+    n = len(flat) // blocks
+    out = x.new_zeros(n, rows) if bias is None else bias.to(x.dtype).repeat(n, 1)
+    kernel = library().lookup_sum
+    for i in range(n):
+        kernel(
+            _at(table, i * blocks * 256 * 4),
+            *(_at(codes), ctypes.c_int64(rows), ctypes.c_int64(blocks), ctypes.c_int64(rows)),
+            _at(out, i * rows * 4),
+        )
+    return out.view(*x.shape[:-1], rows)
+
+
+def _at(tensor: Tensor, offset: int = 0) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr() + offset)

@@ -1,0 +1,27 @@
+"""The kernels in plain torch, on any device; what the other forms are tested against."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CPU_SCORES, GPU_SCORES = 1 << 20, 1 << 24  # distances at a time: on a CPU they stay in its cache
+
+
+def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+    """See `kernels.nearest`."""
+    bias, slope = centroids.square().sum(1), centroids.t() * -2  # (K,), (d, K)
+    rank = torch.arange(len(centroids), 0, -1, device=points.device, dtype=points.dtype)  # (K,)
+    rows = min(len(points), (CPU_SCORES if points.device.type == "cpu" else GPU_SCORES) // len(rank))
+    buffer, best = points.new_empty(rows, len(rank)), points.new_empty(len(points))  # (rows, K), (n,)
+    for chunk, out in zip(points.split(rows), best.split(rows), strict=True):
+        score = torch.addmm(bias, chunk, slope, out=buffer[: len(chunk)])  # (rows, K)
+        # argmin is not vectorized on a CPU, amin is: to mark the least and read its rank is twice as fast.
+        torch.amax(score.eq_(score.amin(1, keepdim=True)).mul_(rank), 1, out=out)  # (rows,)
+    return len(rank) - best.long()
+
+
+def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `kernels.linear`."""
+    blocks, rows = codes.shape
+    weight = centroids.index_select(0, codes.t().reshape(-1).long()).view(rows, blocks * centroids.shape[1])  # (O, I)
+    return F.linear(x, weight, bias)

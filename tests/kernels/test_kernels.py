@@ -1,0 +1,159 @@
+"""The kernels, each form against the same formula, and where the modules use them."""
+
+import logging
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from toys import python
+
+from fairseq_quant_noise import kernels, quantize_
+from fairseq_quant_noise.kernels import cpu, reference
+from fairseq_quant_noise.layers.pq import PQWeight
+
+FORMS = pytest.mark.parametrize("form", [reference, cpu], ids=["reference", "cpu"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def test_the_compiled_form_is_there():
+    """fairseq is built here, so there is a compiler."""
+    assert cpu.library() is not None
+
+
+@FORMS
+@dtypes
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 256), st.integers(0, 2**20))
+@settings(max_examples=25, deadline=None)
+def test_the_nearest_centroid_is_the_nearest(form, dtype, n, d, k, seed):
+    points, centroids = random(n, d, seed=seed, dtype=dtype), random(k, d, seed=seed + 1, dtype=dtype)
+    found = form.nearest(points, centroids)
+    distances = torch.cdist(points.double(), centroids.double()).square()
+    chosen = distances.gather(1, found[:, None])[:, 0]
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(chosen, distances.min(1).values, rtol=tolerance, atol=tolerance)
+
+
+@FORMS
+@dtypes
+def test_of_equal_distances_the_first_counts(form, dtype):
+    centroids = torch.tensor([[3.0], [1.0], [1.0], [-1.0]], dtype=dtype).repeat(8, 1)
+    assert form.nearest(torch.tensor([[1.0], [0.0], [3.0], [-9.0]], dtype=dtype), centroids).tolist() == [1, 1, 0, 3]
+
+
+@FORMS
+def test_points_that_are_not_contiguous(form):
+    points = random(8, 500).t()
+    assert torch.equal(
+        form.nearest(points, random(64, 8, seed=1)), form.nearest(points.contiguous(), random(64, 8, seed=1))
+    )
+
+
+def test_the_number_of_threads_changes_nothing():
+    points, centroids = random(100_000, 8), random(256, 8, seed=1)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(cpu.nearest(points, centroids))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@FORMS
+@given(
+    st.integers(1, 4),
+    st.integers(1, 9),
+    st.sampled_from([1, 3, 64, 1030]),
+    st.sampled_from([1, 4, 8]),
+    st.sampled_from([1, 16, 200, 256]),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_a_product_with_codes_is_that_with_the_decoded_weight(form, n, blocks, rows, d, k, with_bias):
+    x, centroids = random(n, blocks * d), random(k, d, seed=1)
+    codes = torch.randint(k, (blocks, rows), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    bias = random(rows, seed=3) if with_bias else None
+    weight = centroids[codes.t().long()].reshape(rows, blocks * d)
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    found = form.linear(x, codes, centroids, bias)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max() + 1))
+    assert form.linear(x.view(1, n, -1), codes, centroids, bias).shape == (1, n, rows)
+
+
+def quantized(module):
+    torch.manual_seed(0)
+    return quantize_(nn.Sequential(module), {"stages": [{"match": "0", "block_size": 4, "n_centroids": 32}]}).eval()
+
+
+def test_a_quantized_linear_multiplies_by_codes_in_evaluation_only(monkeypatch):
+    model, seen = quantized(nn.Linear(32, 48)), []
+    monkeypatch.setattr(PQWeight, "linear", lambda self, x, bias: seen.append(x.shape) or kernels_linear(self, x, bias))
+    few, many = random(2, 32), random(40, 32)
+    with torch.no_grad():
+        decoded = F.linear(few, model[0].weight, model[0].bias)
+        torch.testing.assert_close(model(few), decoded, rtol=1e-5, atol=1e-6)
+        assert seen == [(2, 32)]
+        model(many)
+        model.train()(few)
+    model.eval()(few).sum().backward()
+    assert model[0]._modules["weight"].centroids.grad is not None
+    assert seen == [(2, 32)]
+
+
+kernels_linear = PQWeight.linear
+
+
+def test_the_codes_keep_their_meaning_when_they_are_laid_out_for_the_kernel():
+    model = quantized(nn.Linear(32, 48))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weight = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model(random(1, 32))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model[0].weight, weight)
+
+
+def test_a_quantized_embedding_decodes_the_rows_that_are_read(monkeypatch):
+    model = quantized(nn.Embedding(60, 16, padding_idx=1))
+    numbers = torch.tensor([[3, 1, 59], [0, 3, 3]])
+    expected = F.embedding(numbers, model[0].weight)
+    monkeypatch.setattr(PQWeight, "decode", lambda self: pytest.fail("the whole table was decoded"))
+    with torch.no_grad():
+        assert torch.equal(model(numbers), expected)
+        assert model(numbers[:0]).shape == (0, 3, 16)
+
+
+def test_without_a_compiler_the_reference_serves_and_says_why(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    with caplog.at_level(logging.INFO, "fairseq_quant_noise.kernels.cpu"):
+        assert cpu.library.__wrapped__() is None
+    assert "no compiled kernels, plain torch serves: " in caplog.text
+
+
+def test_the_environment_turns_the_compiled_form_off(tmp_path):
+    code = (
+        "import torch; from fairseq_quant_noise import kernels; from fairseq_quant_noise.kernels import cpu; "
+        "print(cpu.takes(torch.ones(1)), kernels.nearest(torch.ones(2, 1), torch.ones(3, 1)).tolist())"
+    )
+    for switch, expected in (("reference", "False [0, 0]"), ("", "True [0, 0]")):
+        run = python("-c", code, env={**os.environ, cpu.SWITCH: switch, "XDG_CACHE_HOME": str(tmp_path)})
+        assert run.stdout.strip() == expected, run.stderr
+    (folder,) = tmp_path.iterdir()
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_half_precision_and_other_devices_take_the_reference():
+    assert not kernels.takes_linear(torch.ones(1, 8).half(), torch.ones(4, 8).half())
+    assert not kernels.takes_linear(torch.ones(1, 8, device="meta"), torch.ones(4, 8, device="meta"))
+    assert not kernels.takes_linear(torch.ones(0, 8), torch.ones(4, 8))
