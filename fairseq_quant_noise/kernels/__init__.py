@@ -2,6 +2,7 @@
 (`cpu.py`), which is chosen at run time where the tensors are on a CPU and a C++ compiler is at hand.
 
     nearest(points, centroids)             the E-step of k-means
+    decode(codes, centroids)               a weight out of its codes
     linear(x, codes, centroids, bias)      a product with a weight in codes, without decoding it
 
 `FAIRSEQ_QUANT_NOISE_KERNELS=reference` in the environment turns the compiled form off.
@@ -26,6 +27,19 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """
     form = cpu if cpu.takes(points) else reference
     return form.nearest(points, centroids)
+
+
+def decode(codes: Tensor, centroids: Tensor) -> Tensor:
+    """A weight out of its codes, without a gradient.
+
+    Args:
+        codes: (O, I/d) uint8, of any strides.
+        centroids: (K, d).
+    Returns:
+        (O, I), of the centroids' dtype.
+    """
+    form = cpu if centroids.dtype == torch.float32 and cpu.takes(centroids) else reference
+    return form.decode(codes, centroids)
 
 
 def takes_linear(x: Tensor, centroids: Tensor) -> bool:

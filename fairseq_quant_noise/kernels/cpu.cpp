@@ -1,4 +1,4 @@
-// The two inner loops on a CPU: the nearest centroid of each block, and a product with a weight in codes.
+// The inner loops on a CPU: the nearest centroid of each block, a weight out of its codes, a product with it in codes.
 //
 // Compiled by cpu.py on the machine that runs it. Vectors are GCC's and Clang's own, so that one source serves every
 // instruction set. Shapes: n points, d numbers of a block, K centroids, padded to a multiple of 16.
@@ -83,24 +83,57 @@ void nearest_double(const double* points, int64_t n, int64_t d, const double* sl
   dispatch(points, n, d, slope, bias, k, out);
 }
 
-// out[r] += sum_j table[j][codes[j][r]] for rows [0, rows), where row j of `codes` begins `stride` after the one before.
-// table: (blocks, 256); one table is 1 KB, which stays in the nearest cache while it is used.
-void lookup_sum(const float* table, const uint8_t* codes, int64_t stride, int64_t blocks, int64_t rows, float* out) {
-  constexpr int64_t tile = 1024;
-  for (int64_t first = 0; first < rows; first += tile) {
-    const int64_t count = rows - first < tile ? rows - first : tile;
-    float* __restrict__ sums = out + first;
-    for (int64_t j = 0; j + 4 <= blocks; j += 4) {
-      const float* __restrict__ t = table + j * 256;
-      const uint8_t* __restrict__ c = codes + j * stride + first;
-      for (int64_t r = 0; r < count; ++r) {
-        sums[r] += (t[c[r]] + t[256 + c[stride + r]]) + (t[512 + c[2 * stride + r]] + t[768 + c[3 * stride + r]]);
+// out[r] += sum_j < x[j], centroids[codes[j][r]] > for the rows [0, rows) of a weight, by tables of 256 products, four
+// blocks j at a time, so that their tables stay in the nearest cache.
+//   x          (blocks, d)
+//   centroids  (d, 256): a column for each
+//   codes      row j begins `stride` after the one before
+void lookup(const float* x, int64_t blocks, int64_t d, const float* centroids, const uint8_t* codes, int64_t stride,
+            int64_t rows, float* __restrict__ out) {
+  alignas(32) float table[4][256];
+  for (int64_t first = 0; first < blocks; first += 4) {
+    const int64_t count = blocks - first < 4 ? blocks - first : 4;
+    for (int64_t b = 0; b < count; ++b) {
+      const float* point = x + (first + b) * d;
+      float* __restrict__ sums = table[b];
+      for (int k = 0; k < 256; ++k) sums[k] = point[0] * centroids[k];
+      for (int64_t j = 1; j < d; ++j) {
+        const float value = point[j];
+        const float* row = centroids + j * 256;
+        for (int k = 0; k < 256; ++k) sums[k] += value * row[k];
       }
     }
-    for (int64_t j = blocks - blocks % 4; j < blocks; ++j) {
-      const float* __restrict__ t = table + j * 256;
-      const uint8_t* __restrict__ c = codes + j * stride + first;
-      for (int64_t r = 0; r < count; ++r) sums[r] += t[c[r]];
+    const uint8_t* c = codes + first * stride;
+    if (count == 4) {
+      const uint8_t *c1 = c + stride, *c2 = c1 + stride, *c3 = c2 + stride;
+      for (int64_t r = 0; r < rows; ++r) {
+        out[r] += (table[0][c[r]] + table[1][c1[r]]) + (table[2][c2[r]] + table[3][c3[r]]);
+      }
+    } else {
+      for (int64_t b = 0; b < count; ++b, c += stride) {
+        for (int64_t r = 0; r < rows; ++r) out[r] += table[b][c[r]];
+      }
+    }
+  }
+}
+
+// out (rows, blocks * d) = the centroids (K, d) of the codes, whose strides are those of rows and of blocks.
+void decode(const uint8_t* codes, int64_t row_stride, int64_t block_stride, const float* centroids, int64_t d,
+            int64_t rows, int64_t blocks, float* out) {
+  constexpr int64_t tile = 32;
+  for (int64_t first = 0; first < rows; first += tile) {
+    const int64_t end = rows - first < tile ? rows : first + tile;
+    for (int64_t j = 0; j < blocks; ++j) {
+      for (int64_t r = first; r < end; ++r) {
+        const float* from = centroids + codes[r * row_stride + j * block_stride] * d;
+        float* to = out + (r * blocks + j) * d;
+        switch (d) {
+          case 4: std::memcpy(to, from, 4 * sizeof(float)); break;
+          case 8: std::memcpy(to, from, 8 * sizeof(float)); break;
+          case 16: std::memcpy(to, from, 16 * sizeof(float)); break;
+          default: std::memcpy(to, from, d * sizeof(float));
+        }
+      }
     }
   }
 }

@@ -26,7 +26,7 @@ SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
-_CHUNK = 1 << 14  # points, or rows of a weight, of one thread at a time
+_POINTS, _LOOKUPS, _NUMBERS = 1 << 14, 1 << 18, 1 << 20  # of one thread at a time: less is not worth a hand-over
 
 
 def takes(tensor: Tensor) -> bool:
@@ -82,14 +82,14 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
-def _in_threads(run: Any, size: int) -> None:
+def _in_threads(run: Any, size: int, chunk: int) -> None:
     """`run(start, end)` over [0, size), in chunks whose bounds do not depend on the number of threads."""
-    starts = range(0, size, _CHUNK)
+    starts = range(0, size, chunk)
     threads = min(torch.get_num_threads(), len(starts))
     if threads <= 1:
         run(0, size)
         return
-    list(_pool(threads, os.getpid()).map(lambda start: run(start, min(start + _CHUNK, size)), starts))
+    list(_pool(threads, os.getpid()).map(lambda start: run(start, min(start + chunk, size)), starts))
 
 
 _NEAREST = {torch.float32: "nearest_float", torch.float64: "nearest_double"}
@@ -114,7 +114,26 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
             _at(out, start * out.element_size()),
         )
 
-    _in_threads(run, len(points))
+    _in_threads(run, len(points), _POINTS)
+    return out
+
+
+def decode(codes: Tensor, centroids: Tensor) -> Tensor:
+    """See `kernels.decode`."""
+    rows, blocks = codes.shape
+    centroids = centroids.contiguous()
+    d = centroids.shape[1]
+    out = centroids.new_empty(rows, blocks * d)
+    kernel, (by_row, by_block) = library().decode, codes.stride()
+
+    def run(start: int, end: int) -> None:
+        kernel(
+            _at(codes, start * by_row),
+            *(ctypes.c_int64(by_row), ctypes.c_int64(by_block), _at(centroids), ctypes.c_int64(d)),
+            *(ctypes.c_int64(end - start), ctypes.c_int64(blocks), _at(out, start * blocks * d * 4)),
+        )
+
+    _in_threads(run, rows, max(32, _NUMBERS // (blocks * d)))
     return out
 
 
@@ -125,18 +144,22 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     """
     k, d = centroids.shape
     blocks, rows = codes.shape
-    flat = x.reshape(-1, d)  # (rows of x * I/d, d)
-    table = torch.zeros(len(flat), 256) if k < 256 else torch.empty(len(flat), 256)
-    torch.mm(flat, centroids.t(), out=table) if k == 256 else table[:, :k].copy_(flat @ centroids.t())
-    n = len(flat) // blocks
-    out = x.new_zeros(n, rows) if bias is None else bias.to(x.dtype).repeat(n, 1)
-    kernel = library().lookup_sum
-    for i in range(n):
-        kernel(
-            _at(table, i * blocks * 256 * 4),
-            *(_at(codes), ctypes.c_int64(rows), ctypes.c_int64(blocks), ctypes.c_int64(rows)),
-            _at(out, i * rows * 4),
-        )
+    columns = torch.zeros(d, 256) if k < 256 else torch.empty(d, 256)
+    columns[:, :k] = centroids.t()
+    x = x.contiguous()
+    n = x.numel() // (blocks * d)
+    out = x.new_zeros(n, rows) if bias is None else bias.repeat(n, 1)
+    kernel = library().lookup
+
+    def run(start: int, end: int) -> None:
+        for i in range(n):
+            kernel(
+                *(_at(x, i * blocks * d * 4), ctypes.c_int64(blocks), ctypes.c_int64(d), _at(columns)),
+                *(_at(codes, start), ctypes.c_int64(rows), ctypes.c_int64(end - start)),
+                _at(out, (i * rows + start) * 4),
+            )
+
+    _in_threads(run, rows, max(1024, _LOOKUPS // blocks))
     return out.view(*x.shape[:-1], rows)
 
 

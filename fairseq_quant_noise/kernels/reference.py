@@ -20,8 +20,11 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     return len(rank) - best.long()
 
 
+def decode(codes: Tensor, centroids: Tensor) -> Tensor:
+    """See `kernels.decode`."""
+    return centroids.index_select(0, codes.flatten().long()).view(codes.shape[0], -1)
+
+
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `kernels.linear`."""
-    blocks, rows = codes.shape
-    weight = centroids.index_select(0, codes.t().reshape(-1).long()).view(rows, blocks * centroids.shape[1])  # (O, I)
-    return F.linear(x, weight, bias)
+    return F.linear(x, decode(codes.t(), centroids), bias)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels import linear, takes_linear
+from ..kernels import decode, linear, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine
 from ..weights import Weight
 from .quantized import QuantizedWeight, dense_weight, swap_in
@@ -108,6 +108,8 @@ class PQWeight(QuantizedWeight):
 
         In training, 8-bit centroids are seen rounded too, with straight-through gradients.
         """
+        if not self.training and not torch.is_grad_enabled():
+            return decode(self.codes, self.stored_centroids()).view(self.shape)
         codes = self.codes.flatten().long()
         if self.training:
             seen = self.centroids.detach() if self.bits == 16 else self.stored_centroids()

@@ -90,6 +90,16 @@ def test_a_product_with_codes_is_that_with_the_decoded_weight(form, n, blocks, r
     assert form.linear(x.view(1, n, -1), codes, centroids, bias).shape == (1, n, rows)
 
 
+@FORMS
+@given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 17), st.integers(1, 256), st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_a_weight_comes_out_of_its_codes(form, rows, blocks, d, k, by_block):
+    centroids = random(k, d)
+    codes = torch.randint(k, (rows, blocks), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    laid_out = codes.t().contiguous().t() if by_block else codes
+    assert torch.equal(form.decode(laid_out, centroids), centroids[codes.long()].view(rows, blocks * d))
+
+
 def quantized(module):
     torch.manual_seed(0)
     return quantize_(nn.Sequential(module), {"stages": [{"match": "0", "block_size": 4, "n_centroids": 32}]}).eval()
