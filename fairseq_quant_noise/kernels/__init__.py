@@ -13,8 +13,6 @@ from torch import Tensor
 
 from . import cpu, reference
 
-MOST_ROWS = 4  # of x: with more, decoding the weight once costs less than a table for each
-
 
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     """For each point the nearest centroid: argmin_k || c_k ||^2 - 2 b.c_k, the first one where several are least.
@@ -44,8 +42,7 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 
 def takes_linear(x: Tensor, centroids: Tensor) -> bool:
     """Whether `linear` has a form for this input that is faster than decoding the weight."""
-    few = 0 < x.numel() <= MOST_ROWS * x.shape[-1]
-    return few and x.dtype == centroids.dtype == torch.float32 and len(centroids) <= 256 and cpu.takes(x)
+    return x.numel() > 0 and x.dtype == centroids.dtype == torch.float32 and len(centroids) <= 256 and cpu.takes(x)
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:

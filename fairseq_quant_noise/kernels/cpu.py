@@ -26,6 +26,8 @@ SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
+_MOST_BY_TABLES = 4  # rows of x: with more, a table for each costs more than decoding the weight once
+_PIECE = 1 << 19  # numbers of a weight that are decoded at a time: 2 MB
 _POINTS, _LOOKUPS, _NUMBERS = 1 << 14, 1 << 18, 1 << 20  # of one thread at a time: less is not worth a hand-over
 
 
@@ -120,10 +122,11 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
     """See `kernels.decode`."""
-    rows, blocks = codes.shape
-    centroids = centroids.contiguous()
-    d = centroids.shape[1]
-    out = centroids.new_empty(rows, blocks * d)
+    return _decode_into(centroids.new_empty(codes.shape[0], codes.shape[1] * centroids.shape[1]), codes, centroids)
+
+
+def _decode_into(out: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
+    (rows, blocks), d, centroids = codes.shape, centroids.shape[1], centroids.contiguous()
     kernel, (by_row, by_block) = library().decode, codes.stride()
 
     def run(start: int, end: int) -> None:
@@ -138,7 +141,27 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `kernels.linear`: for each row of x a table of its blocks' products with all centroids, then sums of entries.
+    """See `kernels.linear`: by tables for a few rows, else by decoding a piece of the weight at a time."""
+    return (_by_tables if x.numel() <= _MOST_BY_TABLES * x.shape[-1] else _by_pieces)(x, codes, centroids, bias)
+
+
+def _by_pieces(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None) -> Tensor:
+    """A piece fits the cache, and there is never a dense copy of the weight."""
+    rows, flat = codes.shape[1], x.reshape(-1, x.shape[-1])
+    piece = max(_PIECE // x.shape[-1], 64)
+    buffer, out = x.new_empty(min(piece, rows), x.shape[-1]), x.new_empty(len(flat), rows)
+    for start in range(0, rows, piece):
+        end = min(start + piece, rows)
+        weight = _decode_into(buffer[: end - start], codes[:, start:end].t(), centroids)
+        if bias is None:
+            torch.mm(flat, weight.t(), out=out[:, start:end])
+        else:
+            torch.addmm(bias[start:end], flat, weight.t(), out=out[:, start:end])
+    return out.view(*x.shape[:-1], rows)
+
+
+def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None) -> Tensor:
+    """For each row of x a table of its blocks' products with all centroids, then sums of entries.
 
     With few centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I.
     """

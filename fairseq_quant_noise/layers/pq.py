@@ -117,7 +117,7 @@ class PQWeight(QuantizedWeight):
         return self.stored_centroids().index_select(0, codes).view(self.shape)
 
     def multiplies(self, x: Tensor) -> bool:
-        """A few rows, in evaluation without gradients (`kernels.linear`)."""
+        """In evaluation without gradients (`kernels.linear`)."""
         return not torch.is_grad_enabled() and len(self.shape) == 2 and takes_linear(x, self.centroids)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:

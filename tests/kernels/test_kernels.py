@@ -71,7 +71,7 @@ def test_the_number_of_threads_changes_nothing():
 
 @FORMS
 @given(
-    st.integers(1, 4),
+    st.sampled_from([1, 2, 4, 5, 33]),
     st.integers(1, 9),
     st.sampled_from([1, 3, 64, 1030]),
     st.sampled_from([1, 4, 8]),
@@ -88,6 +88,15 @@ def test_a_product_with_codes_is_that_with_the_decoded_weight(form, n, blocks, r
     found = form.linear(x, codes, centroids, bias)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max() + 1))
     assert form.linear(x.view(1, n, -1), codes, centroids, bias).shape == (1, n, rows)
+
+
+@FORMS
+def test_a_large_weight_is_decoded_in_pieces(form, monkeypatch):
+    monkeypatch.setattr(cpu, "_PIECE", 1 << 10)
+    x, centroids = random(7, 64), random(256, 8, seed=1)
+    codes = torch.randint(256, (8, 1000), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    expected = F.linear(x, centroids[codes.t().long()].reshape(1000, 64), random(1000, seed=3))
+    torch.testing.assert_close(form.linear(x, codes, centroids, random(1000, seed=3)), expected, rtol=1e-5, atol=1e-4)
 
 
 @FORMS
@@ -112,12 +121,12 @@ def test_a_quantized_linear_multiplies_by_codes_in_evaluation_only(monkeypatch):
     with torch.no_grad():
         decoded = F.linear(few, model[0].weight, model[0].bias)
         torch.testing.assert_close(model(few), decoded, rtol=1e-5, atol=1e-6)
-        assert seen == [(2, 32)]
-        model(many)
+        torch.testing.assert_close(model(many), F.linear(many, model[0].weight, model[0].bias), rtol=1e-5, atol=1e-6)
+        assert seen == [(2, 32), (40, 32)]
         model.train()(few)
     model.eval()(few).sum().backward()
     assert model[0]._modules["weight"].centroids.grad is not None
-    assert seen == [(2, 32)]
+    assert seen == [(2, 32), (40, 32)]
 
 
 kernels_linear = PQWeight.linear
