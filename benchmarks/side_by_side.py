@@ -59,22 +59,26 @@ def synchronize() -> None:
 Seconds = Mapping[str, list[float]]
 
 
-def at_most(claim: str, seconds: Seconds, ours: str, peer: str, bound: float, extra: float = 0) -> Claim:
-    """The claim that ours takes at most `bound` times the peer's time; `extra` seconds a run are added to ours."""
+def at_most(
+    claim: str, seconds: Seconds, ours: str, peer: str, bound: float, extra: float = 0, unit: str = "s"
+) -> Claim:
+    """The claim that ours takes at most `bound` times what the peer takes; `extra` a run is added to ours."""
     mine, its = [s + extra for s in seconds[ours]], seconds[peer]
-    return _claim(claim, mine, its, peer, f"<= {bound}", [a / b for a, b in zip(mine, its, strict=True)])
+    return _claim(claim, mine, its, peer, f"<= {bound}", [a / b for a, b in zip(mine, its, strict=True)], unit)
 
 
 def at_least(claim: str, seconds: Seconds, ours: str, peer: str, bound: float) -> Claim:
     """The claim that ours is at least `bound` times faster than the peer."""
     mine, its = seconds[ours], seconds[peer]
-    return _claim(claim, mine, its, peer, f">= {bound}", [b / a for a, b in zip(mine, its, strict=True)])
+    return _claim(claim, mine, its, peer, f">= {bound}", [b / a for a, b in zip(mine, its, strict=True)], "s")
 
 
-def _claim(claim: str, ours: list[float], theirs: list[float], peer: str, target: str, ratios: list[float]) -> Claim:
+def _claim(
+    claim: str, ours: list[float], theirs: list[float], peer: str, target: str, ratios: list[float], unit: str
+) -> Claim:
     mine, its = statistics.median(ours), statistics.median(theirs)
     ratio = mine / its if target.startswith("<=") else its / mine
-    return Claim(claim, mine, its, peer, ratio, target, "s", (min(ratios), max(ratios)))
+    return Claim(claim, mine, its, peer, ratio, target, unit, (min(ratios), max(ratios)))
 
 
 def machine() -> str:

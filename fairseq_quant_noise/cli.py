@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's mistake, 3 a damaged file; a mistake is one lin
 import argparse
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from .errors import UserError
 from .structure.layer_map import START
 
 Verb = Callable[[argparse.Namespace], None]
+CLAIMS = ("noise", "finetune", "encode", "infer", "sizes")  # of `bench`: the programs in benchmarks/
 
 
 def user_dir(args: argparse.Namespace) -> None:
@@ -175,6 +177,14 @@ def to_dense(args: argparse.Namespace) -> None:
     print(f"{args.out}: a stock fairseq checkpoint")
 
 
+def bench(args: argparse.Namespace) -> None:
+    """A performance claim, measured here and now beside fairseq's own code; what follows goes to the benchmark."""
+    program = Path(__file__).parents[1] / "benchmarks" / f"{args.claim}.py"
+    if not program.exists():
+        raise UserError(f"bench {args.claim}: {program} is not there; run it in a checkout of the repository")
+    raise SystemExit(subprocess.run([sys.executable, str(program), *args.options]).returncode)
+
+
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -279,6 +289,14 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
     ),
     "inspect": (inspect, "fairseq-quant-noise inspect model.safetensors --json", [_FILE, _JSON]),
     "verify": (verify, "fairseq-quant-noise verify model.safetensors", [_FILE, _JSON]),
+    "bench": (
+        bench,
+        "fairseq-quant-noise bench noise --threads 2 --json",
+        [
+            _option("claim", choices=CLAIMS, help="what is measured"),
+            _option("options", nargs=argparse.REMAINDER, help="of the benchmark; --help lists them"),
+        ],
+    ),
     "to-dense": (
         to_dense,
         "fairseq-quant-noise to-dense model.safetensors --out stock.pt",

@@ -1,6 +1,8 @@
 """Weights of a model to codes and centroids, in place: all of a plan at once, or the weights of one stage."""
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -91,6 +93,9 @@ def quantize_targets(
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
     found: dict[int, tuple[Tensor, Tensor]] = {}
+    mine = [t for i, t in enumerate(targets) if t.rule.bits is not None or i % world == rank]
+    left, began = sum(math.prod(t.weight.shape) for t in mine), time.perf_counter()
+    all_numbers = left
     for i, target in enumerate(targets):
         weight, d, k = target.weight, target.block_size, target.n_centroids
         if d is None or k is None:
@@ -101,8 +106,11 @@ def quantize_targets(
             how, error = f"d {d} K {k}", encoded.relative_error
         else:
             continue
+        left -= math.prod(weight.shape)
+        seconds = (time.perf_counter() - began) * left / max(all_numbers - left, 1)
         progress(
             f"{where}[{i + 1}/{len(targets)}] {weight.name} {tuple(weight.shape)} {how} relative error {error:.4f}"
+            + (f", {seconds:.0f} s left" if left else "")
         )
     if world > 1:
         found = _share(found, world, rank)
