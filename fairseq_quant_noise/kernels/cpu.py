@@ -32,8 +32,9 @@ _POINTS, _LOOKUPS, _NUMBERS = 1 << 14, 1 << 18, 1 << 20  # of one thread at a ti
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the compiled form is there for this tensor."""
-    return tensor.device.type == "cpu" and tensor.dtype in _NEAREST and library() is not None
+    """Whether the compiled form is there for this tensor; never where torch compiles, which sees into torch alone."""
+    fits = tensor.device.type == "cpu" and tensor.dtype in _NEAREST and not torch.compiler.is_compiling()
+    return fits and library() is not None
 
 
 @functools.cache
@@ -43,9 +44,9 @@ def library() -> Any:
         return None
     try:
         return ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.info(f"no compiled kernels, plain torch serves: {str(reason).strip().splitlines()[-1]}")
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
+        reason = str(getattr(error, "stderr", None) or error).strip()
+        logger.info(f"no compiled kernels, plain torch serves: {reason.splitlines()[-1] if reason else type(error)}")
         return None
 
 

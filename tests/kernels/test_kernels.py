@@ -114,6 +114,7 @@ def quantized(module):
     return quantize_(nn.Sequential(module), {"stages": [{"match": "0", "block_size": 4, "n_centroids": 32}]}).eval()
 
 
+@pytest.mark.upstream(11)
 def test_a_quantized_linear_multiplies_by_codes_in_evaluation_only(monkeypatch):
     model, seen = quantized(nn.Linear(32, 48)), []
     monkeypatch.setattr(PQWeight, "linear", lambda self, x, bias: seen.append(x.shape) or kernels_linear(self, x, bias))
@@ -150,6 +151,12 @@ def test_a_quantized_embedding_decodes_the_rows_that_are_read(monkeypatch):
     with torch.no_grad():
         assert torch.equal(model(numbers), expected)
         assert model(numbers[:0]).shape == (0, 3, 16)
+
+
+def test_a_compiled_model_gives_the_same(monkeypatch):
+    model, x = quantized(nn.Linear(32, 48)), random(2, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
 def test_without_a_compiler_the_reference_serves_and_says_why(monkeypatch, caplog):

@@ -1,0 +1,41 @@
+"""The verb `bench`: the programs in benchmarks/, with what programs read of them."""
+
+import json
+
+import pytest
+from lm_fixture import one_error
+from toys import python
+
+from fairseq_quant_noise import cli
+
+SMALL = {
+    "noise": "--layers 1 --dim 64 --words 200 --tokens 128",
+    "finetune": "--layers 1 --dim 64 --words 200 --tokens 128",
+    "encode": "--rows 64 --columns 64",
+    "infer": "--batches 2",
+}
+
+
+@pytest.mark.parametrize("claim", SMALL)
+def test_a_benchmark_prints_its_claims(claim):
+    arguments = ["bench", claim, *SMALL[claim].split(), "--repeats", "1", "--threads", "1", "--json"]
+    done = python("-m", "fairseq_quant_noise", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    claims = json.loads(done.stdout.splitlines()[-1])
+    assert len(claims) >= 2
+    for found in claims:
+        assert {"claim", "ours", "peer", "peer_name", "ratio", "target", "unit", "holds", "machine"} <= set(found)
+        sign, bound = found["target"].split()
+        assert found["holds"] == (found["ratio"] <= float(bound) if sign == "<=" else found["ratio"] >= float(bound))
+        assert found["ratio"] in (
+            pytest.approx(found["ours"] / found["peer"]),
+            pytest.approx(found["peer"] / found["ours"]),
+        )
+
+
+def test_without_a_checkout_it_says_where_to_run_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fairseq_quant_noise" / "cli.py"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "noise"])
+    assert caught.value.code == 2
+    assert "run it in a checkout of the repository" in one_error(capsys.readouterr())
