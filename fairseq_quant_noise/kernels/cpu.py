@@ -28,7 +28,7 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
 _MOST_BY_TABLES = 4  # rows of x: with more, a table for each costs more than decoding the weight once
 _PIECE = 1 << 19  # numbers of a weight that are decoded at a time: 2 MB
-_POINTS, _LOOKUPS, _NUMBERS = 1 << 14, 1 << 18, 1 << 20  # of one thread at a time: less is not worth a hand-over
+_POINTS, _LOOKUPS, _NUMBERS = 1 << 14, 1 << 21, 1 << 20  # of one thread at a time: less is not worth a hand-over
 
 
 def takes(tensor: Tensor) -> bool:
@@ -166,11 +166,8 @@ def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None)
 
     With few centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I.
     """
-    k, d = centroids.shape
-    blocks, rows = codes.shape
-    columns = torch.zeros(d, 256) if k < 256 else torch.empty(d, 256)
-    columns[:, :k] = centroids.t()
-    x = x.contiguous()
+    d, (blocks, rows) = centroids.shape[1], codes.shape
+    x, columns = x.contiguous(), _columns(centroids)
     n = x.numel() // (blocks * d)
     out = x.new_zeros(n, rows) if bias is None else bias.repeat(n, 1)
     kernel = library().lookup
@@ -185,6 +182,18 @@ def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None)
 
     _in_threads(run, rows, max(1024, _LOOKUPS // blocks))
     return out.view(*x.shape[:-1], rows)
+
+
+def _columns(centroids: Tensor) -> Tensor:
+    """(d, 256): a column for each centroid. Kept on the tensor while its numbers stay what they are."""
+    version = None if centroids.is_inference() else centroids._version
+    kept: tuple[int | None, Tensor] | None = getattr(centroids, "_columns", None)
+    if kept is not None and version is not None and kept[0] == version:
+        return kept[1]
+    columns = torch.zeros(centroids.shape[1], 256)
+    columns[:, : len(centroids)] = centroids.t()
+    centroids._columns = version, columns  # type: ignore[attr-defined]
+    return columns
 
 
 def _at(tensor: Tensor, offset: int = 0) -> ctypes.c_void_p:

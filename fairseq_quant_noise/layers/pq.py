@@ -71,6 +71,7 @@ class PQWeight(QuantizedWeight):
         if centroid_bits != 16:  # so that checkpoints with fp16 centroids hold codes and centroids alone
             self.register_buffer(CENTROID_BITS, torch.tensor(centroid_bits, dtype=torch.uint8))
         self.bits = centroid_bits
+        self._stored: tuple[object, Tensor] | None = None  # the rounded centroids, and of which
         self.shape = torch.Size(shape)
 
     codes: Tensor
@@ -99,6 +100,14 @@ class PQWeight(QuantizedWeight):
 
     def stored_centroids(self) -> Tensor:
         """The centroids as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""
+        if torch.is_grad_enabled():
+            return self._rounded()
+        now = self.centroids.data_ptr(), self.centroids._version, self.centroids.dtype
+        if self._stored is None or self._stored[0] != now:  # a generation asks for them at every token
+            self._stored = now, self._rounded()
+        return self._stored[1]
+
+    def _rounded(self) -> Tensor:
         if self.bits == 16:
             return self.centroids.half().to(self.centroids.dtype)
         return fake_quantize(self.centroids, self.affine())

@@ -153,6 +153,24 @@ def test_a_quantized_embedding_decodes_the_rows_that_are_read(monkeypatch):
         assert model(numbers[:0]).shape == (0, 3, 16)
 
 
+def test_centroids_that_change_are_seen():
+    model, x = quantized(nn.Linear(32, 48)), random(1, 32)
+    weight = model[0]._modules["weight"]
+    with torch.no_grad():
+        before = model(x)
+        weight.centroids.mul_(2)
+        torch.testing.assert_close(model(x) - model[0].bias, 2 * (before - model[0].bias), rtol=1e-3, atol=1e-4)
+        weight.centroids.data = weight.centroids.data / 2
+        torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+    centroids = random(16, 4)
+    codes = torch.zeros(2, 5, dtype=torch.uint8)
+    first = kernels.linear(random(1, 8), codes, centroids)
+    centroids.add_(1)
+    assert not torch.equal(kernels.linear(random(1, 8), codes, centroids), first)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-4)
+
+
 def test_a_compiled_model_gives_the_same(monkeypatch):
     model, x = quantized(nn.Linear(32, 48)), random(2, 32)
     with torch.no_grad():
