@@ -21,6 +21,7 @@ from .noise import attach_rules, detach_noise, noise_of
 from .plan import Plan
 from .quantize import quantize_
 from .structure.modules import fit_stacks, keep_layers_, share_layers_, tie_layers_
+from .weights import load_without_copy
 
 __all__ = ["attach_noise", "detach_noise", "keep_layers_", "load", "noise_of", "quantize_", "save", "share_layers_"]
 
@@ -78,11 +79,13 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     tie_layers_(model, packed.manifest.layers)
     adopt_quantized(model, state)
     try:
-        model.load_state_dict(state, assign=into is None)
+        if into is None:
+            load_without_copy(model, state)
+        else:
+            model.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: does not fit this network ({reason}); give the network it was saved from") from None
-    tie_layers_(model, packed.manifest.layers)  # loading gave each layer in use a Parameter of its own
     return model.eval()
 
 

@@ -20,6 +20,7 @@ from .layers.pq import CODES
 from .networks import build
 from .networks.roberta import modern_names
 from .safe_load import safe_load
+from .weights import load_without_copy
 
 PREFIX = "quant_noise_"  # of this package's names for fairseq's models
 MODELS = ("transformer_lm", "roberta")  # fairseq's names of the models that this package knows
@@ -82,11 +83,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def as_trained(path: str | Path, state: dict[str, Any]) -> Trained:
     """`load_trained` of a checkpoint that has been read; `path` is for messages."""
     config = packed_config(path, state)
-    model = build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
+    with torch.device("meta"):
+        model = build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
     weights: dict[str, Tensor] = state["model"]
     adopt_quantized(model, weights)
     try:
-        model.load_state_dict(weights)
+        load_without_copy(model, weights)
     except RuntimeError as error:
         raise UserError(f"checkpoint {path}: does not fit its own configuration ({_first_line(error)})") from None
     return Trained(state, model.eval(), config)

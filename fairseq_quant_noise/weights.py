@@ -5,6 +5,7 @@ modules hold (tied embeddings, a tied adaptive softmax) belongs to the first Lin
 it; every other holder is an alias. Aliases may be of any type: what they do with the shared weight is theirs.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -69,6 +70,27 @@ def stored_weight(module: nn.Module) -> Tensor | nn.Module:
 def _holds_weight(module: nn.Module) -> bool:
     parameter = module._parameters.get("weight")
     return (parameter is not None and parameter.dim() >= 2) or module._modules.get("weight") is not None
+
+
+def load_without_copy(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`model.load_state_dict(state, assign=True)`, strictly, which keeps the model's ties; floats become float32.
+
+    Args:
+        model: built on the meta device, so that its weights are in memory once, as those of `state`.
+        state: of all its tensors.
+    Raises:
+        RuntimeError: as torch's; the state does not fit.
+    """
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, key))
+    plain = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    model.load_state_dict(plain, assign=True)
+    for (first, key), *others in holders.values():
+        for module, other_key in others:
+            module._parameters[other_key] = first._parameters[key]
 
 
 def find_weights(model: nn.Module) -> list[Weight]:

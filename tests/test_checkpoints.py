@@ -39,7 +39,7 @@ def test_restore_file_goes_on_from_a_stock_checkpoint(lab, runs, kind):
     stock = runs.stock(kind)
     run = lab.train("--restore-file", stock.path, *NOISE, kind=kind, updates=8)
     assert [log["num_updates"] for log in run.updates] == [7, 8]
-    assert float(run.updates[0]["loss"]) < float(stock.updates[0]["loss"]) - 1
+    assert float(run.updates[0]["loss"]) < float(stock.updates[0]["loss"]) - 0.5, "of a network that starts anew"
 
 
 @both_kinds
@@ -47,7 +47,7 @@ def test_finetune_from_model_starts_from_a_stock_checkpoint(lab, runs, kind):
     stock = runs.stock(kind)
     run = lab.train("--finetune-from-model", stock.path, *NOISE, kind=kind, updates=2)
     assert [log["num_updates"] for log in run.updates] == [1, 2]
-    assert float(run.updates[0]["loss"]) < float(stock.updates[0]["loss"]) - 1
+    assert float(run.updates[0]["loss"]) < float(stock.updates[0]["loss"]) - 0.5, "of a network that starts anew"
 
 
 @pytest.mark.upstream(3)
