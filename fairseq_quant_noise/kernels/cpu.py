@@ -127,7 +127,7 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _decode_into(out: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    (rows, blocks), d, centroids = codes.shape, centroids.shape[1], centroids.contiguous()
+    (rows, blocks), d, centroids = codes.shape, centroids.shape[1], _all_codes(centroids)[0]
     kernel, (by_row, by_block) = library().decode, codes.stride()
 
     def run(start: int, end: int) -> None:
@@ -167,7 +167,7 @@ def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None)
     With few centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I.
     """
     d, (blocks, rows) = centroids.shape[1], codes.shape
-    x, columns = x.contiguous(), _columns(centroids)
+    x, columns = x.contiguous(), _all_codes(centroids)[1]
     n = x.numel() // (blocks * d)
     out = x.new_zeros(n, rows) if bias is None else bias.repeat(n, 1)
     kernel = library().lookup
@@ -184,16 +184,19 @@ def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None)
     return out.view(*x.shape[:-1], rows)
 
 
-def _columns(centroids: Tensor) -> Tensor:
-    """(d, 256): a column for each centroid. Kept on the tensor while its numbers stay what they are."""
+def _all_codes(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """(256, d) and (d, 256): a centroid for every code that a byte can be, zeros beyond K.
+
+    So no code reads past the end. Kept on the tensor while its numbers stay what they are.
+    """
     version = None if centroids.is_inference() else centroids._version
-    kept: tuple[int | None, Tensor] | None = getattr(centroids, "_columns", None)
-    if kept is not None and version is not None and kept[0] == version:
-        return kept[1]
-    columns = torch.zeros(centroids.shape[1], 256)
-    columns[:, : len(centroids)] = centroids.t()
-    centroids._columns = version, columns  # type: ignore[attr-defined]
-    return columns
+    kept: tuple[int | None, Tensor, Tensor] | None = getattr(centroids, "_all_codes", None)
+    if kept is None or version is None or kept[0] != version:
+        rows = torch.zeros(256, centroids.shape[1], dtype=centroids.dtype)
+        rows[: len(centroids)] = centroids
+        kept = version, rows, rows.t().contiguous()
+        centroids._all_codes = kept  # type: ignore[attr-defined]
+    return kept[1], kept[2]
 
 
 def _at(tensor: Tensor, offset: int = 0) -> ctypes.c_void_p:

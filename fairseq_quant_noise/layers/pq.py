@@ -166,6 +166,14 @@ class PQWeight(QuantizedWeight):
         """The centroids'."""
         return self.centroids.dtype
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+        codes, centroids = state_dict.get(prefix + CODES), state_dict.get(prefix + CENTROIDS)
+        known = codes is not None and centroids is not None and codes.numel() and codes.device.type != "meta"
+        if known and len(centroids) < 256 and int(codes.max()) >= len(centroids):
+            errors: list[str] = lists[2]
+            errors.append(f"{prefix}{CODES}: a code beyond its {len(centroids)} centroids")
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+
     def extra_repr(self) -> str:
         """Shape, block size and codebook size, for printing."""
         return f"shape={tuple(self.shape)}, block_size={self.block_size}, n_centroids={self.n_centroids}"

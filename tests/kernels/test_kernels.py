@@ -109,6 +109,19 @@ def test_a_weight_comes_out_of_its_codes(form, rows, blocks, d, k, by_block):
     assert torch.equal(form.decode(laid_out, centroids), centroids[codes.long()].view(rows, blocks * d))
 
 
+def test_a_code_beyond_the_centroids_reads_zeros_and_no_memory():
+    codes = torch.full((3, 2), 255, dtype=torch.uint8)
+    assert not cpu.decode(codes, random(4, 8)).any()
+    assert not cpu.linear(random(1, 16), codes.t().contiguous(), random(4, 8)).any()
+
+
+def test_a_state_with_codes_beyond_its_centroids_is_refused():
+    model = quantized(nn.Linear(32, 48))
+    state = {**model.state_dict(), "0.weight.codes": torch.full((48, 8), 32, dtype=torch.uint8)}
+    with pytest.raises(RuntimeError, match="0.weight.codes: a code beyond its 32 centroids"):
+        model.load_state_dict(state)
+
+
 def quantized(module):
     torch.manual_seed(0)
     return quantize_(nn.Sequential(module), {"stages": [{"match": "0", "block_size": 4, "n_centroids": 32}]}).eval()
