@@ -12,7 +12,7 @@ SMALL = {
     "noise": "--layers 1 --dim 64 --words 200 --tokens 128",
     "finetune": "--layers 1 --dim 64 --words 200 --tokens 128",
     "encode": "--rows 64 --columns 64",
-    "infer": "--batches 2",
+    "infer": "--batches 64",
 }
 
 

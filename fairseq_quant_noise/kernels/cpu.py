@@ -187,16 +187,15 @@ def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None)
 def _all_codes(centroids: Tensor) -> tuple[Tensor, Tensor]:
     """(256, d) and (d, 256): a centroid for every code that a byte can be, zeros beyond K.
 
-    So no code reads past the end. Kept on the tensor while its numbers stay what they are.
+    So no code reads past the end. Kept on the tensor while its numbers are what they were.
     """
-    version = None if centroids.is_inference() else centroids._version
-    kept: tuple[int | None, Tensor, Tensor] | None = getattr(centroids, "_all_codes", None)
-    if kept is None or version is None or kept[0] != version:
+    kept: tuple[Tensor, Tensor] | None = getattr(centroids, "_all_codes", None)
+    if kept is None or not torch.equal(kept[0][: len(centroids)], centroids):
         rows = torch.zeros(256, centroids.shape[1], dtype=centroids.dtype)
         rows[: len(centroids)] = centroids
-        kept = version, rows, rows.t().contiguous()
+        kept = rows, rows.t().contiguous()
         centroids._all_codes = kept  # type: ignore[attr-defined]
-    return kept[1], kept[2]
+    return kept
 
 
 def _at(tensor: Tensor, offset: int = 0) -> ctypes.c_void_p:

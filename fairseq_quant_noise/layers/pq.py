@@ -71,7 +71,7 @@ class PQWeight(QuantizedWeight):
         if centroid_bits != 16:  # so that checkpoints with fp16 centroids hold codes and centroids alone
             self.register_buffer(CENTROID_BITS, torch.tensor(centroid_bits, dtype=torch.uint8))
         self.bits = centroid_bits
-        self._stored: tuple[object, Tensor] | None = None  # the rounded centroids, and of which
+        self._stored: tuple[Tensor, Tensor] | None = None  # the centroids of before, and rounded
         self.shape = torch.Size(shape)
 
     codes: Tensor
@@ -102,10 +102,11 @@ class PQWeight(QuantizedWeight):
         """The centroids as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""
         if torch.is_grad_enabled():
             return self._rounded()
-        now = self.centroids.data_ptr(), self.centroids._version, self.centroids.dtype
-        if self._stored is None or self._stored[0] != now:  # a generation asks for them at every token
-            self._stored = now, self._rounded()
-        return self._stored[1]
+        # A generation asks for them at every token. By value: optimizers write to `.data`, which no version counts.
+        kept = self._stored
+        if kept is None or kept[0].device != self.device or not _same(kept[0], self.centroids):
+            self._stored = kept = self.centroids.detach().clone(), self._rounded()
+        return kept[1]
 
     def _rounded(self) -> Tensor:
         if self.bits == 16:
@@ -177,6 +178,10 @@ class PQWeight(QuantizedWeight):
     def extra_repr(self) -> str:
         """Shape, block size and codebook size, for printing."""
         return f"shape={tuple(self.shape)}, block_size={self.block_size}, n_centroids={self.n_centroids}"
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and not one.is_cuda and torch.equal(one, other)  # a GPU would have to wait for it
 
 
 def quantize_weight_(weight: Weight, codes: Tensor, centroids: Tensor, centroid_bits: int = 16) -> PQWeight:
