@@ -1,4 +1,4 @@
-"""Claim: k-means encodes a weight hundreds of times faster than fairseq's EM, as fast as faiss, at no higher error.
+"""Claim: k-means encodes a weight hundreds of times faster than fairseq's EM, and as faiss, at no higher error.
 
     python benchmarks/encode.py                            # 768 x 768, d 4: fairseq's EM takes minutes
     python benchmarks/encode.py --rows 256 --columns 256   # a minute

@@ -6,6 +6,7 @@ One step is forward, cross entropy, backward and Adam. The same network without 
 fairseq's own `--quant-noise-pq` is run in turn. fairseq's noise leaves out attention and embedding, ours hits all.
 """
 
+import argparse
 import time
 
 import torch
@@ -34,7 +35,7 @@ def rule_blocks(model: nn.Module, name: str, d: int) -> torch.Tensor:
     return model.get_submodule(name)._parameters["weight"].detach().reshape(-1, d)  # type: ignore[union-attr]
 
 
-def measure(args: "Arguments") -> list[Claim]:
+def measure(args: argparse.Namespace) -> list[Claim]:
     """The claims."""
     sizes = {"layers": args.layers, "dim": args.dim, "words": args.words}
     kinds = {"proxy": "proxy", "int8": "int8", "pq": "exact pq"}
@@ -53,18 +54,6 @@ def measure(args: "Arguments") -> list[Claim]:
         at_most("proxy noise against fairseq's own", seconds, "proxy noise", FAIRSEQ, 1.0),
         at_most("fairseq's own, for comparison", seconds, FAIRSEQ, PLAIN, 1.05),
     ]
-
-
-class Arguments:
-    """The command line."""
-
-    layers: int
-    dim: int
-    words: int
-    tokens: int
-    p: float
-    steps_per_epoch: int
-    repeats: int
 
 
 def main() -> None:

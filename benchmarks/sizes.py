@@ -3,8 +3,8 @@
     python benchmarks/sizes.py OUT_DIR [--only wikitext103] [--json]
 
 A row a file: the paper's figure, the size by `plan` (the paper's accounting) and on disk, and the seconds of
-`fairseq-quant-noise quantize`, from checkpoint to file. Random weights, for sizes do not depend on them. Needs 4 GB of
-memory and 1 GB of disk for the largest checkpoint; ten minutes on two cores.
+`fairseq-quant-noise quantize`, from checkpoint to file. Random weights, for sizes do not depend on them. Needs 3 GB of
+memory and 2 GB of disk; two and a half minutes on two cores for the four language models.
 """
 
 import argparse

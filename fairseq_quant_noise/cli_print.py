@@ -59,10 +59,9 @@ def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) ->
 def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
     """The keys of `inspect --json`. `ratio` is dense bytes over bytes on disk."""
     manifest = packed.manifest
-    inside = {part for name in manifest.tensors for part in packed.parts(name)}
     rest = rest_bits(entry.scheme for entry in manifest.tensors.values())
     rows = [_row(packed, name, None) for name in manifest.tensors]
-    rows += [_row(packed, name, None, rest) for name in packed.tensors if name not in inside]
+    rows += [_row(packed, name, None, rest) for name in packed.dense_names]
     rows += [_row(packed, copy, owner) for copy, owner in packed.ties.items()]
     file_bytes = Path(path).stat().st_size
     dense_bytes = sum(4 * math.prod(r["shape"]) for r in rows if r["tied_to"] is None)

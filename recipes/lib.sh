@@ -235,3 +235,33 @@ quietly() {
   mkdir -p "$(dirname "$log")"
   "$@" >>"$log" 2>&1 || { { say "$log ends with:" && tail -n 8 "$log"; } >&2 && return 1; }
 }
+
+# table_arguments RECIPE ARG...: reads the arguments of table2.sh and table3.sh into OUT, WIKITEXT, GLUE and BPE.
+table_arguments() {
+  local recipe="$1" help
+  help="bash recipes/$(basename "$1") --help"
+  shift
+  OUT="" WIKITEXT="" GLUE="" BPE=()
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$recipe" && exit 0 ;;
+      --wikitext | --glue | --bpe)
+        [ $# -ge 2 ] || die "$1 needs a value; see: $help"
+        case "$1" in --wikitext) WIKITEXT="$2" ;; --glue) GLUE="$2" ;; *) BPE=(--bpe "$2") ;; esac
+        shift 2
+        ;;
+      -*) die "unknown option $1; see: $help" ;;
+      *)
+        [ -z "$OUT" ] || die "two output folders given, $OUT and $1; give one"
+        OUT="${1%/}"
+        shift
+        ;;
+    esac
+  done
+}
+
+# mnli_data: the text that RoBERTa is pre-trained on and the pairs of MNLI, in OUT/text-bin and OUT/mnli-bin.
+mnli_data() {
+  bash "$REPO/recipes/roberta/prepare.sh" "$OUT/text-bin" --local "$WIKITEXT" --words "${WORDS:-16000}" ${BPE[@]+"${BPE[@]}"}
+  bash "$REPO/recipes/mnli/prepare.sh" "$OUT/mnli-bin" --local "$GLUE" --dict "$OUT/text-bin/dict.txt" ${BPE[@]+"${BPE[@]}"}
+}

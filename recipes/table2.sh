@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Table 2 of the Quant-Noise paper, reduced: what sharing (pairs of layers), pruning (every other pair), iPQ and noise
 # each add. Seven rows for a language model on WikiText-2 and, with --glue, for quant_noise_roberta_small on MNLI.
-# About an hour and a half of one core for the language model, four for MNLI; less where runs of table3.sh are there.
+# By the times of its parts two to three hours of one core for the language model and as much again for MNLI; less where
+# runs of table3.sh are there.
 #
 #     bash recipes/table2.sh OUT_DIR --wikitext DIR [--glue DIR [--bpe DIR]]
 #
@@ -13,23 +14,7 @@
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
-OUT="" WIKITEXT="" GLUE="" BPE=()
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    --wikitext | --glue | --bpe)
-      [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/table2.sh --help"
-      case "$1" in --wikitext) WIKITEXT="$2" ;; --glue) GLUE="$2" ;; *) BPE=(--bpe "$2") ;; esac
-      shift 2
-      ;;
-    -*) die "unknown option $1; see: bash recipes/table2.sh --help" ;;
-    *)
-      [ -z "$OUT" ] || die "two output folders given, $OUT and $1; give one"
-      OUT="${1%/}"
-      shift
-      ;;
-  esac
-done
+table_arguments "$0" "$@"
 [ -n "$OUT" ] && [ -n "$WIKITEXT" ] || die "give OUT_DIR --wikitext DIR; see: bash recipes/table2.sh --help"
 export SIZE=cpu LAYERDROP="${LAYERDROP:-0.2}" SEED="${SEED:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ONLY="${ONLY:-lm${GLUE:+ mnli}}"
@@ -71,8 +56,7 @@ if [[ " $ONLY " == *" lm "* ]]; then
 fi
 if [[ " $ONLY " == *" mnli "* ]]; then
   [ -n "$GLUE" ] || die "give --glue DIR, the folder of MNLI"
-  bash "$REPO/recipes/roberta/prepare.sh" "$OUT/text-bin" --local "$WIKITEXT" --words "${WORDS:-16000}" ${BPE[@]+"${BPE[@]}"}
-  bash "$REPO/recipes/mnli/prepare.sh" "$OUT/mnli-bin" --local "$GLUE" --dict "$OUT/text-bin/dict.txt" ${BPE[@]+"${BPE[@]}"}
+  mnli_data
   side_by_side "$JOBS" "none: mnli none 0 1 1" "noise: mnli noise 0.1 1 1" \
     "shared: mnli shared 0 2 0 && mnli shared-pruned 0 2 0 shared" \
     "noise-shared: mnli noise-shared 0.1 2 1 && mnli noise-shared-pruned 0.1 2 1 noise-shared"

@@ -12,30 +12,13 @@
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
-OUT="" WIKITEXT="" GLUE="" BPE=()
-while [ $# -gt 0 ]; do
-  case "$1" in
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    --wikitext | --glue | --bpe)
-      [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/table3.sh --help"
-      case "$1" in --wikitext) WIKITEXT="$2" ;; --glue) GLUE="$2" ;; *) BPE=(--bpe "$2") ;; esac
-      shift 2
-      ;;
-    -*) die "unknown option $1; see: bash recipes/table3.sh --help" ;;
-    *)
-      [ -z "$OUT" ] || die "two output folders given, $OUT and $1; give one"
-      OUT="${1%/}"
-      shift
-      ;;
-  esac
-done
+table_arguments "$0" "$@"
 [ -n "$OUT" ] && [ -n "$WIKITEXT" ] && [ -n "$GLUE" ] || die "give OUT_DIR --wikitext DIR --glue DIR; see --help"
 export SIZE=cpu LAYERDROP="${LAYERDROP:-0.2}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p "$OUT"
 lock "$OUT"
 
-bash "$REPO/recipes/roberta/prepare.sh" "$OUT/text-bin" --local "$WIKITEXT" --words "${WORDS:-16000}" ${BPE[@]+"${BPE[@]}"}
-bash "$REPO/recipes/mnli/prepare.sh" "$OUT/mnli-bin" --local "$GLUE" --dict "$OUT/text-bin/dict.txt" ${BPE[@]+"${BPE[@]}"}
+mnli_data
 
 # pretrain NAME NOISE, and mnli NAME PRETRAINED NOISE TEACHER
 pretrain() {

@@ -32,8 +32,7 @@ class Packed:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state that the quantized model loads: a byte a code, centroids in fp32, tied copies filled in."""
-        inside = {part for name in self.manifest.tensors for part in self.parts(name)}
-        state = {name: tensor for name, tensor in self.tensors.items() if name not in inside}
+        state = {name: self.tensors[name] for name in self.dense_names}
         for name, entry in self.manifest.tensors.items():
             state |= {f"{name}.{part}": tensor for part, tensor in self._quantized_state(name, entry)}
         for copy, owner in self.ties.items():
@@ -50,9 +49,14 @@ class Packed:
     @cached_property
     def ties(self) -> dict[str, str]:
         """Tied copy -> the tensor in store, those of shared layers included."""
-        inside = {part for name in self.manifest.tensors for part in self.parts(name)}
-        stored = [*self.manifest.tensors, *(name for name in self.tensors if name not in inside)]
+        stored = [*self.manifest.tensors, *self.dense_names]
         return {**self.manifest.ties, **layer_ties(self.manifest.layers, stored)}
+
+    @cached_property
+    def dense_names(self) -> list[str]:
+        """The tensors that are stored as they are."""
+        inside = {part for name in self.manifest.tensors for part in self.parts(name)}
+        return [name for name in self.tensors if name not in inside]
 
     def parts(self, name: str) -> list[str]:
         """The entries in the file of the tensor `name`."""

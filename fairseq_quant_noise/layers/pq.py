@@ -100,11 +100,11 @@ class PQWeight(QuantizedWeight):
 
     def stored_centroids(self) -> Tensor:
         """The centroids as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.centroids.device.type != "cpu":  # a GPU would have to wait for a comparison
             return self._rounded()
         # A generation asks for them at every token. By value: optimizers write to `.data`, which no version counts.
         kept = self._stored
-        if kept is None or kept[0].device != self.device or not _same(kept[0], self.centroids):
+        if kept is None or kept[0].dtype != self.dtype or not torch.equal(kept[0], self.centroids):
             self._stored = kept = self.centroids.detach().clone(), self._rounded()
         return kept[1]
 
@@ -178,10 +178,6 @@ class PQWeight(QuantizedWeight):
     def extra_repr(self) -> str:
         """Shape, block size and codebook size, for printing."""
         return f"shape={tuple(self.shape)}, block_size={self.block_size}, n_centroids={self.n_centroids}"
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and not one.is_cuda and torch.equal(one, other)  # a GPU would have to wait for it
 
 
 def quantize_weight_(weight: Weight, codes: Tensor, centroids: Tensor, centroid_bits: int = 16) -> PQWeight:

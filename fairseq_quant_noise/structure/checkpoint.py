@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import UserError
 from ..stock import no_training
 from ..trained import PREFIX, STAGES, Trained, as_trained, read_checkpoint, stock_name
@@ -106,10 +104,9 @@ def _options(state: Mapping[str, Any]) -> Iterator[MutableMapping[str, Any]]:
 
 
 def _begun_anew(state: dict[str, Any]) -> dict[str, Any]:
-    weights: dict[str, Tensor] = state["model"]
     fresh = no_training()
     stages = (state.get("extra_state") or {}).get(STAGES)
     if stages is not None:  # which stages are done; updates count from 0 again
         origin = -stages["starts"][stages["done"] - 1] if stages["done"] else None
         fresh["extra_state"][STAGES] = {**stages, "origin": origin}
-    return {**state, "model": weights, "last_optimizer_state": None, **fresh}
+    return {**state, "last_optimizer_state": None, **fresh}
