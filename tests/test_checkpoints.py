@@ -37,9 +37,9 @@ def hostile(lab, runs):
 @both_kinds
 def test_restore_file_goes_on_from_a_stock_checkpoint(lab, runs, kind):
     stock = runs.stock(kind)
-    run = lab.train("--restore-file", stock.path, *NOISE, kind=kind, updates=8)
+    run = lab.train("--restore-file", stock.path, *NOISE, "--seed", 1, kind=kind, updates=8)
     assert [log["num_updates"] for log in run.updates] == [7, 8]
-    assert float(run.updates[0]["loss"]) < float(stock.updates[0]["loss"]) - 0.5, "of a network that starts anew"
+    assert float(run.updates[0]["loss"]) < float(stock.updates[0]["loss"]) - 1
 
 
 @both_kinds

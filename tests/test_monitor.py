@@ -37,11 +37,11 @@ def test_kinds_of_layers(name, kind):
 @both_kinds
 def test_weights_lose_the_square_root_of_p_to_proxy_noise(lab, kind):
     model = lab.model("--quant-noise-pq", 0.2, "--dropout", 0.1, kind=kind).train()
+    torch.manual_seed(1)  # the smallest layer has eight blocks: with some seeds none is hit
     found = measured(model, lambda: model(**batch()["net_input"]))
     assert {"fc1", "fc2", "self_attn"} <= set(found)
-    for layer, distortion in found.items():
-        if layer != "head":  # eight blocks, of which none may be hit
-            assert distortion.of_weight in (None, pytest.approx(math.sqrt(0.2), abs=0.12))  # None: a tied copy
+    for distortion in found.values():
+        assert distortion.of_weight in (None, pytest.approx(math.sqrt(0.2), abs=0.12))  # None: a tied copy
     for layer in ("fc1", "fc2", "self_attn"):
         assert 0.02 < found[layer].of_output < 1.5
 
