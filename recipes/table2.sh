@@ -10,7 +10,7 @@
 # with LayerDrop .2. OUT_DIR of table3.sh gives its pre-trained networks. It ends with the tables, in OUT_DIR/table2.md and
 # table2.jsonl. A step that is done is not done again; killed, the same command goes on.
 #     JOBS=2 (runs side by side)   UPDATES=3000  IPQ_UPDATES=300 (language model)   PRETRAIN_UPDATES=6000
-#     WORDS=16000  SEED=1   ONLY="lm mnli"
+#     MNLI_UPDATES=2000  MNLI_IPQ_UPDATES=450   WORDS=16000  SEED=1   ONLY="lm mnli"
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -44,7 +44,8 @@ mnli() {
     quietly "$OUT/$1/log" env UPDATES="${PRETRAIN_UPDATES:-6000}" NOISE="$2" SHARE="$3" \
       bash "$REPO/recipes/roberta/run.sh" "$OUT/text-bin" "$OUT/$1/pre"
   fi
-  quietly "$OUT/$1/log" env NOISE="$2" SHARE="$3" IPQ="$4" KEEP="${5:+every-other}" UPDATES=2000 IPQ_UPDATES=450 \
+  quietly "$OUT/$1/log" env NOISE="$2" SHARE="$3" IPQ="$4" KEEP="${5:+every-other}" \
+    UPDATES="${MNLI_UPDATES:-2000}" IPQ_UPDATES="${MNLI_IPQ_UPDATES:-450}" \
     bash "$REPO/recipes/mnli/run.sh" "$OUT/mnli-bin" "$OUT/$1" "$OUT/$pre/pre/checkpoint_best.pt"
 }
 
