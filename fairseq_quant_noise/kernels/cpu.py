@@ -1,7 +1,7 @@
 """The kernels of cpu.cpp: compiled once for a machine, kept in the user's cache, called through ctypes.
 
 Nothing is compiled when the package is installed. Where there is no compiler, or it fails, `takes` says no and the
-reference serves; the log says why, once. Work is split among as many threads as torch has.
+reference serves; the log says why, once. Work is split among torch's own threads.
 """
 
 import ctypes
@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,9 @@ SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
-_MOST_BY_TABLES = 4  # rows of x: with more, a table for each costs more than decoding the weight once
-_PIECE = 1 << 19  # numbers of a weight that are decoded at a time: 2 MB
-_POINTS, _LOOKUPS, _NUMBERS = 1 << 14, 1 << 21, 1 << 20  # of one thread at a time: less is not worth a hand-over
+_BY_TABLES = 2  # times d rows of x: with more, a table for each costs more than decoding the weight once
+_GAP = 16  # numbers between two rows of a piece
+_PIECE, _MANY, _LARGE_PIECE = 1 << 19, 256, 1 << 21  # numbers that are decoded at a time, the latter for MANY rows of x
 
 
 def takes(tensor: Tensor) -> bool:
@@ -43,10 +42,26 @@ def library() -> Any:
     if os.environ.get(SWITCH) == "reference":
         return None
     try:
-        return ctypes.CDLL(str(_compiled()))
+        kernels = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         reason = str(getattr(error, "stderr", None) or error).strip()
         logger.info(f"no compiled kernels, plain torch serves: {reason.splitlines()[-1] if reason else type(error)}")
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(kernels, name).argtypes, getattr(kernels, name).restype = arguments, None
+    kernels.set_team(_team())
+    return kernels
+
+
+def _team() -> int | None:
+    """The address of OpenMP's `GOMP_parallel` in what torch has loaded; without it a kernel runs in one thread.
+
+    Threads of our own would compete with torch's, which stay awake for a while after each of its operations.
+    """
+    try:
+        torch_cpu = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
+        return ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError, StopIteration):
         return None
 
 
@@ -79,23 +94,15 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(found)) or f"{platform.machine()} {platform.processor()} {platform.node()}"
 
 
-@functools.cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """ctypes releases the interpreter's lock, so Python's threads do. A forked process needs its own."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
-
-
-def _in_threads(run: Any, size: int, chunk: int) -> None:
-    """`run(start, end)` over [0, size), in chunks whose bounds do not depend on the number of threads."""
-    starts = range(0, size, chunk)
-    threads = min(torch.get_num_threads(), len(starts))
-    if threads <= 1:
-        run(0, size)
-        return
-    list(_pool(threads, os.getpid()).map(lambda start: run(start, min(start + chunk, size)), starts))
-
-
 _NEAREST = {torch.float32: "nearest_float", torch.float64: "nearest_double"}
+_AT, _N = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = {
+    "set_team": [_AT],
+    "nearest_float": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
+    "nearest_double": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
+    "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N, _N],
+    "linear": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _N],
+}
 
 
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
@@ -107,17 +114,10 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
     bias = torch.full((padded,), torch.inf, dtype=points.dtype)  # (K,): what is padded is never least
     bias[:k] = centroids.square().sum(1)
     out = torch.empty(len(points), dtype=torch.long)
-    kernel, size = getattr(library(), _NEAREST[points.dtype]), points.element_size()
-
-    def run(start: int, end: int) -> None:
-        kernel(
-            _at(points, start * d * size),
-            *(ctypes.c_int64(end - start), ctypes.c_int64(d)),
-            *(_at(slope), _at(bias), ctypes.c_int64(padded)),
-            _at(out, start * out.element_size()),
-        )
-
-    _in_threads(run, len(points), _POINTS)
+    getattr(library(), _NEAREST[points.dtype])(
+        *(points.data_ptr(), len(points), d, slope.data_ptr(), bias.data_ptr(), padded, out.data_ptr()),
+        torch.get_num_threads(),
+    )
     return out
 
 
@@ -127,30 +127,28 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _decode_into(out: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    (rows, blocks), d, centroids = codes.shape, centroids.shape[1], _all_codes(centroids)[0]
-    kernel, (by_row, by_block) = library().decode, codes.stride()
-
-    def run(start: int, end: int) -> None:
-        kernel(
-            _at(codes, start * by_row),
-            *(ctypes.c_int64(by_row), ctypes.c_int64(by_block), _at(centroids), ctypes.c_int64(d)),
-            *(ctypes.c_int64(end - start), ctypes.c_int64(blocks), _at(out, start * blocks * d * 4)),
-        )
-
-    _in_threads(run, rows, max(32, _NUMBERS // (blocks * d)))
+    """`out` (O, I) may have rows that are further apart than I."""
+    rows, blocks = codes.shape
+    library().decode(
+        *(codes.data_ptr(), *codes.stride(), _all_codes(centroids)[0].data_ptr(), centroids.shape[1]),
+        *(rows, blocks, out.data_ptr(), out.stride(0), torch.get_num_threads()),
+    )
     return out
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `kernels.linear`: by tables for a few rows, else by decoding a piece of the weight at a time."""
-    return (_by_tables if x.numel() <= _MOST_BY_TABLES * x.shape[-1] else _by_pieces)(x, codes, centroids, bias)
+    few = x.numel() <= _BY_TABLES * centroids.shape[1] * x.shape[-1]
+    return (_by_tables if few else _by_pieces)(x, codes, centroids, bias)
 
 
 def _by_pieces(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None) -> Tensor:
     """A piece fits the cache, and there is never a dense copy of the weight."""
     rows, flat = codes.shape[1], x.reshape(-1, x.shape[-1])
-    piece = max(_PIECE // x.shape[-1], 64)
-    buffer, out = x.new_empty(min(piece, rows), x.shape[-1]), x.new_empty(len(flat), rows)
+    piece = max((_PIECE if len(flat) < _MANY else _LARGE_PIECE) // x.shape[-1], 64)
+    # Rows at a distance of a power of two would share few places of a cache.
+    buffer = x.new_empty(min(piece, rows), x.shape[-1] + _GAP)[:, : x.shape[-1]]
+    out = x.new_empty(len(flat), rows)
     for start in range(0, rows, piece):
         end = min(start + piece, rows)
         weight = _decode_into(buffer[: end - start], codes[:, start:end].t(), centroids)
@@ -170,17 +168,10 @@ def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None)
     x, columns = x.contiguous(), _all_codes(centroids)[1]
     n = x.numel() // (blocks * d)
     out = x.new_zeros(n, rows) if bias is None else bias.repeat(n, 1)
-    kernel = library().lookup
-
-    def run(start: int, end: int) -> None:
-        for i in range(n):
-            kernel(
-                *(_at(x, i * blocks * d * 4), ctypes.c_int64(blocks), ctypes.c_int64(d), _at(columns)),
-                *(_at(codes, start), ctypes.c_int64(rows), ctypes.c_int64(end - start)),
-                _at(out, (i * rows + start) * 4),
-            )
-
-    _in_threads(run, rows, max(1024, _LOOKUPS // blocks))
+    library().linear(
+        *(x.data_ptr(), n, blocks, d, columns.data_ptr(), codes.data_ptr(), rows, out.data_ptr()),
+        torch.get_num_threads(),
+    )
     return out.view(*x.shape[:-1], rows)
 
 
@@ -196,7 +187,3 @@ def _all_codes(centroids: Tensor) -> tuple[Tensor, Tensor]:
         kept = rows, rows.t().contiguous()
         centroids._all_codes = kept  # type: ignore[attr-defined]
     return kept
-
-
-def _at(tensor: Tensor, offset: int = 0) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr() + offset)

@@ -58,22 +58,29 @@ def test_points_that_are_not_contiguous(form):
 
 def test_the_number_of_threads_changes_nothing():
     points, centroids = random(100_000, 8), random(256, 8, seed=1)
+    codes = torch.randint(256, (128, 9001), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    narrow, x = codes[:, :40].contiguous(), random(2, 1024, seed=3)
     before = torch.get_num_threads()
     try:
         found = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found.append(cpu.nearest(points, centroids))
+            results = [cpu.nearest(points, centroids), cpu.decode(codes, centroids)]
+            found.append([*results, *(cpu.linear(x, laid_out, centroids) for laid_out in (codes, narrow))])
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_work_is_split_among_the_threads_of_torch():
+    assert cpu._team() is not None
 
 
 @FORMS
 @given(
-    st.sampled_from([1, 2, 4, 5, 33]),
+    st.sampled_from([1, 2, 5, 17, 33]),
     st.integers(1, 9),
-    st.sampled_from([1, 3, 64, 1030]),
+    st.sampled_from([1, 3, 64, 4200]),
     st.sampled_from([1, 4, 8]),
     st.sampled_from([1, 16, 200, 256]),
     st.booleans(),
