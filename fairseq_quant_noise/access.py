@@ -43,15 +43,14 @@ class WeightAccess:
 
 
 class _Linear(WeightAccess):
-    """A Linear whose quantized weight may multiply without being decoded."""
-
-    bias: Tensor | None
+    """A Linear whose quantized weight may multiply without being decoded; nn.Linear, or a TiedLinear."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """As nn.Linear's."""
+        """As the class's own."""
         quantized = self._modules.get("weight")
-        if quantized is not None and not quantized.training and quantized.multiplies(input):
-            return quantized.linear(input, self.bias)
+        transposed = getattr(self, "transpose", False)
+        if quantized is not None and not quantized.training and not transposed and quantized.multiplies(input):
+            return quantized.linear(input, getattr(self, "bias", None))
         return super().forward(input)  # type: ignore[misc]
 
 
@@ -68,10 +67,19 @@ class _Embedding(WeightAccess):
         return super().forward(input)  # type: ignore[misc]
 
 
+_FORMS: list[tuple[Any, type]] = [(nn.Linear, _Linear), (nn.Embedding, _Embedding)]
+
+
+def register_linear(cls: type) -> type:
+    """Let modules of `cls` multiply by codes; its forward is x W^T, or x W where `transpose` is true. Returns `cls`."""
+    _FORMS.append((cls, _Linear))
+    return cls
+
+
 @functools.cache
-def _with_access(cls: type) -> type:
+def _with_access(cls: Any) -> type:
     mixin: type = WeightAccess
-    for base, special in ((nn.Linear, _Linear), (nn.Embedding, _Embedding)):
+    for base, special in _FORMS:
         if issubclass(cls, base) and cls.forward is base.forward:
             mixin = special
     contents = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_intercepted": cls}

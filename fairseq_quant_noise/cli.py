@@ -19,7 +19,7 @@ from .errors import UserError
 from .structure.layer_map import START
 
 Verb = Callable[[argparse.Namespace], None]
-CLAIMS = ("noise", "finetune", "encode", "infer", "sizes")  # of `bench`: the programs in benchmarks/
+CLAIMS = ("noise", "finetune", "encode", "infer", "generate", "sizes")  # of `bench`: the programs in benchmarks/
 
 
 def user_dir(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ SMALL = {
     "finetune": "--layers 1 --dim 64 --words 200 --tokens 128",
     "encode": "--rows 64 --columns 64",
     "infer": "--batches 64",
+    "generate": "--tokens 2 --layers 1 --dim 128 --words 1000",
 }
 
 

@@ -27,7 +27,8 @@ def module_name(path):
 
 
 def test_every_module_of_the_core_imports_where_fairseq_is_not_installed():
-    names = [module_name(path) for path in CORE if path.name != "__main__.py"]
+    apart = ("__main__.py", "gpu_lookup.py")  # the latter is in Triton, which only a GPU's torch brings
+    names = [module_name(path) for path in CORE if path.name not in apart]
     script = f"{WITHOUT_FAIRSEQ}\nimport importlib\nfor name in {names}:\n    importlib.import_module(name)\n"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr

@@ -1,17 +1,17 @@
-"""The inner loops, each with one signature and several forms: plain torch (`reference.py`), and compiled for a CPU
-(`cpu.py`), which is chosen at run time where the tensors are on a CPU and a C++ compiler is at hand.
+"""The inner loops, each with one signature and several forms, of which one is chosen at run time: plain torch
+(`reference.py`), compiled for a CPU where there is a C++ compiler (`cpu.py`), in Triton on a GPU (`gpu.py`).
 
     nearest(points, centroids)             the E-step of k-means
     decode(codes, centroids)               a weight out of its codes
     linear(x, codes, centroids, bias)      a product with a weight in codes, without decoding it
 
-`FAIRSEQ_QUANT_NOISE_KERNELS=reference` in the environment turns the compiled form off.
+`FAIRSEQ_QUANT_NOISE_KERNELS=reference` in the environment turns the CPU's compiled form off.
 """
 
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 
 
 def nearest(points: Tensor, centroids: Tensor) -> Tensor:
@@ -42,19 +42,21 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 
 def takes_linear(x: Tensor, centroids: Tensor) -> bool:
     """Whether `linear` has a form for this input that is faster than decoding the weight."""
-    return x.numel() > 0 and x.dtype == centroids.dtype == torch.float32 and len(centroids) <= 256 and cpu.takes(x)
+    if x.numel() == 0 or x.dtype != centroids.dtype or len(centroids) > 256:
+        return False
+    return gpu.takes(x) or (x.dtype == torch.float32 and cpu.takes(x))
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W_hat^T + bias, with W_hat[o] the centroids of the codes of row o, end to end.
 
     Args:
-        x: (..., I) float32.
+        x: (..., I) float32; on a GPU also float16 or bfloat16.
         codes: (I/d, O) uint8, a row for each block of the input ("block-major").
         centroids: (K, d), K at most 256.
         bias: (O,), or None.
     Returns:
         (..., O).
     """
-    form = cpu if cpu.takes(x) else reference
+    form = gpu if gpu.takes(x) else cpu if cpu.takes(x) else reference
     return form.linear(x, codes, centroids, bias)

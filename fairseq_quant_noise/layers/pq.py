@@ -108,6 +108,12 @@ class PQWeight(QuantizedWeight):
             self._stored = kept = self.centroids.detach().clone(), self._rounded()
         return kept[1]
 
+    def kept(self) -> list[Tensor]:
+        """What is in memory for look-ups, beside codes and centroids."""
+        if self._stored is None:
+            return []
+        return [*self._stored, *getattr(self._stored[1], "_all_codes", ())]
+
     def _rounded(self) -> Tensor:
         if self.bits == 16:
             return self.centroids.half().to(self.centroids.dtype)

@@ -10,9 +10,13 @@ from fairseq.models.transformer_lm import (
     base_lm_architecture,
     transformer_lm_baevski_wiki103,
 )
+from fairseq.modules.adaptive_softmax import TiedLinear
 
+from ..access import register_linear
 from .options import QuantNoiseOptions
 from .quantizable import Quantizable
+
+register_linear(TiedLinear)
 
 
 @dataclass

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..access import register_linear
+
 
 def bands(cutoffs: Sequence[int], vocab_size: int) -> list[tuple[int, int]]:
     """First word and end of every band: cutoffs (20, 60) of 100 words are (0, 20), (20, 60), (60, 100)."""
@@ -29,6 +31,7 @@ def new_embedding(n_rows: int, dim: int, padding_idx: int | None) -> nn.Embeddin
     return embedding
 
 
+@register_linear
 class TiedLinear(nn.Module):
     """A Linear without bias that shares the Parameter of another module, as it is or transposed."""
 

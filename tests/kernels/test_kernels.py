@@ -12,6 +12,7 @@ from torch import nn
 from toys import python
 
 from fairseq_quant_noise import kernels, quantize_
+from fairseq_quant_noise.access import intercept
 from fairseq_quant_noise.kernels import cpu, reference
 from fairseq_quant_noise.layers.pq import PQWeight
 
@@ -221,3 +222,26 @@ def test_half_precision_and_other_devices_take_the_reference():
     assert not kernels.takes_linear(torch.ones(1, 8).half(), torch.ones(4, 8).half())
     assert not kernels.takes_linear(torch.ones(1, 8, device="meta"), torch.ones(4, 8, device="meta"))
     assert not kernels.takes_linear(torch.ones(0, 8), torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("source", ["fairseq", "networks"])
+def test_a_tied_softmax_multiplies_by_codes_too(monkeypatch, source):
+    """Word by word, an adaptive softmax would decode a whole vocabulary for each."""
+    if source == "fairseq":
+        import fairseq_quant_noise
+
+        fairseq_quant_noise.register()
+        from fairseq.modules.adaptive_softmax import TiedLinear
+    else:
+        from fairseq_quant_noise.networks.adaptive import TiedLinear
+    model = quantized(nn.Embedding(48, 32))
+    words, into_band = (TiedLinear(nn.Parameter(torch.zeros(48, 32)), transpose) for transpose in (False, True))
+    for tied in (words, into_band):
+        intercept(tied)
+        tied._modules["weight"] = model[0]._modules["weight"]
+        del tied._parameters["weight"]
+    x, weight = random(2, 32), model[0].weight.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(into_band.eval()(random(2, 48)), random(2, 48) @ weight, rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr(PQWeight, "decode", lambda self: pytest.fail("the weight was decoded"))
+        torch.testing.assert_close(words.eval()(x), x @ weight.t(), rtol=1e-5, atol=1e-5)

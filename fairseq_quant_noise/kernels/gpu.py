@@ -1,0 +1,51 @@
+"""The product with a weight in codes on a GPU, in Triton, which comes with torch's CUDA builds.
+
+For a few rows of x, where reading a dense weight is what takes the time: here it is codes that are read, and a codebook
+that stays in the cache. With more rows the weight is decoded and multiplied as ever. Without Triton the reference
+serves.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+_MOST_ROWS = 8  # of x
+_ROWS, _BLOCKS = 64, 16  # of the weight: what a program takes at a time
+_PROGRAMS = 512  # enough to fill a GPU: with fewer rows than that gives, the blocks are split too
+
+
+def takes(x: Tensor) -> bool:
+    """Whether this form is there for `x` (..., I), and faster than decoding."""
+    few = x.numel() <= _MOST_ROWS * x.shape[-1]
+    return few and x.device.type == "cuda" and x.dtype in _DTYPES and not torch.compiler.is_compiling() and _installed()
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `kernels.linear`; sums are in float32 and in one order, whatever the GPU."""
+    (blocks, rows), (k, d) = codes.shape, centroids.shape
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    n, tiles = len(flat), -(-rows // _ROWS)
+    splits = max(1, min(_PROGRAMS // tiles, blocks // _BLOCKS))
+    share = -(-blocks // splits)
+    sums = torch.empty(splits, n, rows, device=x.device, dtype=torch.float32)
+    from .gpu_lookup import lookup  # imports triton
+
+    lookup[(tiles, splits)](
+        *(flat, codes.contiguous(), centroids.contiguous(), sums, n, rows, blocks, share, k),
+        N=1 << (n - 1).bit_length(),
+        D=d,
+        ROWS=_ROWS,
+        BLOCKS=_BLOCKS,
+    )
+    out = sums.sum(0)  # (n, rows)
+    return (out if bias is None else out + bias).to(x.dtype).view(*x.shape[:-1], rows)
