@@ -19,7 +19,8 @@ from .errors import UserError
 from .structure.layer_map import START
 
 Verb = Callable[[argparse.Namespace], None]
-CLAIMS = ("noise", "finetune", "encode", "infer", "generate", "sizes")  # of `bench`: the programs in benchmarks/
+#: Of `bench`: the programs in benchmarks/.
+CLAIMS = ("noise", "finetune", "encode", "infer", "generate", "growth", "sizes")
 
 
 def user_dir(args: argparse.Namespace) -> None:

@@ -40,3 +40,13 @@ def test_without_a_checkout_it_says_where_to_run_it(monkeypatch, tmp_path, capsy
         cli.main(["bench", "noise"])
     assert caught.value.code == 2
     assert "run it in a checkout of the repository" in one_error(capsys.readouterr())
+
+
+def test_growth_prints_what_was_measured_beside_the_floor():
+    arguments = "--largest 294912 --tokens 128 --repeats 1 --threads 1 --json"
+    done = python("benchmarks/growth.py", *arguments.split())
+    assert done.returncode == 0, done.stderr[-2000:]
+    encode, noise = json.loads(done.stdout.splitlines()[-1])
+    assert (encode["what"], encode["numbers"], noise["what"], noise["tokens"]) == ("encode", 294_912, "noise", 128)
+    assert encode["floor"] > 0
+    assert noise["floor"] > 0
