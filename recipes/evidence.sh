@@ -1,0 +1,103 @@
+#!/usr/bin/env bash
+# The claims of the Quant-Noise paper, tested over seeds at the size of the quickstart: twenty networks a seed, and packed
+# files of each. By the times of its parts two hours of two cores a seed; it prints every step, and goes on when killed.
+#
+#     bash recipes/evidence.sh            everything
+#     bash recipes/evidence.sh --list     the networks, each with the packed files that are made of it
+#     bash recipes/evidence.sh --page     the page from what is there so far: evidence.md, evidence.png, evidence.jsonl
+#
+#     OUT=runs/evidence      where everything goes
+#     SEEDS="1 2 3"          ONLY="none proxy-0.05"    only these networks
+#     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
+#     UPDATES=3000  IPQ_UPDATES=300  VOCAB_SIZE=4000    one set of them for one OUT
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. recipes/lib.sh
+OUT="${OUT:-$REPO/runs/evidence}"
+NETWORKS="$(module recipes.evidence.grid --list | cut -d: -f1 | tr '\n' ' ')"
+case "${1:-}" in
+  '') ;;
+  -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  --list) module recipes.evidence.grid --list; exit 0 ;;
+  --page) module recipes.evidence.page "$OUT"; exit 0 ;;
+  *) die "unknown argument $1; run: bash recipes/evidence.sh --help" ;;
+esac
+SEEDS="${SEEDS:-1 2 3}" ONLY="${ONLY:-$NETWORKS}" JOBS="${JOBS:-2}"
+UPDATES="${UPDATES:-3000}" IPQ_UPDATES="${IPQ_UPDATES:-300}"
+export VOCAB_SIZE="${VOCAB_SIZE:-4000}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+for name in JOBS UPDATES IPQ_UPDATES VOCAB_SIZE; do
+  [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || die "$name is '${!name}'; give a whole number from 1 up"
+done
+for name in $ONLY; do
+  [[ " $NETWORKS " == *" $name "* ]] || die "ONLY names a network '$name'; there are: $NETWORKS"
+done
+need python fairseq-train fairseq-eval-lm fairseq-quant-noise
+
+# train RUN: the dense network; of one that is pruned, the checkpoint.
+train() {
+  local updates="$UPDATES" flags=(${FLAGS[@]+"${FLAGS[@]}"})
+  if [ -n "$KEEP" ]; then
+    mkdir -p "$1/dense"
+    fairseq-quant-noise prune --path "$SEEDED/$START/dense/checkpoint_best.pt" --keep "$KEEP" --out "$1/dense/checkpoint_best.pt"
+    return 0
+  fi
+  if [ -f "$1/noise.yaml" ]; then flags+=(--quantization-config-path "$1/noise.yaml"); fi
+  if [ -n "$START" ]; then
+    updates=$((UPDATES / 3))
+    flags+=(--finetune-from-model "$SEEDED/$START/dense/checkpoint_best.pt")
+  fi
+  finished "$1/dense" "$updates" || UPDATES="$updates" lm_train "$1/dense" "${flags[@]}"
+}
+
+# pack RUN FILE: a packed file; in stages, what is still dense keeps the noise of the run, which is in the plan too.
+pack() {
+  local out="$1/$2.safetensors" dense="$1/dense/checkpoint_best.pt" flags=(${FLAGS[@]+"${FLAGS[@]}"})
+  if [[ " ${STAGED[*]-} " != *" $2 "* ]]; then
+    fairseq-quant-noise quantize --path "$dense" --plan "$1/$2.yaml" --out "$out" --seed "$SEED"
+    return 0
+  fi
+  if [[ " ${TAUGHT[*]-} " == *" $2 "* ]]; then flags+=(--ipq-teacher "$dense"); fi
+  if [ -n "$KEEP" ]; then flags+=(--decoder-layers "$(module recipes.n_layers "$dense")" --decoder-layerdrop 0); fi
+  finished "$1/$2" "$IPQ_UPDATES" || lm_ipq "$1/dense" "$1/$2.yaml" "$1/$2" "${flags[@]}"
+  fairseq-quant-noise export --path "$1/$2/checkpoint_last.pt" --out "$out"
+}
+
+# network SEED NAME: from the training to the perplexities.
+network() {
+  local SEED="$1" run="$OUT/seed-$1/$2" file
+  SEEDED="$OUT/seed-$1"
+  . "$run/settings"
+  lm_flags
+  step "$1 $2: train" "$run/.trained" quietly "$run/train.log" train "$run"
+  step "$1 $2: evaluate" "$run/.eval-dense" lm_evaluate "$run/dense/checkpoint_best.pt" "$run/eval-dense.log"
+  for file in "${FILES[@]}"; do
+    step "$1 $2: $file" "$run/.$file" quietly "$run/$file.log" pack "$run" "$file"
+    step "$1 $2: evaluate $file" "$run/.eval-$file" lm_evaluate "$run/$file.safetensors" "$run/eval-$file.log"
+  done
+}
+
+mkdir -p "$OUT"
+OUT="$(cd "$OUT" && pwd)"
+DATA="$OUT/data-bin"
+lock "$OUT"
+SETTINGS="UPDATES=$UPDATES IPQ_UPDATES=$IPQ_UPDATES VOCAB_SIZE=$VOCAB_SIZE"
+if [ -f "$OUT/.settings" ] && [ "$(cat "$OUT/.settings")" != "$SETTINGS" ]; then
+  die "$OUT holds runs of $(cat "$OUT/.settings"), not of $SETTINGS; give another OUT or remove it"
+fi
+printf '%s' "$SETTINGS" >"$OUT/.settings"
+bash recipes/quickstart/prepare.sh "$OUT"
+for seed in $SEEDS; do
+  module recipes.evidence.grid "$OUT/seed-$seed"
+  # A network that goes on from another one waits for it: first those that start from nothing, then the others.
+  FIRST=() THEN=()
+  for name in $ONLY; do
+    if grep -qx "START=''" "$OUT/seed-$seed/$name/settings"; then
+      FIRST+=("seed-$seed/$name: network $seed $name")
+    else
+      THEN+=("seed-$seed/$name: network $seed $name")
+    fi
+  done
+  side_by_side "$JOBS" ${FIRST[@]+"${FIRST[@]}"}
+  side_by_side "$JOBS" ${THEN[@]+"${THEN[@]}"}
+done
+module recipes.evidence.page "$OUT"
