@@ -37,7 +37,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_packages(include=["fairseq_quant_noise*"]),
-    package_data={"fairseq_quant_noise": ["py.typed"], "fairseq_quant_noise.kernels": ["*.cpp"]},
+    package_data={
+        "fairseq_quant_noise": ["py.typed"],
+        "fairseq_quant_noise.kernels": ["*.cpp"],
+        "fairseq_quant_noise.report": ["*.css"],
+    },
     install_requires=requirements("core"),
     extras_require={"recipes": requirements("recipes"), "dev": requirements("recipes") + requirements("dev")},
     entry_points={"console_scripts": ["fairseq-quant-noise = fairseq_quant_noise.cli:main"]},

@@ -178,6 +178,20 @@ def to_dense(args: argparse.Namespace) -> None:
     print(f"{args.out}: a stock fairseq checkpoint")
 
 
+def report(args: argparse.Namespace) -> None:
+    """Finished runs as one HTML page with tables and pictures."""
+    from .report import write_report
+
+    runs = write_report(args.folders, args.out)
+    summary = {"page": str(Path(args.out) / "index.html"), "runs": runs.names, "missing": runs.notes}
+    if args.json:
+        print(json.dumps(summary))
+        return
+    print(f"{summary['page']}: {len(runs.names)} runs, {len(runs.points)} scores, {len(runs.files)} packed files")
+    for note in runs.notes:
+        _progress(f"note: {note}")
+
+
 def bench(args: argparse.Namespace) -> None:
     """A performance claim, measured here and now beside fairseq's own code; what follows goes to the benchmark."""
     program = Path(__file__).parents[1] / "benchmarks" / f"{args.claim}.py"
@@ -290,6 +304,15 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
     ),
     "inspect": (inspect, "fairseq-quant-noise inspect model.safetensors --json", [_FILE, _JSON]),
     "verify": (verify, "fairseq-quant-noise verify model.safetensors", [_FILE, _JSON]),
+    "report": (
+        report,
+        "fairseq-quant-noise report runs/quickstart --out runs/quickstart/report",
+        [
+            _option("folders", metavar="DIR", nargs="+", help="a finished run, or a folder above several"),
+            _option("--out", metavar="REPORT", required=True, help="the folder of index.html, PNGs and report.json"),
+            _JSON,
+        ],
+    ),
     "bench": (
         bench,
         "fairseq-quant-noise bench noise --threads 2 --json",

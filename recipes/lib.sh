@@ -11,6 +11,13 @@ REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -d "$REPO/.venv/bin" ]; then PATH="$REPO/.venv/bin:$PATH"; fi
 export REPO PATH
 
+# RECIPE: the command line of the recipe that sources this file, with the settings that its caller gave.
+RECIPE=""
+for name in OUT SIZE NOISE SHARE KEEP LAYERDROP TEACHER UPDATES IPQ_UPDATES PRETRAIN_UPDATES SEED PLAN IPQ DENSE ONLY WORDS VOCAB_SIZE; do
+  if [ -n "${!name:-}" ]; then RECIPE+="$name=$(printf '%q' "${!name}") "; fi
+done
+RECIPE+="bash $(printf '%q ' "$0" "$@")"
+
 # say TEXT...: one line for the person who waits.
 say() { printf '%s\n' "$*"; }
 
@@ -38,8 +45,16 @@ free_dir() {
 # minutes SECONDS: 75 -> 1m15s
 minutes() { if [ "$1" -lt 60 ]; then printf '%ds' "$1"; else printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); fi; }
 
+# took DIR NAME SECONDS COMMAND: a line of DIR/steps.jsonl, which `fairseq-quant-noise report` reads.
+took() {
+  local line
+  line="$(printf '%s\t%s\t%s' "$2" "$4" "${RECIPE% }" | tr '\n' ' ' | sed 's/[\\"]/\\&/g')"
+  printf '%s' "$line" | awk -F '\t' -v n="$3" '{printf "{\"step\": \"%s\", \"seconds\": %d, \"command\": \"%s\", \"recipe\": \"%s\"}\n", $1, n, $2, $3}' >>"$1/steps.jsonl"
+}
+
 # step NAME STAMP COMMAND...: runs the command once. STAMP is a file written only after it succeeded.
-# The command may be a function of the recipe; it runs in a subshell that stops at the first failure.
+# The command may be a function of the recipe; it runs in a subshell that stops at the first failure. The folder of STAMP
+# gets a line of steps.jsonl: how long the last attempt took.
 step() {
   local name="$1" stamp="$2" line status began=$SECONDS
   shift 2
@@ -58,8 +73,16 @@ step() {
     exit "$status"
   fi
   mkdir -p "$(dirname "$stamp")"
+  took "$(dirname "$stamp")" "$name" $((SECONDS - began)) "${line% }"
   printf '%s' "$line" >"$stamp.part" && mv "$stamp.part" "$stamp"
   say "[done] $name ($(minutes $((SECONDS - began))))"
+}
+
+# logged LOG COMMAND...: what the command prints is shown, and goes to the end of LOG.
+logged() {
+  local log="$1"
+  shift
+  "$@" 2>&1 | tee -a "$log"
 }
 
 # lock DIR: trainings outlive a shell that was killed hard (kill -9). They hold this lock, and the next run waits for

@@ -76,18 +76,19 @@ train() {
     fairseq-quant-noise prune --path "$PRETRAINED" --keep "$KEEP" --out "$OUT/pruned.pt"
     PRETRAINED="$OUT/pruned.pt"
   fi
-  finished "$OUT/dense" "$UPDATES" || fairseq-train "${COMMON[@]}" "${TRAIN[@]}" $(layers "$PRETRAINED") --criterion sentence_prediction \
+  finished "$OUT/dense" "$UPDATES" || logged "$OUT/dense.log" fairseq-train "${COMMON[@]}" "${TRAIN[@]}" $(layers "$PRETRAINED") --criterion sentence_prediction \
     --total-num-update "$UPDATES" --max-update "$UPDATES" --finetune-from-model "$PRETRAINED" --save-dir "$OUT/dense"
 }
 quantize_in_stages() {
-  finished "$OUT/$FILE" "$IPQ_UPDATES" || fairseq-train "${COMMON[@]}" "${TUNE[@]}" $(layers "$OUT/dense/checkpoint_best.pt") \
+  finished "$OUT/$FILE" "$IPQ_UPDATES" || logged "$OUT/$FILE.log" fairseq-train "${COMMON[@]}" "${TUNE[@]}" $(layers "$OUT/dense/checkpoint_best.pt") \
     --criterion ipq --ipq-criterion sentence_prediction ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} \
     --quantization-config-path "$PLAN" --total-num-update "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
     --save-interval-updates $((IPQ_UPDATES / 3)) --finetune-from-model "$OUT/dense/checkpoint_best.pt" --save-dir "$OUT/$FILE"
 }
 export_packed() { fairseq-quant-noise export --path "$OUT/$FILE/checkpoint_last.pt" --out "$OUT/$FILE.safetensors"; }
 quantize_one_shot() {
-  fairseq-quant-noise quantize --path "$OUT/dense/checkpoint_best.pt" --plan "$PLAN" --out "$OUT/one-shot.safetensors"
+  logged "$OUT/one-shot.log" \
+    fairseq-quant-noise quantize --path "$OUT/dense/checkpoint_best.pt" --plan "$PLAN" --out "$OUT/one-shot.safetensors"
 }
 # evaluate MODEL LOG
 evaluate() {

@@ -70,7 +70,7 @@ COMMON=("$DATA" --user-dir "$PLUGIN" --task language_modeling "${MODEL[@]}" --sa
 SUBSET=test && [ -f "$DATA/test.bin" ] || SUBSET=valid
 
 train() {
-  finished "$OUT/dense" "$UPDATES" || fairseq-train "${COMMON[@]}" "${TRAIN[@]}" --criterion adaptive_loss \
+  finished "$OUT/dense" "$UPDATES" || logged "$OUT/dense.log" fairseq-train "${COMMON[@]}" "${TRAIN[@]}" --criterion adaptive_loss \
     --decoder-layerdrop "$LAYERDROP" --save-dir "$OUT/dense"
 }
 prune() { fairseq-quant-noise prune --path "$TRAINED" --keep "$KEEP" --out "$OUT/pruned.pt"; }
@@ -80,12 +80,12 @@ prune() { fairseq-quant-noise prune --path "$TRAINED" --keep "$KEEP" --out "$OUT
 quantize_in_stages() {
   local layers=(--decoder-layerdrop "$LAYERDROP")
   if [ -n "$KEEP" ]; then layers=(--decoder-layers "$(module recipes.n_layers "$DENSE")" --decoder-layerdrop 0); fi
-  finished "$OUT/ipq" "$IPQ_UPDATES" || fairseq-train "${COMMON[@]}" "${TUNE[@]}" "${layers[@]}" \
+  finished "$OUT/ipq" "$IPQ_UPDATES" || logged "$OUT/ipq.log" fairseq-train "${COMMON[@]}" "${TUNE[@]}" "${layers[@]}" \
     --criterion ipq --ipq-criterion adaptive_loss --quantization-config-path "$PLAN" --finetune-from-model "$DENSE" --save-dir "$OUT/ipq"
 }
 export_packed() { fairseq-quant-noise export --path "$OUT/ipq/checkpoint_last.pt" --out "$OUT/model.safetensors"; }
 quantize_one_shot() {
-  fairseq-quant-noise quantize --path "$DENSE" --plan "$PLAN" --out "$OUT/one-shot.safetensors"
+  logged "$OUT/one-shot.log" fairseq-quant-noise quantize --path "$DENSE" --plan "$PLAN" --out "$OUT/one-shot.safetensors"
 }
 
 # evaluate MODEL LOG

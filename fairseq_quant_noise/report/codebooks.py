@@ -1,0 +1,47 @@
+"""How a packed file uses its codebooks: centroids in use, and the entropy of the codes.
+
+With n_k of the n codes of a tensor equal to k, and p_k = n_k / n, the entropy is H = -sum_k p_k log2 p_k bits a code.
+H = log2 K where all K centroids are used alike; what is below is what an entropy coder could still save. A weight in
+intN is read the same way, with the 2^N levels for centroids.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..artifact import Packed
+from ..artifact.bits import unpack_bits
+from ..layers.pq import CODES
+
+
+@dataclass(frozen=True)
+class CodebookUse:
+    """The codes of one tensor."""
+
+    tensor: str
+    scheme: str
+    codes: int  # how many there are
+    used: int  # centroids that some code names
+    centroids: int  # K, or 2^N
+    entropy: float  # bits a code
+    capacity: float  # log2 K, or N
+
+
+def codebook_use(packed: Packed) -> list[CodebookUse]:
+    """One entry for each quantized tensor of the file."""
+    found = []
+    for name, entry in packed.manifest.tensors.items():
+        codes = unpack_bits(packed.tensors[f"{name}.{CODES}"], entry.n_codes, entry.code_bits)
+        k = entry.n_centroids or 2**entry.code_bits
+        counts = torch.bincount(codes.flatten(), minlength=k)
+        capacity = float(torch.tensor(k, dtype=torch.float64).log2())
+        used = int((counts > 0).sum())
+        found.append(CodebookUse(name, entry.scheme, entry.n_codes, used, k, entropy(counts), capacity))
+    return found
+
+
+def entropy(counts: Tensor) -> float:
+    """Bits a code of (K,) counts."""
+    p = counts[counts > 0].double() / counts.sum()
+    return float(-(p * p.log2()).sum()) + 0.0

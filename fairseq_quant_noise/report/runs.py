@@ -1,0 +1,185 @@
+"""The runs in the folders that the caller names: what a recipe leaves, wherever below them it stands.
+
+A folder is a run when it holds result.json, a packed file or a log of an evaluation. steps.jsonl and tables of JSON
+lines may stand in it or above it. What cannot be read becomes a note on the page and stops nothing.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..artifact import read
+from ..cli_print import inspection
+from ..errors import UserError
+from ..safe_load import safe_load
+from ..trained import STAGES
+from .codebooks import CodebookUse, codebook_use
+from .logs import Log, read_log
+from .scores import Point, data_of, distinct, label_of, points_of_record, read_json_lines, scores_in
+
+_DEPTH = 4  # folders below a named one
+STEPS = "steps.jsonl"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a recipe."""
+
+    run: str
+    name: str
+    seconds: float
+    command: str
+    recipe: str  # the command that a person gave
+
+
+@dataclass
+class File:
+    """A packed file."""
+
+    run: str
+    label: str
+    name: str  # of the file
+    info: dict[str, Any]  # the keys of `inspect --json`
+    use: list[CodebookUse]
+
+
+@dataclass
+class Runs:
+    """All that the page shows."""
+
+    folders: list[str]
+    names: list[str] = field(default_factory=list)  # of the runs
+    points: list[Point] = field(default_factory=list)
+    files: list[File] = field(default_factory=list)
+    logs: list[tuple[str, Log]] = field(default_factory=list)  # (run, training or quantization)
+    steps: list[Step] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what could not be read, or is missing
+
+
+def find_runs(folders: Iterable[str | Path]) -> Runs:
+    """What is in `folders` and below.
+
+    Raises:
+        UserError: a folder does not exist, or there is no result in any.
+    """
+    roots = [Path(folder) for folder in folders]
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"report {root}: no such folder; give the folder of a finished run, a recipe's OUT")
+    runs = Runs([str(root) for root in roots])
+    seen: set[Path] = set()
+    for root in roots:
+        for folder in _below(root):
+            if folder.resolve() not in seen:
+                seen.add(folder.resolve())
+                _read_folder(runs, root, folder, several=len(roots) > 1)
+    runs.points = distinct(runs.points)
+    if not (runs.points or runs.files):
+        raise UserError(
+            f"report {' '.join(runs.folders)}: no result in it (result.json, a table of JSON lines, a packed file); "
+            "run a recipe first, such as `bash recipes/quickstart.sh`, and give its OUT folder"
+        )
+    return runs
+
+
+def _below(root: Path) -> list[Path]:
+    found = []
+    for path, inner, _ in os.walk(root):
+        folder = Path(path)
+        inner[:] = sorted(inner) if len(folder.relative_to(root).parts) < _DEPTH else []
+        found.append(folder)
+    return found
+
+
+def _read_folder(runs: Runs, root: Path, folder: Path, several: bool) -> None:
+    inside = folder.relative_to(root)
+    name = str(Path(root.resolve().name) / inside if several or folder == root else inside)
+    _read_steps(runs, name, folder)
+    files = sorted(folder.glob("*.safetensors"))
+    evals = sorted(folder.glob("eval-*.log"))
+    if files or evals or (folder / "result.json").exists():
+        runs.names.append(name)
+        _read_run(runs, name, folder, files, evals)
+    for path in sorted(folder.glob("*.json*")):
+        if path.name != STEPS and path.suffix in (".json", ".jsonl"):
+            _read_records(runs, name, path, str(root.resolve()))
+
+
+def _read_run(runs: Runs, name: str, folder: Path, files: list[Path], evals: list[Path]) -> None:
+    logs = [read_log(path) for path in sorted({*folder.glob("*.log"), folder / "log"}) if path.is_file()]
+    logs = [log for log in logs if log.path not in evals]
+    for log in logs:
+        if log.stages:
+            _exact_starts(runs, name, log, folder / log.path.stem / "checkpoint_last.pt")
+    runs.logs += [(name, log) for log in logs if log.validations or log.encoded or log.seconds or log.distortion]
+    if not any(log.stages for log in logs):
+        runs.notes.append(f"{name}: no log of a training with stages, so no score over the stages")
+    sizes: dict[str, int] = {}
+    dense: int | None = None
+    for path in files:
+        try:
+            packed = read(path)
+            file = File(name, label_of(path.stem), path.name, inspection(path, packed), codebook_use(packed))
+        except UserError as error:  # damaged files too
+            runs.notes.append(f"{name}: {path.name} is left out: {str(error).removeprefix(str(path)).lstrip(': ')}")
+            continue
+        runs.files.append(file)
+        sizes[file.label], dense = file.info["file_bytes"], file.info["dense_bytes"]
+    for path in evals:
+        label = label_of(path.stem.removeprefix("eval-"))
+        size = dense if label == "dense" else sizes.get(label)
+        _score(runs, name, label, path, size)
+
+
+def _exact_starts(runs: Runs, name: str, log: Log, checkpoint: Path) -> None:
+    """The staged checkpoint knows at which update a stage began; a log only says after which of its lines."""
+    if not checkpoint.is_file():
+        return
+    try:
+        state = safe_load(checkpoint).get("extra_state", {}).get(STAGES, {})
+        starts = [int(state["origin"]) + int(start) for start in state["starts"][: state["done"]]]
+    except UserError as error:
+        runs.notes.append(f"{name}: {log.path.stem}/{checkpoint.name} is left out: {error}")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        runs.notes.append(f"{name}: {log.path.stem}/{checkpoint.name} does not say when its stages began")
+    else:
+        rules = {n: rule for n, (_, rule) in log.stages.items()}
+        log.stages.update({n: (at, rules[n]) for n, at in enumerate(starts, 1) if n in rules})
+
+
+def _score(runs: Runs, name: str, label: str, log: Path, size: int | None) -> None:
+    scores = scores_in(log)
+    if not scores:
+        runs.notes.append(f"{name}: no score in {log.name}")
+    elif size is None:
+        missing = "packed file to tell the bytes of the dense network" if label == "dense" else "packed file of it"
+        runs.notes.append(f"{name}: {log.name} has a score, and there is no {missing}")
+    else:
+        data = data_of(log) or str(log.parent.parent.resolve())
+        runs.points += [Point(name, label, metric, value, size, log.name, data) for metric, value in scores.items()]
+
+
+def _read_records(runs: Runs, name: str, path: Path, data: str) -> None:
+    """A run's own data set is that of its logs, where it has some."""
+    for record in read_json_lines(path):
+        run = name if path.name == "result.json" else _run_named(name, record)
+        known = next((p.data for p in runs.points if p.run == run), None)
+        known = known or next((p.data for p in runs.points if p.run.startswith(f"{name}/")), data)
+        runs.points += points_of_record(record, run, path.name, known)
+
+
+def _run_named(name: str, record: Any) -> str:
+    return f"{name}/{record['run']}" if isinstance(record.get("run"), str) else name
+
+
+def _read_steps(runs: Runs, name: str, folder: Path) -> None:
+    path = folder / STEPS
+    if not path.is_file():
+        return
+    for record in read_json_lines(path):
+        seconds = record.get("seconds")
+        if isinstance(seconds, int | float):
+            words = [str(record.get(key, "")) for key in ("step", "command", "recipe")]
+            runs.steps.append(Step(name, words[0], float(seconds), words[1], words[2]))

@@ -1,0 +1,126 @@
+"""Points of score and size. A packed file NAME.safetensors goes with eval-NAME.log, the dense one with eval-dense.log.
+
+Where logs or files are gone, result.json and tables of JSON lines stand in for them. The same figure of the same run is
+taken once.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+#: Scores that are better when lower; all others are better when higher.
+LOWER = ("ppl", "loss")
+METRICS = {"ppl": "PPL", "accuracy": "accuracy, %", "bleu": "BLEU", "top1": "top-1, %", "top5": "top-5, %"}
+_STAGED = re.compile(rf"({'|'.join(METRICS)})_(\w+)")
+_PPL = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: [\d.]+")
+_VALID = re.compile(r"valid on '(\w+)' subset \|(.*)")
+_BLEU = re.compile(r"\bBLEU\S* = ([\d.]+)")
+_DATA = re.compile(r"'data': '([^']+)'")
+_LABELS = {"model": "ipq", "one_shot": "one-shot", "packed": "ipq"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network of a run, dense or as a packed file, with its score and its bytes."""
+
+    run: str
+    label: str  # dense, ipq, one-shot, int4 ...
+    metric: str  # of METRICS
+    score: float
+    bytes: float
+    source: str  # the file that says so
+    data: str  # what it was evaluated on: only such points are compared
+
+    @property
+    def mib(self) -> float:
+        """Bytes / 2^20."""
+        return self.bytes / 2**20
+
+
+def label_of(stem: str) -> str:
+    """`model` and `packed` are what iPQ made."""
+    return _LABELS.get(stem, stem)
+
+
+def scores_in(log: Path) -> dict[str, float]:
+    """The figures in a log of fairseq-eval-lm, fairseq-validate or fairseq-generate; of the subset `valid` first."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    if found := _PPL.findall(text):
+        return {"ppl": 2 ** float(found[-1])}
+    scores: dict[str, float] = {}
+    for subset, line in _VALID.findall(text):
+        for metric in ("accuracy", "top1", "top5"):
+            value = re.search(rf"\b{metric} ([\d.]+)", line)
+            if value and (subset == "valid" or metric not in scores):
+                scores[metric] = float(value[1])
+    if scores:
+        return scores
+    bleu = _BLEU.findall(text)
+    return {"bleu": float(bleu[-1])} if bleu else {}
+
+
+def data_of(log: Path) -> str | None:
+    """The data set that the log names."""
+    found = _DATA.search(log.read_text(encoding="utf-8", errors="replace"))
+    return found[1] if found else None
+
+
+def read_json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The objects in a file of JSON lines (or of one object); lines of another kind are passed over."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def points_of_record(record: Mapping[str, Any], run: str, source: str, data: str) -> Iterator[Point]:
+    """The points of a line of result.json (`ppl_dense`, `ppl_ipq` ...) or of a table (`ppl`, `file_bytes` ...)."""
+    for key, value in record.items():
+        if found := _STAGED.fullmatch(str(key)):
+            size = record.get("dense_bytes" if found[2] == "dense" else "file_bytes")
+            value = value.get("valid") if isinstance(value, dict) else value
+            yield from _point(run, label_of(found[2]), found[1], value, size, source, data)
+    size = record.get("file_bytes", record.get("bytes"))
+    for metric in METRICS:
+        if metric in record:
+            yield from _point(run, _row(record), metric, record[metric], size, source, data)
+    if "score" in record:
+        metric = "ppl" if "PPL" in str(record.get("model", "PPL")) else "accuracy"
+        yield from _point(run, _row(record), metric, record["score"], size, source, data)
+
+
+def _row(record: Mapping[str, Any]) -> str:
+    return str(record.get("scheme") or record.get("row") or record.get("file") or "?").strip()
+
+
+def _point(run: str, label: str, metric: str, score: Any, size: Any, source: str, data: str) -> Iterator[Point]:
+    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in (score, size))
+    if numbers and size > 0:
+        yield Point(run, label, metric, float(score), float(size), source, data)
+
+
+def distinct(points: list[Point]) -> list[Point]:
+    """Each figure once: the first of those with the same run, score and bytes."""
+    seen: dict[tuple[str, str, float, float], Point] = {}
+    for p in points:
+        seen.setdefault((p.run, p.metric, round(p.score, 2), p.bytes), p)
+    return list(seen.values())
+
+
+def pareto(points: list[Point]) -> list[Point]:
+    """Those that no other beats in both score and bytes, by growing size."""
+    front: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.bytes, _cost(p))):
+        if not front or _cost(p) < _cost(front[-1]):
+            front.append(p)
+    return front
+
+
+def _cost(p: Point) -> float:
+    return p.score if p.metric in LOWER else -p.score

@@ -1,0 +1,56 @@
+"""Writes the report: a folder with index.html, which needs nothing else, and its pictures as PNG files."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..artifact.writer import replace_file
+from ..errors import UserError
+from .page import page
+from .pictures import pictures
+from .runs import Runs, find_runs
+
+PAGE = "index.html"
+
+
+def write_report(folders: Iterable[str | Path], out: str | Path) -> Runs:
+    """Read the runs in `folders` and write REPORT/index.html, the pictures beside it, and report.json with the numbers.
+
+    Args:
+        folders: finished runs, or folders above them.
+        out: the folder of the report, made if need be; files of an earlier report in it are replaced.
+    Raises:
+        UserError: no results, no matplotlib, or `out` cannot be written.
+    """
+    out = Path(out)
+    runs = find_runs(folders)
+    drawn = pictures(runs)
+    text = page(runs, drawn)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; give a folder") from None
+    for picture in drawn:
+        replace_file(out / f"{picture.name}.png", picture.png)
+    replace_file(out / "report.json", json.dumps(numbers(runs), indent=1).encode())
+    replace_file(out / PAGE, text.encode("utf-8", "replace"))  # last: it stands for a whole report
+    return runs
+
+
+def numbers(runs: Runs) -> dict[str, Any]:
+    """The figures of the page as plain values."""
+    return {
+        "folders": runs.folders,
+        "points": [asdict(p) for p in runs.points],
+        "codebooks": [{"run": f.run, "file": f.name, **asdict(use)} for f in runs.files for use in f.use],
+        "distortion": [
+            {"run": run, "log": log.path.name, **asdict(e)} for run, log in runs.logs for e in log.encoded.values()
+        ],
+        "validations": [
+            {"run": run, "log": log.path.name, **asdict(v)} for run, log in runs.logs for v in log.validations
+        ],
+        "steps": [asdict(step) for step in runs.steps],
+        "notes": runs.notes,
+    }
