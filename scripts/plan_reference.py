@@ -1,0 +1,106 @@
+"""The tables of docs/plan.md from the dataclasses in plan.py: keys, types, defaults, and the comment beside each field.
+
+    python scripts/plan_reference.py          writes docs/plan.md
+    python scripts/plan_reference.py --check  exit code 1 if it is not what the dataclasses say
+
+A test checks it too, so that the page cannot go stale.
+"""
+
+import argparse
+import ast
+import inspect
+import io
+import sys
+import tokenize
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from fairseq_quant_noise import plan as source
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "plan.md"
+MARK = "<!-- From here on written by scripts/plan_reference.py from the dataclasses in fairseq_quant_noise/plan.py. -->"
+SECTIONS = (
+    (source.NoiseRule, "`noise`: a list of rules", "Several rules on one weight act one after the other."),
+    (source.Schedule, "`schedule` of a noise rule", ""),
+    (
+        source.StageRule,
+        "`stages`: a list of rules",
+        "Stages run in this order. `block_size` and `n_centroids` are a number, or a mapping from regular "
+        "expressions over the names that `match` matches to numbers, with `default` for the others. Either all stages "
+        "give `updates` or none. A weight with fewer than 4 K blocks gets fewer centroids: the largest power of two "
+        "that leaves four blocks each.",
+    ),
+    (source.Centroids, "`centroids`", ""),
+    (source.Activations, "`activations`", "Without this section inputs are left alone; `{}` stands for the defaults."),
+    (source.Structure, "`structure`", "Noise and stages act on what is left."),
+)
+NAMES = {"start": "from"}  # fields whose key in YAML has another name
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Field -> the comment beside it in the source."""
+    text = inspect.getsource(cls)
+    lines: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0]] = token.string.lstrip("# ")
+    (tree,) = ast.parse(text).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            own = [lines[n] for n in range(node.lineno, (node.end_lineno or node.lineno) + 1) if n in lines]
+            found[node.target.id] = " ".join(own)
+    return found
+
+
+def default_of(field: Field) -> str:
+    """As in YAML."""
+    if field.default is MISSING:
+        return "required" if field.default_factory is MISSING else ""
+    return "none" if field.default is None else f"`{field.default}`"
+
+
+def type_of(field: Field) -> str:
+    """In words of YAML."""
+    names: dict[Any, str] = {str: "text", int: "whole number", float: "number"}
+    known = {
+        str | tuple[str, ...]: "text or list",
+        source.Setting: "whole number or mapping",
+        int | None: "whole number",
+        float | None: "number",
+        int | str | None: "whole number or text",
+        source.Schedule | None: "mapping",
+        Any: "text, list or mapping",
+    }
+    return (names | known)[field.type]
+
+
+def page() -> str:
+    """The text of docs/plan.md: what stands above MARK stays."""
+    parts = [PAGE.read_text(encoding="utf-8").partition(MARK)[0], MARK]
+    for cls, title, note in SECTIONS:
+        beside = comments(cls)
+        rows = ["| key | type | default | |", "|---|---|---|---|"]
+        for field in fields(cls):
+            text = beside[field.name].replace("|", "\\|")
+            key = NAMES.get(field.name, field.name)
+            rows.append(f"| `{key}` | {type_of(field)} | {default_of(field)} | {text} |")
+        summary = (cls.__doc__ or "").strip().splitlines()[0]
+        parts += [f"## {title}", f"{summary} {note}".strip(), "\n".join(rows)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def main() -> None:
+    """Write the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the page is out of date")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        sys.exit(f"error: {PAGE.name} is out of date; run: python scripts/plan_reference.py")
+
+
+if __name__ == "__main__":
+    main()
