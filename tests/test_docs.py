@@ -31,7 +31,7 @@ from fairseq_quant_noise.cli import _VERBS, main, make_parser
 from fairseq_quant_noise.plan import Plan
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARK = re.compile(r"<!-- not run: (.+?) -->")
+MARK = re.compile(r"<!-- (?:not run: (.+?)|file: (\S+)) -->")
 PROGRAMS = ("fairseq-", "bash ", "python ", "pip ")
 PARSERS = {
     "fairseq-train": options.get_training_parser,
@@ -53,6 +53,7 @@ class Block:
     language: str  # python, yaml, text ...; "" for an indented one
     text: str
     reason: str | None  # why it is not run
+    file: str | None  # the name under which the reader saves it
 
     def __str__(self):
         return f"{self.page.name}:{self.line}"
@@ -68,7 +69,7 @@ class Block:
 
 def blocks(page):
     """The fenced and indented blocks of a page, in order."""
-    lines, found, reason, i = page.read_text().splitlines(), [], None, 0
+    lines, found, mark, i = page.read_text().splitlines(), [], None, 0
     while i < len(lines):
         start, language = i, None
         if lines[i].startswith("```"):
@@ -84,12 +85,12 @@ def blocks(page):
                 i += 1
             text = "\n".join(line[4:] for line in lines[start:i])
         else:
-            mark = MARK.search(lines[i])
-            reason = mark[1] if mark else reason if not lines[i].strip() else None
+            mark = MARK.search(lines[i]) or (mark if not lines[i].strip() else None)
             i += 1
         if language is not None:
-            found.append(Block(page, start + 1, language, text, reason))
-            reason = None
+            reason, file = mark.groups() if mark else (None, None)
+            found.append(Block(page, start + 1, language, text, reason, file))
+            mark = None
     return found
 
 
@@ -223,6 +224,8 @@ def test_what_a_page_says_to_type_works(page, files, tmp_path, monkeypatch):
     monkeypatch.chdir(work_in(tmp_path / "work", page, files))
     variables, names = {}, {"model": network(), "network": network()}
     for block in blocks(page):
+        if block.file:
+            Path(block.file).write_text(block.text)
         try:
             if block.is_shell:
                 for words in commands(block.text, variables):
