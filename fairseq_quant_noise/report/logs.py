@@ -4,17 +4,19 @@ A log may be of any length and hold anything, so lines that do not fit are passe
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-_STAGE = re.compile(r"stage (\d+) of (\d+): quantizing (\d+) weights, '(.*)'")
-_ENCODED = re.compile(r"(?:stage (\d+) of \d+ )?\[\d+/\d+\] (\S+) \([\d, ]+\) (.*?)\s*relative error ([\d.]+)")
+_STAGE = re.compile(r"stage (\d{1,6}) of (\d{1,6}): quantizing \d{1,9} weights, '(.*)'")
+_ENCODED = re.compile(r"(?:stage (\d{1,6}) of \d+ )?\[\d+/\d+\] (\S+) \([\d, ]+\) (.*?)relative error (\d+(?:\.\d+)?)")
 _VALID = re.compile(r"\| epoch \d+ \| valid on '(\w+)' subset \| (.*)")
 _INNER = re.compile(r"\| (?:train_inner|train) \| epoch +\d+(?::| \|) (.*)")
-_DONE = re.compile(r"done training in ([\d.]+) seconds")
-_WORD = re.compile(r"([A-Za-z_]\w*)[= ](-?[\d.]+(?:e-?\d+)?)(?=[,| ]|$)")
+_DONE = re.compile(r"done training in (\d+(?:\.\d+)?) seconds")
+_WORD = re.compile(r"\b([A-Za-z_]\w*)[= ](-?\d+(?:\.\d+)?(?:e-?\d+)?)(?=[,| ]|$)")
 _JSON = re.compile(r"\| (train_inner|train|valid) \| (\{.*\})\s*$")
 _DISTORTION = re.compile(r"distortion_(\w+)_(weight|output)")
 
@@ -65,13 +67,14 @@ def read_log(path: Path) -> Log:
 
 def _take(log: Log, line: str) -> None:
     if done := _DONE.search(line):
-        log.seconds = (log.seconds or 0.0) + float(done[1])
+        log.seconds = (log.seconds or 0.0) + (finite(done[1]) or 0.0)
     elif stage := _STAGE.search(line):
         log.stage, log.n_stages = int(stage[1]), int(stage[2])
-        log.stages[log.stage] = (log.update, stage[4])
+        log.stages[log.stage] = (log.update, stage[3])
     elif encoded := _ENCODED.search(line):
-        which = int(encoded[1]) if encoded[1] else None
-        log.encoded[encoded[2]] = Encoded(encoded[2], encoded[3], float(encoded[4]), which)
+        which, error = int(encoded[1]) if encoded[1] else None, finite(encoded[4])
+        if error is not None:
+            log.encoded[encoded[2]] = Encoded(encoded[2], encoded[3].strip(), error, which)
     else:
         for kind, subset, values in _figures(line):
             _take_figures(log, kind, subset, values)
@@ -82,21 +85,31 @@ def _figures(line: str) -> Iterator[tuple[str, str, dict[str, float]]]:
     if found := _JSON.search(line):
         try:
             content = json.loads(found[2])
-        except ValueError:
+        except (ValueError, RecursionError):
             return
-        values = {str(k).removeprefix("train_").removeprefix("valid_"): _number(v) for k, v in content.items()}
-        yield found[1], "valid", {k: v for k, v in values.items() if v is not None}
+        yield (
+            found[1],
+            "valid",
+            _finite((str(k).removeprefix("train_").removeprefix("valid_"), content[k]) for k in content),
+        )
     elif found := _VALID.search(line):
-        yield "valid", found[1], {k: float(v) for k, v in _WORD.findall(found[2])}
+        yield "valid", found[1], _finite(_WORD.findall(found[2]))
     elif found := _INNER.search(line):
-        yield "train", "train", {k: float(v) for k, v in _WORD.findall(found[1])}
+        yield "train", "train", _finite(_WORD.findall(found[1]))
 
 
-def _number(value: object) -> float | None:
+def _finite(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
+    """Those that are numbers (None is logged where there is no figure)."""
+    return {name: number for name, value in pairs if (number := finite(value)) is not None}
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a number, if it is one and finite."""
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _take_figures(log: Log, kind: str, subset: str, values: dict[str, float]) -> None:

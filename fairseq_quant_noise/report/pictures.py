@@ -67,6 +67,7 @@ def _png(figure: Any) -> bytes:
 def short(text: str, most: int = 28) -> str:
     """`text`, cut in the middle where it is long, without what a font cannot draw."""
     text = "".join(c if c.isprintable() else "?" for c in text)
+    text = f" {text}" if text.startswith("_") else text  # which a legend would leave out
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
 
 

@@ -16,8 +16,8 @@ from ..errors import UserError
 from ..safe_load import safe_load
 from ..trained import STAGES
 from .codebooks import CodebookUse, codebook_use
-from .logs import Log, read_log
-from .scores import Point, data_of, distinct, label_of, points_of_record, read_json_lines, scores_in
+from .logs import Log, finite, read_log
+from .scores import Point, data_of, distinct, label_of, points_of_result, points_of_row, read_json_lines, scores_in
 
 _DEPTH = 4  # folders below a named one
 STEPS = "steps.jsonl"
@@ -164,10 +164,11 @@ def _score(runs: Runs, name: str, label: str, log: Path, size: int | None) -> No
 def _read_records(runs: Runs, name: str, path: Path, data: str) -> None:
     """A run's own data set is that of its logs, where it has some."""
     for record in read_json_lines(path):
-        run = name if path.name == "result.json" else _run_named(name, record)
+        run = name if path.suffix == ".json" else _run_named(name, record)
         known = next((p.data for p in runs.points if p.run == run), None)
         known = known or next((p.data for p in runs.points if p.run.startswith(f"{name}/")), data)
-        runs.points += points_of_record(record, run, path.name, known)
+        points = points_of_row if path.suffix == ".jsonl" else points_of_result
+        runs.points += points(record, run, path.name, known)
 
 
 def _run_named(name: str, record: Any) -> str:
@@ -179,7 +180,7 @@ def _read_steps(runs: Runs, name: str, folder: Path) -> None:
     if not path.is_file():
         return
     for record in read_json_lines(path):
-        seconds = record.get("seconds")
-        if isinstance(seconds, int | float):
+        seconds = finite(record.get("seconds"))
+        if seconds is not None:
             words = [str(record.get(key, "")) for key in ("step", "command", "recipe")]
-            runs.steps.append(Step(name, words[0], float(seconds), words[1], words[2]))
+            runs.steps.append(Step(name, words[0], seconds, words[1], words[2]))

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .logs import finite
+
 #: Scores that are better when lower; all others are better when higher.
 LOWER = ("ppl", "loss")
 METRICS = {"ppl": "PPL", "accuracy": "accuracy, %", "bleu": "BLEU", "top1": "top-1, %", "top5": "top-5, %"}
 _STAGED = re.compile(rf"({'|'.join(METRICS)})_(\w+)")
-_PPL = re.compile(r"Loss \(base 2\): ([\d.]+), Perplexity: [\d.]+")
+_PPL = re.compile(r"Loss \(base 2\): (\d{1,3}(?:\.\d+)?), Perplexity: [\d.]+")
 _VALID = re.compile(r"valid on '(\w+)' subset \|(.*)")
-_BLEU = re.compile(r"\bBLEU\S* = ([\d.]+)")
+_BLEU = re.compile(r"\bBLEU\S* = (\d+(?:\.\d+)?)")
 _DATA = re.compile(r"'data': '([^']+)'")
 _LABELS = {"model": "ipq", "one_shot": "one-shot", "packed": "ipq"}
 
@@ -53,7 +55,7 @@ def scores_in(log: Path) -> dict[str, float]:
     scores: dict[str, float] = {}
     for subset, line in _VALID.findall(text):
         for metric in ("accuracy", "top1", "top5"):
-            value = re.search(rf"\b{metric} ([\d.]+)", line)
+            value = re.search(rf"\b{metric} (\d+(?:\.\d+)?)", line)
             if value and (subset == "valid" or metric not in scores):
                 scores[metric] = float(value[1])
     if scores:
@@ -79,13 +81,18 @@ def read_json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             yield record
 
 
-def points_of_record(record: Mapping[str, Any], run: str, source: str, data: str) -> Iterator[Point]:
-    """The points of a line of result.json (`ppl_dense`, `ppl_ipq` ...) or of a table (`ppl`, `file_bytes` ...)."""
+def points_of_result(record: Mapping[str, Any], run: str, source: str, data: str) -> Iterator[Point]:
+    """The points of result.json: `ppl_dense`, `ppl_ipq` ... with `dense_bytes`, `file_bytes`."""
     for key, value in record.items():
         if found := _STAGED.fullmatch(str(key)):
             size = record.get("dense_bytes" if found[2] == "dense" else "file_bytes")
             value = value.get("valid") if isinstance(value, dict) else value
             yield from _point(run, label_of(found[2]), found[1], value, size, source, data)
+
+
+def points_of_row(record: Mapping[str, Any], run: str, source: str, data: str) -> Iterator[Point]:
+    """The points of a line of a table: `ppl` ... or `score`, with `file_bytes` or `bytes`; or as in result.json."""
+    yield from points_of_result(record, run, source, data)
     size = record.get("file_bytes", record.get("bytes"))
     for metric in METRICS:
         if metric in record:
@@ -100,9 +107,9 @@ def _row(record: Mapping[str, Any]) -> str:
 
 
 def _point(run: str, label: str, metric: str, score: Any, size: Any, source: str, data: str) -> Iterator[Point]:
-    numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in (score, size))
-    if numbers and size > 0:
-        yield Point(run, label, metric, float(score), float(size), source, data)
+    value, size = finite(score), finite(size)
+    if value is not None and size is not None and size > 0:
+        yield Point(run, label, metric, value, size, source, data)
 
 
 def distinct(points: list[Point]) -> list[Point]:

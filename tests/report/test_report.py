@@ -123,6 +123,21 @@ def test_a_log_tells_stages_errors_distortion_and_time(tmp_path):
     assert log.seconds == 61.5
 
 
+@pytest.mark.parametrize("value", ["9" * 500, "1.2.3", "1e999", "NaN", "None", "[[" * 5000, "a" * 100_000])
+def test_a_log_and_a_table_may_hold_anything(tmp_path, value):
+    text = TRAINING.replace("512.25", value).replace("362.04", value).replace("61.5", value).replace("0.5166", value)
+    (tmp_path / "ipq.log").write_text(text + text.replace("num_updates", "num_updates 1").replace("60", value))
+    (tmp_path / "eval-dense.log").write_text(
+        f"Loss (base 2): {value}, Perplexity: {value}\nvalid on 'valid' subset | {value}"
+    )
+    row = {"run": "a", "ppl": 3.0, "file_bytes": 10}
+    lines = [f'{{"ppl": {value}, "file_bytes": {value}}}', f'{{"seconds": {value}}}', json.dumps(row)]
+    for name in ("table.jsonl", "steps.jsonl", "encoder.json"):
+        (tmp_path / name).write_text("\n".join(lines))
+    runs = write_report([tmp_path], tmp_path / "report")
+    assert [p.score for p in runs.points] == [3.0]
+
+
 def test_a_staged_checkpoint_knows_better_than_the_log_when_its_stages_began(out, tmp_path):
     (tmp_path / "ipq").mkdir()
     for name in ("ipq.log", "model.safetensors"):
