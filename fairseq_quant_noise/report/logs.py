@@ -16,7 +16,7 @@ _ENCODED = re.compile(r"(?:stage (\d{1,6}) of \d+ )?\[\d+/\d+\] (\S+) \([\d, ]+\
 _VALID = re.compile(r"\| epoch \d+ \| valid on '(\w+)' subset \| (.*)")
 _INNER = re.compile(r"\| (?:train_inner|train) \| epoch +\d+(?::| \|) (.*)")
 _DONE = re.compile(r"done training in (\d+(?:\.\d+)?) seconds")
-_WORD = re.compile(r"\b([A-Za-z_]\w*)[= ](-?\d+(?:\.\d+)?(?:e-?\d+)?)(?=[,| ]|$)")
+_WORD = re.compile(r"\b([A-Za-z_]\w*)[= ](-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?=[,| ]|$)")
 _JSON = re.compile(r"\| (train_inner|train|valid) \| (\{.*\})\s*$")
 _DISTORTION = re.compile(r"distortion_(\w+)_(weight|output)")
 

@@ -169,6 +169,8 @@ def _stages(runs: Runs) -> Iterable[Picture]:
             points = [
                 (v.update, v.values[metric]) for v in log.validations if metric in v.values and v.subset == "valid"
             ]
+            if not points:
+                continue  # of other splits alone: they are in the table
             color = COLORS[i % len(COLORS)]
             axes.plot(*zip(*points, strict=True), "o-", color=color, ms=4, label=short(f"{run}: {log.path.stem}"))
             for update, _ in log.stages.values():
@@ -216,7 +218,7 @@ def _layers(
     figure, axes = _figure()
     for i, (kind, points) in enumerate(kinds.items()):
         style = f"{MARKERS[i % len(MARKERS)]}-"
-        axes.plot(*zip(*sorted(points), strict=True), style, color=COLORS[i % len(COLORS)], ms=5, label=short(kind))
+        axes.plot(*zip(*sorted(points), strict=True), style, color=COLORS[i % len(COLORS)], ms=5, label=short(kind, 22))
     for line in lines:
         axes.axhline(line, color="#999999", ls="--", lw=1, zorder=0)
     numbers = sorted({layer for points in kinds.values() for layer, _ in points})

@@ -108,8 +108,8 @@ def _read_folder(runs: Runs, root: Path, folder: Path, several: bool) -> None:
 
 
 def _read_run(runs: Runs, name: str, folder: Path, files: list[Path], evals: list[Path]) -> None:
-    logs = [read_log(path) for path in sorted({*folder.glob("*.log"), folder / "log"}) if path.is_file()]
-    logs = [log for log in logs if log.path not in evals]
+    paths = sorted({*folder.glob("*.log")} - {*evals}) or [folder / "log"]  # of table2.sh: all that its recipe said
+    logs = [read_log(path) for path in paths if path.is_file()]
     for log in logs:
         if log.stages:
             _exact_starts(runs, name, log, folder / log.path.stem / "checkpoint_last.pt")
@@ -131,6 +131,10 @@ def _read_run(runs: Runs, name: str, folder: Path, files: list[Path], evals: lis
         label = label_of(path.stem.removeprefix("eval-"))
         size = dense if label == "dense" else sizes.get(label)
         _score(runs, name, label, path, size)
+        sizes.pop(label, None)
+    unscored = [file.name for file in runs.files if file.run == name and file.label in sizes]
+    if unscored:
+        runs.notes.append(f"{name}: no evaluation (eval-NAME.log) of {', '.join(unscored)}")
 
 
 def _exact_starts(runs: Runs, name: str, log: Log, checkpoint: Path) -> None:

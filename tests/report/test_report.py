@@ -29,6 +29,7 @@ distortion_fc1_weight=0.22, distortion_fc1_output=None
 {STAMP} | fairseq_quant_noise.quantize | stage 1 of 2 [1/1] decoder.layers.0.fc1 (512, 128) d 8 K 256 relative error \
 0.5166, 1 s left
 {STAMP} | valid | epoch 001 | valid on 'valid' subset | loss 9 | ipq_mib 0.5 | ppl 512.25 | num_updates 60 | best_loss 9
+{STAMP} | valid | epoch 001 | valid on 'other' subset | loss 9 | ppl 2.35e+06 | num_updates 60
 {STAMP} | fairseq_quant_noise.training | stage 2 of 2: quantizing 1 weights, '{EVIL}'
 {STAMP} | valid | {{"epoch": 1, "valid_loss": "8.5", "valid_ppl": "362.04", "valid_num_updates": "90"}}
 {STAMP} | fairseq_cli.train | done training in 61.5 seconds
@@ -117,7 +118,9 @@ def test_a_log_tells_stages_errors_distortion_and_time(tmp_path):
     (tmp_path / "ipq.log").write_text(TRAINING)
     log = read_log(tmp_path / "ipq.log")
     assert log.stages == {1: (50, "layers.*fc1"), 2: (60, EVIL)}
-    assert [(v.update, v.stage, v.values["ppl"]) for v in log.validations] == [(60, 1, 512.25), (90, 2, 362.04)]
+    assert [(v.update, v.stage, v.values["ppl"]) for v in log.validations] == [
+        *((60, 1, 512.25), (60, 1, 2.35e6), (90, 2, 362.04))
+    ]
     assert log.encoded["decoder.layers.0.fc1"].error == 0.5166
     assert log.distortion == {("fc1", "weight"): [(50, 0.22)]}
     assert log.seconds == 61.5
