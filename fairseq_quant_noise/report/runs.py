@@ -5,7 +5,7 @@ lines may stand in it or above it. What cannot be read becomes a note on the pag
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,16 @@ def find_runs(folders: Iterable[str | Path]) -> Runs:
         if not root.is_dir():
             raise UserError(f"report {root}: no such folder; give the folder of a finished run, a recipe's OUT")
     runs = Runs([str(root) for root in roots])
-    seen: set[Path] = set()
+    names: dict[Path, tuple[str, Path]] = {}  # of the folders: as the page calls them, and the root that they are below
     for root in roots:
         for folder in _below(root):
-            if folder.resolve() not in seen:
-                seen.add(folder.resolve())
-                _read_folder(runs, root, folder, several=len(roots) > 1)
+            inside = folder.relative_to(root)
+            name = str(Path(root.resolve().name) / inside if len(roots) > 1 or folder == root else inside)
+            names.setdefault(folder.resolve(), (name, root.resolve()))
+    for folder, (name, _) in names.items():
+        _read_folder(runs, name, folder)
+    for folder, (name, root) in names.items():  # after the logs and files that these stand in for
+        _read_tables(runs, name, folder, root)
     runs.points = distinct(runs.points)
     if not (runs.points or runs.files):
         raise UserError(
@@ -93,18 +97,13 @@ def _below(root: Path) -> list[Path]:
     return found
 
 
-def _read_folder(runs: Runs, root: Path, folder: Path, several: bool) -> None:
-    inside = folder.relative_to(root)
-    name = str(Path(root.resolve().name) / inside if several or folder == root else inside)
+def _read_folder(runs: Runs, name: str, folder: Path) -> None:
     _read_steps(runs, name, folder)
     files = sorted(folder.glob("*.safetensors"))
     evals = sorted(folder.glob("eval-*.log"))
     if files or evals or (folder / "result.json").exists():
         runs.names.append(name)
         _read_run(runs, name, folder, files, evals)
-    for path in sorted(folder.glob("*.json*")):
-        if path.name != STEPS and path.suffix in (".json", ".jsonl"):
-            _read_records(runs, name, path, str(root.resolve()))
 
 
 def _read_run(runs: Runs, name: str, folder: Path, files: list[Path], evals: list[Path]) -> None:
@@ -165,18 +164,31 @@ def _score(runs: Runs, name: str, label: str, log: Path, size: int | None) -> No
         runs.points += [Point(name, label, metric, value, size, log.name, data) for metric, value in scores.items()]
 
 
-def _read_records(runs: Runs, name: str, path: Path, data: str) -> None:
-    """A run's own data set is that of its logs, where it has some."""
-    for record in read_json_lines(path):
-        run = name if path.suffix == ".json" else _run_named(name, record)
-        known = next((p.data for p in runs.points if p.run == run), None)
-        known = known or next((p.data for p in runs.points if p.run.startswith(f"{name}/")), data)
-        points = points_of_row if path.suffix == ".jsonl" else points_of_result
-        runs.points += points(record, run, path.name, known)
+def _read_tables(runs: Runs, name: str, folder: Path, root: Path) -> None:
+    """result.json and tables of JSON lines; of a network that has a point from its log already nothing is taken."""
+    known = {(p.run, p.label, p.metric) for p in runs.points}
+    for path in sorted(folder.glob("*.json*")):
+        if path.name == STEPS or path.suffix not in (".json", ".jsonl"):
+            continue
+        take = points_of_row if path.suffix == ".jsonl" else points_of_result
+        for record in read_json_lines(path):
+            run = name if path.suffix == ".json" else _run_named(name, root, folder, record)
+            points = take(record, run, path.name, _data_of_run(runs, run, str(root)))
+            runs.points += [p for p in points if (p.run, p.label, p.metric) not in known]
 
 
-def _run_named(name: str, record: Any) -> str:
-    return f"{name}/{record['run']}" if isinstance(record.get("run"), str) else name
+def _data_of_run(runs: Runs, run: str, root: str) -> str:
+    """What the logs of a run, or of all, say it was evaluated on, where they say one thing."""
+    own = {p.data for p in runs.points if p.run == run} or {p.data for p in runs.points}
+    return own.pop() if len(own) == 1 else root
+
+
+def _run_named(name: str, root: Path, folder: Path, record: Mapping[str, Any]) -> str:
+    """The folder that a line of a table names, as the page calls it."""
+    run = record.get("run")
+    if not isinstance(run, str):
+        return name
+    return run if folder == root and name == root.name else f"{name}/{run}"
 
 
 def _read_steps(runs: Runs, name: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,21 @@ def test_tables_of_json_lines_alone_make_a_report(tmp_path):
     }
     page = (tmp_path / "report/index.html").read_text()
     assert "The runs have nothing for this." in page  # no stages, no time
+
+
+def test_a_table_and_a_result_beside_the_logs_that_they_are_made_of_add_no_point(out, numbers, tmp_path):
+    shutil.copytree(out / "plain", tmp_path / "plain")
+    points = {p["label"]: p for p in numbers["points"] if p["run"] == "plain"}
+    rows = [{"run": "plain", "scheme": "iPQ", "ppl": points["ipq"]["score"], "file_bytes": points["ipq"]["bytes"]}]
+    rows += [{"run": "gone", "scheme": "iPQ", "ppl": 300.0, "file_bytes": 5}]
+    (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = {"ppl_ipq": 256.0, "ppl_dense": 64.0, "file_bytes": 7, "dense_bytes": 8}
+    (tmp_path / "plain/result.json").write_text(json.dumps(result))
+    runs = write_report([tmp_path], tmp_path / "report")
+    assert sorted((p.run, p.label) for p in runs.points) == [
+        *(("gone", "iPQ"), ("plain", "dense"), ("plain", "int8"), ("plain", "ipq"))
+    ]
+    assert {p.data for p in runs.points} == {"/data/bin"}
 
 
 def test_what_is_missing_or_damaged_is_said(out, tmp_path):
