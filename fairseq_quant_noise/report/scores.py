@@ -17,7 +17,7 @@ from .logs import finite
 LOWER = ("ppl", "loss")
 METRICS = {"ppl": "PPL", "accuracy": "accuracy, %", "bleu": "BLEU", "top1": "top-1, %", "top5": "top-5, %"}
 _STAGED = re.compile(rf"({'|'.join(METRICS)})_(\w+)")
-_PPL = re.compile(r"Loss \(base 2\): (\d{1,3}(?:\.\d+)?), Perplexity: [\d.]+")
+_PPL = re.compile(r"Loss \(base 2\): [\d.]+, Perplexity: (\d{1,99}(?:\.\d+)?)\s")
 _VALID = re.compile(r"valid on '(\w+)' subset \|(.*)")
 _BLEU = re.compile(r"\bBLEU\S* = (\d+(?:\.\d+)?)")
 _DATA = re.compile(r"'data': '([^']+)'")
@@ -51,7 +51,7 @@ def scores_in(log: Path) -> dict[str, float]:
     """The figures in a log of fairseq-eval-lm, fairseq-validate or fairseq-generate; of the subset `valid` first."""
     text = log.read_text(encoding="utf-8", errors="replace")
     if found := _PPL.findall(text):
-        return {"ppl": 2 ** float(found[-1])}
+        return {"ppl": float(found[-1])}
     scores: dict[str, float] = {}
     for subset, line in _VALID.findall(text):
         for metric in ("accuracy", "top1", "top5"):
