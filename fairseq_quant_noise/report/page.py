@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from .paper import POINTS, TITLES
-from .pictures import Picture, groups, metric_of, staged, times
+from .pictures import MOST, Picture, groups, metric_of, staged, times
 from .runs import Runs
 from .scores import METRICS, pareto
 
@@ -68,7 +68,8 @@ def page(runs: Runs, drawn: Sequence[Picture]) -> str:
 def _section(key: str, drawn: Sequence[Picture], tables: Sequence[str]) -> str:
     content = _figures(drawn[:_OPEN])
     if drawn[_OPEN:]:
-        content += _folded(f"{len(drawn) - _OPEN} more pictures", _figures(drawn[_OPEN:]))
+        cut = f" (no more than {MOST} are drawn; the tables have all)" if len(drawn) == MOST else ""
+        content += _folded(f"{len(drawn) - _OPEN} more pictures{cut}", _figures(drawn[_OPEN:]))
     content += "".join(tables)
     if not content:
         content = f"<p><em>{'Nothing is missing.' if key == 'missing' else 'The runs have nothing for this.'}</em></p>"

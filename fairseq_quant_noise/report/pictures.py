@@ -17,6 +17,9 @@ MARKERS = "osD^vPX*<>hd"
 _SIZE = (4.4, 3.6)  # inches: on a phone of 360 points a letter of 10 is then one of 8
 _IN_LAYER = re.compile(r"(.*?)\b(?:layers|blocks)\.(\d+)\.(.*?)(?:\.weight)?$")
 _MOST_BARS = 16
+_MOST_NAMES = 14  # in a legend; the table has all
+MOST = 24  # pictures of layers in a section; report.json has all numbers
+_SEED = re.compile(r"^seed-\d+/")
 
 
 @dataclass(frozen=True)
@@ -101,18 +104,21 @@ def _scores(runs: Runs) -> Iterable[Picture]:
 
 
 def _draw_points(axes: Any, points: Sequence[Point]) -> None:
-    names = list(dict.fromkeys(p.run for p in points))
+    names = list(dict.fromkeys(_SEED.sub("", p.run) for p in points))
     labels = list(dict.fromkeys(p.label for p in points))
     front = pareto(list(points))
     axes.plot(
         [p.mib for p in front], [p.score for p in front], "--", color="#999999", lw=1, zorder=1, label="Pareto front"
     )
     for p in points:
-        color, marker = COLORS[names.index(p.run) % len(COLORS)], MARKERS[labels.index(p.label) % len(MARKERS)]
+        color, marker = (
+            COLORS[names.index(_SEED.sub("", p.run)) % len(COLORS)],
+            MARKERS[labels.index(p.label) % len(MARKERS)],
+        )
         axes.plot(p.mib, p.score, marker, color=color, ms=7, mec="white", mew=0.6, zorder=2)
-    for i, name in enumerate(names):
+    for i, name in enumerate(names[:_MOST_NAMES]):
         axes.plot([], [], "s", color=COLORS[i % len(COLORS)], label=short(name))
-    for i, label in enumerate(labels):
+    for i, label in enumerate(labels[:_MOST_NAMES]):
         axes.plot([], [], MARKERS[i % len(MARKERS)], color="#555555", mfc="none", label=short(label))
 
 
@@ -192,11 +198,11 @@ def layer_of(tensor: str) -> tuple[str, int | None]:
 
 
 def _by_layer(runs: Runs) -> Iterable[Picture]:
-    for i, (run, log) in enumerate((r, g) for r, g in runs.logs if g.encoded):
+    for i, (run, log) in enumerate([(r, g) for r, g in runs.logs if g.encoded][:MOST]):
         values = [(e.tensor, e.error) for e in log.encoded.values()]
         title = f"Relative error by layer: {run}, {log.path.name}"
         yield _layers("distortion", f"distortion-{i + 1}", title, values, "||W - Ŵ|| / ||W||")
-    for i, file in enumerate(f for f in runs.files if f.use):
+    for i, file in enumerate([f for f in runs.files if f.use][:MOST]):
         yield _codebook_picture(i, file)
 
 

@@ -188,6 +188,8 @@ def _run_named(name: str, root: Path, folder: Path, record: Mapping[str, Any]) -
     run = record.get("run")
     if not isinstance(run, str):
         return name
+    if isinstance(record.get("seed"), int):  # recipes/evidence.sh
+        run = f"seed-{record['seed']}/{run}"
     return run if folder == root and name == root.name else f"{name}/{run}"
 
 

@@ -94,16 +94,15 @@ def points_of_row(record: Mapping[str, Any], run: str, source: str, data: str) -
     """The points of a line of a table: `ppl` ... or `score`, with `file_bytes` or `bytes`; or as in result.json."""
     yield from points_of_result(record, run, source, data)
     size = record.get("file_bytes", record.get("bytes"))
+    label = str(record.get("scheme") or record.get("row") or record.get("file") or "").strip()
+    if not label and "/" in str(record.get("run")):  # recipes/evidence.sh: NETWORK/FILE
+        run, _, label = run.rpartition("/")
     for metric in METRICS:
         if metric in record:
-            yield from _point(run, _row(record), metric, record[metric], size, source, data)
+            yield from _point(run, label or "?", metric, record[metric], size, source, data)
     if "score" in record:
         metric = "ppl" if "PPL" in str(record.get("model", "PPL")) else "accuracy"
-        yield from _point(run, _row(record), metric, record["score"], size, source, data)
-
-
-def _row(record: Mapping[str, Any]) -> str:
-    return str(record.get("scheme") or record.get("row") or record.get("file") or "?").strip()
+        yield from _point(run, label or "?", metric, record["score"], size, source, data)
 
 
 def _point(run: str, label: str, metric: str, score: Any, size: Any, source: str, data: str) -> Iterator[Point]:

@@ -195,10 +195,11 @@ def test_tables_of_json_lines_alone_make_a_report(tmp_path):
     """The committed summaries of runs whose files are gone; the lines say which run they are of."""
     record = {"run": "a", "ppl_dense": 80.0, "ppl_ipq": 158.7, "dense_bytes": 5_221_380, "file_bytes": 309_788}
     row = {"run": "b", "scheme": "int4", "ppl": 97.1, "file_bytes": 693_348}
-    (tmp_path / "table.jsonl").write_text(f"{json.dumps(record)}\n[]\n{json.dumps(row)}\n")
+    seed = {"run": "c/ipq", "seed": 2, "ppl": 99.0, "bytes": 7}
+    (tmp_path / "table.jsonl").write_text("\n".join([json.dumps(record), "[]", json.dumps(row), json.dumps(seed)]))
     runs = write_report([tmp_path], tmp_path / "report")
-    assert {(Path(p.run).name, p.label, p.score) for p in runs.points} == {
-        *(("a", "dense", 80.0), ("a", "ipq", 158.7), ("b", "int4", 97.1))
+    assert {(p.run, p.label, p.score) for p in runs.points} == {
+        *(("a", "dense", 80.0), ("a", "ipq", 158.7), ("b", "int4", 97.1), ("seed-2/c", "ipq", 99.0))
     }
     page = (tmp_path / "report/index.html").read_text()
     assert "The runs have nothing for this." in page  # no stages, no time
