@@ -17,6 +17,7 @@ for name in OUT SIZE NOISE SHARE KEEP LAYERDROP TEACHER UPDATES IPQ_UPDATES PRET
   if [ -n "${!name:-}" ]; then RECIPE+="$name=$(printf '%q' "${!name}") "; fi
 done
 RECIPE+="bash $(printf '%q ' "$0" "$@")"
+unset name
 
 # say TEXT...: one line for the person who waits.
 say() { printf '%s\n' "$*"; }
