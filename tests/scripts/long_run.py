@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("LOGLEVEL", "WARNING")  # of fairseq, read when it is imported
 
+import fairseq.distributed.utils  # noqa: E402
+import fairseq_cli.train  # noqa: E402
 import torch  # noqa: E402
-from lm_fixture import PLANS, Lab, ipq_flags  # noqa: E402
+from lm_fixture import PLANS, Lab, forgetful_fairseq, ipq_flags  # noqa: E402
 from watching import NOISE, watched  # noqa: E402
 
 MOST = 4.0  # MiB of growth within a stage
@@ -45,8 +47,10 @@ def train(folder: Path, updates: int) -> list[tuple[int, float]]:
             seen.append((update, resident()))
             print(f"update {update:5d}  {resident():7.1f} MiB", flush=True)
 
-    with watched(look):
-        lab.train(*flags, kind="adaptive", updates=updates)
+    cfg = lab.config(*flags, kind="adaptive", updates=updates)
+    cfg.checkpoint.save_dir = str(lab.new())
+    with watched(look), forgetful_fairseq():
+        fairseq.distributed.utils.call_main(cfg, fairseq_cli.train.main)  # not lab.train, which keeps each log
     return seen
 
 
