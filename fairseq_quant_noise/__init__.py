@@ -36,12 +36,20 @@ def register() -> None:
     Raises:
         ImportError: fairseq is not installed.
     """
-    from . import checkpoints, criterions, models, precision, trainer_hooks, training  # noqa: F401
+    from . import (  # noqa: F401
+        checkpoint_files,
+        checkpoints,
+        criterions,
+        diverged,
+        models,
+        precision,
+        resume,
+        trainer_hooks,
+        training,
+    )
 
-    checkpoints.install()
-    precision.install()
-    trainer_hooks.install()
-    training.install()
+    for part in (checkpoints, checkpoint_files, diverged, precision, resume, trainer_hooks, training):
+        part.install()
 
 
 if "fairseq" in sys.modules:

@@ -11,6 +11,7 @@ import fairseq.distributed.utils
 import torch
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from .cli_errors import exits_on_user_error
 from .errors import UserError
@@ -19,6 +20,7 @@ from .stock import no_training
 
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
+_broadcast_tensors = fairseq.distributed.utils.broadcast_tensors
 
 
 def is_packed(path: str | Path) -> bool:
@@ -102,7 +104,18 @@ def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.dev
     return box[0]
 
 
+def broadcast_tensors(tensors: list[Tensor] | None, *args: Any, **kwargs: Any) -> list[Tensor]:
+    """fairseq's function of this name, which sends memory as it lies: a transposed tensor arrives in another order.
+
+    Codes are transposed once a kernel has used them (`PQWeight.linear`), and checkpoints keep that.
+    """
+    laid_out = None if tensors is None else [tensor.contiguous() for tensor in tensors]
+    received: list[Tensor] = _broadcast_tensors(laid_out, *args, **kwargs)
+    return received
+
+
 def install() -> None:
     """Make fairseq's programs load through this module."""
     fairseq.checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
     fairseq.distributed.utils._broadcast_object_slow = broadcast_object
+    fairseq.distributed.utils.broadcast_tensors = broadcast_tensors

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import ranks
 from .errors import UserError
-from .layers import calibrating, quantize_inputs_, quantize_weight_, to_int_
+from .layers import calibrating, quantize_inputs_, quantize_weight_, quantized_weights, to_int_
 from .plan import Activations, Plan
 from .pq.encode import encode
 from .scalar import fake_quantize, fit_affine
@@ -55,6 +55,7 @@ def quantize_(
         apply_structure(model, plan.structure)
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
     quantize_targets(targets, seed=seed, progress=progress)
+    ranks.check_same(quantized_state(model), "after the encoding")
     if plan.activations is not None:
         quantize_inputs(model, plan.activations, targets)
         with calibrating(model):
@@ -86,39 +87,72 @@ def quantize_targets(
 
     k-means of the weights with scheme pq; in a distributed run each rank encodes its share of them and sends the result
     to the others. Weights with scheme intN are seen through their codes from now on, and stay trainable.
+
+    Raises:
+        UserError: a weight is quantized already, not finite, or not the same on every rank; on all ranks alike.
     """
+    dense: dict[str, Tensor] = {}
     for target in targets:
         if isinstance(target.weight.stored, nn.Module):
             raise UserError(f"{target.weight.name} is quantized already; start from a dense model")
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    mine = [t for i, t in enumerate(targets) if t.rule.bits is not None or i % world == rank]
-    left, began = sum(math.prod(t.weight.shape) for t in mine), time.perf_counter()
-    all_numbers = left
-    for i, target in enumerate(targets):
-        weight, d, k = target.weight, target.block_size, target.n_centroids
-        if d is None or k is None:
-            how, error = f"{target.rule.scheme} range {target.rule.range}", _int_error(target)
-        elif i % world == rank:
-            encoded = encode(weight.name, weight.stored, d, k, seed=seed)  # type: ignore[arg-type]
-            found[i] = (encoded.codes, encoded.centroids)
-            how, error = f"d {d} K {k}", encoded.relative_error
+        dense[target.weight.name] = target.weight.stored
+    ranks.check_same(dense, f"before {where or 'the encoding'}".strip())
+    found = _encode_together(targets, seed, where, progress)
+    for target, pair in zip(targets, found, strict=True):
+        if pair is not None:
+            quantize_weight_(target.weight, *pair, target.centroid_bits)
         else:
-            continue
-        left -= math.prod(weight.shape)
+            to_int_(target.weight, target.rule.bits or 0, target.rule.range)
+
+
+def quantized_state(model: nn.Module) -> dict[str, Tensor]:
+    """Codes, centroids, scales, ... of all quantized weights, by name."""
+    found = quantized_weights(model).items()
+    return {f"{name}.{part}": tensor for name, weight in found for part, tensor in weight.state_dict().items()}
+
+
+def _encode_together(
+    targets: Sequence[Target], seed: int, where: str, progress: Callable[[str], None]
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Codes and centroids of each weight with scheme pq, None for the others; each rank encodes its share.
+
+    Raises:
+        UserError: of any rank, in all of them: else the others would wait for ever.
+    """
+    rank, world = ranks.rank_and_world()
+    owners = ranks.divide([0 if t.rule.bits else math.prod(t.weight.shape) for t in targets], world)
+    mine = {i: t for i, t in enumerate(targets) if t.rule.bits is not None or owners[i] == rank}
+    found: dict[int, tuple[Tensor, Tensor] | UserError] = {}
+    left, began = sum(math.prod(t.weight.shape) for t in mine.values()), time.perf_counter()
+    all_numbers = left
+    for i, target in mine.items():
+        try:
+            pair, how = _encode(target, seed)
+        except UserError as error:
+            found[i] = error
+            break
+        if pair is not None:
+            found[i] = pair if world == 1 else (pair[0].cpu(), pair[1].cpu())
+        left -= math.prod(target.weight.shape)
         seconds = (time.perf_counter() - began) * left / max(all_numbers - left, 1)
         progress(
-            f"{where}[{i + 1}/{len(targets)}] {weight.name} {tuple(weight.shape)} {how} relative error {error:.4f}"
+            f"{where}[{i + 1}/{len(targets)}] {target.weight.name} {tuple(target.weight.shape)} {how}"
             + (f", {seconds:.0f} s left" if left else "")
         )
-    if world > 1:
-        found = _share(found, world, rank)
-    for i, target in enumerate(targets):
-        if target.rule.bits is None:
-            quantize_weight_(target.weight, *found[i], target.centroid_bits)
-        else:
-            to_int_(target.weight, target.rule.bits, target.rule.range)
+    together = {i: pair for part in ranks.gather(found) for i, pair in part.items()}
+    for _, pair in sorted(together.items()):
+        if isinstance(pair, UserError):
+            raise pair
+    return [together.get(i) for i in range(len(targets))]
+
+
+def _encode(target: Target, seed: int) -> tuple[tuple[Tensor, Tensor] | None, str]:
+    """A weight's codes and centroids, None with scheme intN; and a line about them."""
+    weight, d, k = target.weight, target.block_size, target.n_centroids
+    if d is None or k is None:
+        return None, f"{target.rule.scheme} range {target.rule.range} relative error {_int_error(target):.4f}"
+    found = encode(weight.name, weight.stored, d, k, seed=seed)  # type: ignore[arg-type]
+    return (found.codes, found.centroids), f"d {d} K {k} relative error {found.relative_error:.4f}"
 
 
 def _int_error(target: Target) -> float:
@@ -126,10 +160,3 @@ def _int_error(target: Target) -> float:
     dense: Tensor = target.weight.stored.detach().float()  # type: ignore[operator]
     seen = fake_quantize(dense, fit_affine(target.weight.name, dense, target.rule.bits or 0, target.rule.range))
     return float(torch.linalg.vector_norm(seen - dense) / torch.linalg.vector_norm(dense).clamp(min=1e-30))
-
-
-def _share(found: dict[int, tuple[Tensor, Tensor]], world: int, rank: int) -> dict[int, tuple[Tensor, Tensor]]:
-    everything: list[Any] = [None] * world
-    mine = {i: (codes.cpu(), centroids.cpu()) for i, (codes, centroids) in found.items()}
-    dist.all_gather_object(everything, mine)
-    return {i: pair for part in everything for i, pair in part.items()}

@@ -2,6 +2,7 @@
 
 The noise goes by updates, which fairseq tells the model itself, and by epochs, which it does not. Codebooks and ranges
 that were found at an earlier update are in the checkpoint, so that a resumed run makes the noise it would have made.
+Where it was in its data is `resume.py`'s.
 """
 
 import re
@@ -10,6 +11,8 @@ from typing import Any
 
 import fairseq.trainer
 
+from . import resume
+from .checkpoint_files import newest_whole
 from .layers import QuantizedWeight
 from .models.structure import record_layers
 from .monitor import Gap
@@ -55,8 +58,9 @@ def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
 
 
 def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
-    """Trainer.save_checkpoint, with the noise's state in `extra_state` and the model's layers in the configuration."""
+    """Trainer.save_checkpoint, with the state of noise and data, and the model's layers in the configuration."""
     record_layers(trainer.get_model(), trainer.cfg.model)
+    extra_state = {**extra_state, resume.KEY: resume.state(trainer)}
     noise = noise_of(trainer.get_model())
     if noise is not None:
         extra_state = {**extra_state, STATE_KEY: noise.state_dict()}
@@ -64,13 +68,20 @@ def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) ->
 
 
 def load_checkpoint(trainer: Any, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
-    """Trainer.load_checkpoint; a run that goes on takes the noise's state, one that starts anew does not."""
+    """Trainer.load_checkpoint; a run that goes on takes the state of noise and data, one that starts anew does not."""
+    own = Path(filename).parent.resolve() == Path(trainer.cfg.checkpoint.save_dir).resolve()
     layers = getattr(trainer.get_model(), "quant_noise_layers", None)
     if layers is not None:
-        layers.own_checkpoint = Path(filename).parent.resolve() == Path(trainer.cfg.checkpoint.save_dir).resolve()
+        layers.own_checkpoint = own
+    if own and trainer.cfg.checkpoint.restore_file == "checkpoint_last.pt" and not trainer.checkpoint_suffix:
+        filename = newest_whole(filename)
     extra_state = _load_checkpoint(trainer, filename, reset_optimizer, *args, **kwargs)
+    if extra_state is None or reset_optimizer:
+        return extra_state
+    if not trainer.cfg.checkpoint.reset_dataloader:
+        resume.load(trainer, extra_state)
     noise = noise_of(trainer.get_model())
-    if noise is not None and extra_state is not None and STATE_KEY in extra_state and not reset_optimizer:
+    if noise is not None and STATE_KEY in extra_state:
         noise.load_state_dict(extra_state[STATE_KEY])
     return extra_state
 

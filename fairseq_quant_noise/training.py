@@ -18,7 +18,8 @@ from .models.quantizable import Quantizable
 from .noise import attach_rules
 from .optimizer_carry import carry_over
 from .plan import Plan
-from .quantize import quantize_inputs, quantize_targets
+from .quantize import quantize_inputs, quantize_targets, quantized_state
+from .ranks import check_same
 from .table import MIB, Table, make_table, resolve_stages
 from .trained import STAGES
 
@@ -102,6 +103,7 @@ class StageController:
         logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
         started = time.perf_counter()
         quantize_targets(targets, seed=self.trainer.cfg.common.seed, where=f"{where} ")
+        check_same(quantized_state(self.trainer.get_model()), f"after {where}")
         if self.plan.activations is not None:
             quantize_inputs(self.trainer.get_model(), self.plan.activations, targets)
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
@@ -143,6 +145,7 @@ class StageController:
                 f"{filename}: was trained with other stages than this plan's; give --quantization-config-path the plan "
                 "it started with, or --restore-file a dense checkpoint"
             )
+        check_same(quantized_state(self.trainer.get_model()), f"loaded from {filename}")
         self.done, self.origin = state["done"], state["origin"]
         self.starts = state["starts"]  # a new --max-update does not move stages that are under way
         if reset and self.done:  # updates count from 0 again: the stage in progress begins now

@@ -1,30 +1,22 @@
-"""Two processes that train together over gloo: noise, stages, and the same bits in both."""
+"""Two processes that train together over gloo: noise, stages, the same bits in both, and any number of them later."""
 
-import json
-import os
+import contextlib
 import socket
-import subprocess
-import sys
+from unittest import mock
 
 import pytest
 import torch
-from lm_fixture import PLANS, ROOT, split, state_of
+from forked import start, train
+from lm_fixture import PLANS, split, state_of
 
-from fairseq_quant_noise import quantize_
+import fairseq_quant_noise.quantize
+from fairseq_quant_noise import quantize_, ranks
+from fairseq_quant_noise.errors import UserError
+from fairseq_quant_noise.quantize import encode
+from fairseq_quant_noise.training import StageController
 
-# fairseq-train, and then what this rank's model holds.
-RANK = """
-import json, sys
-import torch
-sys.path.insert(0, sys.argv[1])
-from lm_fixture import Path, forgetful_fairseq, recorded, convert_namespace_to_omegaconf, options, fairseq, fairseq_cli
-arguments, out = json.loads(sys.argv[2]), sys.argv[3]
-cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), arguments))
-with forgetful_fairseq(), recorded(Path(cfg.checkpoint.save_dir)) as runs:
-    fairseq.distributed.utils.call_main(cfg, fairseq_cli.train.main)
-words = [float(log["sample_size"]) for log in runs[-1].updates]
-torch.save({"model": runs[-1].model.state_dict(), "words": words}, out)
-"""
+STAGES = PLANS["adaptive"]["stages"]
+DAMAGED = "decoder.layers.1.fc2"
 
 
 def free_port():
@@ -33,43 +25,180 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@contextlib.contextmanager
+def astray(rank):
+    """One number of a weight is another on rank 1 when a stage comes."""
+    quantize_stage = StageController._quantize_stage
+
+    def strays(controller, stage):
+        if rank == 1:
+            controller.trainer.get_model().get_parameter(f"{DAMAGED}.weight").data[0, 0] += 1
+        quantize_stage(controller, stage)
+
+    with mock.patch.object(StageController, "_quantize_stage", strays):
+        yield
+
+
+def train_rank(rank, lab, jobs, outs):
+    """In a process of its own: several runs, one after the other, and what this rank holds after each."""
+    for job, out in zip(jobs, outs, strict=True):
+        encoded = []
+
+        def spy(name, *args, encoded=encoded, **kwargs):
+            encoded.append(name)
+            return encode(name, *args, **kwargs)
+
+        with (
+            mock.patch.object(fairseq_quant_noise.quantize, "encode", spy),
+            astray(rank) if job.get("astray") else contextlib.nullcontext(),
+            open(f"{out}-{rank}.err", "w") as errors,
+            contextlib.redirect_stderr(errors),
+        ):
+            try:
+                flags = [*job["flags"], "--distributed-rank", rank]
+                run = train(lab, job["folder"], *flags, kind="adaptive", updates=job["updates"])
+            except SystemExit as end:
+                torch.save({"exit": end.code}, f"{out}-{rank}")
+                continue
+        words = [float(log["sample_size"]) for log in run.updates]
+        torch.save({"model": run.model.state_dict(), "words": words, "encoded": encoded}, f"{out}-{rank}")
+
+
+def job(lab, updates, *flags, structure=None, **settings):
+    """A run of the stages, with noise."""
+    plan = lab.plan({**PLANS["adaptive"], "structure": structure or {}})
+    flags = ["--quant-noise-pq", 0.1, "--quantization-config-path", plan, *flags]
+    return {"flags": flags, "updates": updates, "folder": lab.new(), **settings}
+
+
+@pytest.fixture(scope="module")
+def cluster(lab, runs):
+    """Several runs on two processes: for each its folder, and what the ranks hold."""
+    stock, few = runs.stock("adaptive").path, ["--batch-size", 8]
+    broken = state_of(stock)
+    broken["model"][f"{DAMAGED}.weight"][0, 0] = float("nan")
+    alone = job(lab, 5, *few, "--finetune-from-model", stock)
+    checkpoint = lab.train(*alone["flags"], kind="adaptive", updates=5).path
+    jobs = {
+        "whole": job(lab, 3, "--finetune-from-model", stock),
+        "shared": job(lab, 3, "--finetune-from-model", stock, structure={"share_layers": 2}),
+        "1 to 2": job(lab, 6, *few, "--restore-file", checkpoint),
+        "astray": job(lab, 3, "--finetune-from-model", stock, astray=True),
+        "NaN": job(lab, 3, "--finetune-from-model", lab.checkpoint(broken)),
+    }
+    together = split(
+        "--distributed-backend gloo --distributed-world-size 2 --distributed-no-spawn --ddp-backend legacy_ddp",
+        f"--distributed-init-method tcp://localhost:{free_port()} --disable-validation",
+    )
+    for settings in jobs.values():
+        settings["flags"] += together
+    outs = [lab.new(name) for name in ("whole", "shared", "resumed", "astray", "NaN")]
+    processes = [start(train_rank, rank, lab, list(jobs.values()), outs) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    found = {}
+    for (name, settings), out in zip(jobs.items(), outs, strict=True):
+        of_rank = [torch.load(f"{out}-{rank}") for rank in range(2)]
+        errors = [out.with_name(f"{out.name}-{rank}.err").read_text() for rank in range(2)]
+        found[name] = {**settings, "ranks": of_rank, "errors": errors}
+    return found
+
+
 @pytest.mark.upstream(25)
 @pytest.mark.upstream(10)
-@pytest.mark.parametrize("structure", [{}, {"share_layers": 2}], ids=["", "shared"])
-def test_two_processes_train_the_stages_together(lab, runs, structure):
-    stock, folder, port = runs.stock("adaptive").path, lab.new(), free_port()
-    plan = lab.plan({**PLANS["adaptive"], "structure": structure})
-    flags = split(
-        f"--quant-noise-pq 0.1 --quantization-config-path {plan} --finetune-from-model {stock}",
-        f"--save-dir {folder} --distributed-backend gloo --distributed-world-size 2 --distributed-no-spawn",
-        f"--distributed-init-method tcp://localhost:{port} --ddp-backend legacy_ddp --disable-validation",
-    )
-    outs, processes = [lab.new(f"rank{rank}.pt") for rank in range(2)], []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for rank, out in enumerate(outs):
-        arguments = lab.arguments(*flags, "--distributed-rank", rank, kind="adaptive", updates=3)
-        command = [sys.executable, "-c", RANK, str(ROOT / "tests"), json.dumps(arguments), str(out)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
-    try:
-        said = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "".join(text[-1500:] for text in said)
-
-    first, second = (torch.load(out) for out in outs)
+@pytest.mark.parametrize(("name", "structure"), [("whole", {}), ("shared", {"share_layers": 2})])
+def test_two_processes_train_the_stages_together(lab, runs, cluster, name, structure):
+    first, second = cluster[name]["ranks"]
     assert first["words"] == second["words"]
     assert min(first["words"][:2]) > 600  # of both: a batch of one process has 16 lines of 32 words
     assert first["model"].keys() == second["model"].keys()
     assert all(torch.equal(t, second["model"][name]) for name, t in first["model"].items())
 
-    saved = state_of(folder / "checkpoint_last.pt")
+    saved = state_of(cluster[name]["folder"] / "checkpoint_last.pt")
     assert saved["extra_state"]["quant_noise_stages"]["done"] == 3
     assert all(torch.equal(t, first["model"][name]) for name, t in saved["model"].items())
-    first_stage = {"stages": PLANS["adaptive"]["stages"][:1], "structure": structure}
-    alone = quantize_(lab.load(stock), first_stage, seed=3).state_dict()
+    first_stage = {"stages": STAGES[:1], "structure": structure}
+    alone = quantize_(lab.load(runs.stock("adaptive").path), first_stage, seed=3).state_dict()
     codes = {name: t for name, t in alone.items() if name.endswith(".codes")}
     assert len(codes) == 4
     assert all(torch.equal(t, saved["model"][name]) for name, t in codes.items())
+
+
+@pytest.mark.upstream(10)
+def test_each_weight_is_encoded_by_one_of_the_processes(cluster):
+    first, second = (set(of_rank["encoded"]) for of_rank in cluster["whole"]["ranks"])
+    assert not first & second
+    assert len(first | second) == 18
+    assert min(len(first), len(second)) > 5
+
+
+def test_ranks_that_hold_other_weights_stop_with_the_name_of_the_first(cluster):
+    assert [of_rank["exit"] for of_rank in cluster["astray"]["ranks"]] == [2, 2]
+    for text in cluster["astray"]["errors"]:
+        assert text.count("error: ") == 1
+        assert f"error: {DAMAGED}: before stage 1 of 3, rank 1 holds other numbers than rank 0; " in text
+
+
+def test_a_weight_that_one_process_cannot_encode_stops_all_of_them(cluster):
+    assert [of_rank["exit"] for of_rank in cluster["NaN"]["ranks"]] == [2, 2]
+    for text in cluster["NaN"]["errors"]:
+        assert f"error: {DAMAGED}: the weight holds NaN" in text
+
+
+def test_a_run_of_one_process_goes_on_with_two(cluster):
+    """Five batches of one process are two of each of two; the fifth is seen again."""
+    first, second = cluster["1 to 2"]["ranks"]
+    assert len(first["words"]) == 1
+    assert [name for name, t in first["model"].items() if not torch.equal(t, second["model"][name])] == []
+    saved = state_of(cluster["1 to 2"]["folder"] / "checkpoint_last.pt")
+    assert saved["optimizer_history"][-1]["num_updates"] == 6
+    assert saved["extra_state"]["train_iterator"]["iterations_in_epoch"] == 3
+    assert saved["extra_state"]["quant_noise_stages"]["done"] == 3
+
+
+def test_a_run_of_two_processes_goes_on_with_one(lab, cluster):
+    """Three of two processes' batches are six of seven; the seventh follows, and then another epoch."""
+    before = cluster["whole"]
+    last = before["folder"] / "checkpoint_last.pt"
+    flags = [*before["flags"][:4], "--restore-file", last]
+    position = state_of(last)["extra_state"]["train_iterator"]
+    run = lab.train(*flags, "--batch-size", 16, kind="adaptive", updates=5)
+    assert [log["num_updates"] for log in run.updates] == [4, 5]
+    saved = state_of(run.path)
+    codes = [name for name in saved["model"] if name.endswith(".codes")]
+    assert codes
+    assert all(torch.equal(saved["model"][name], before["ranks"][0]["model"][name]) for name in codes)
+    ended = saved["extra_state"]["train_iterator"]
+    assert (position["epoch"], position["iterations_in_epoch"]) == (1, 3)
+    assert (ended["epoch"], ended["iterations_in_epoch"]) == (2, 1)
+
+
+# Without processes.
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "owners"),
+    [([5, 1, 1, 3], 2, [0, 1, 1, 1]), ([2, 2, 2], 1, [0, 0, 0]), ([], 2, []), ([1, 9], 3, [1, 0])],
+)
+def test_the_largest_pieces_are_dealt_first_each_to_whoever_has_least(sizes, world, owners):
+    assert ranks.divide(sizes, world) == owners
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_digest_sees_every_bit_and_the_shape(dtype):
+    tensor = torch.arange(12).to(dtype)
+    other = tensor.clone()
+    other[-1] += 1
+    digests = [ranks.digest(t) for t in (tensor, other, tensor.view(3, 4), tensor.to(torch.float64))]
+    assert len(set(digests)) == 4
+    assert ranks.digest(tensor.view(3, 4).t().contiguous().t()) == ranks.digest(tensor.view(3, 4))
+
+
+def test_the_first_tensor_that_differs_is_named_with_its_rank(monkeypatch):
+    monkeypatch.setattr(ranks, "rank_and_world", lambda: (0, 3))
+    monkeypatch.setattr(ranks, "gather", lambda mine: [mine, mine, [mine[0], b"other"]])
+    tensors = {"a": torch.zeros(2), "b": torch.ones(2)}
+    with pytest.raises(UserError, match=r"^b: after stage 2, rank 2 holds other numbers than rank 0; .*checkpoint"):
+        ranks.check_same(tensors, "after stage 2")

@@ -1,0 +1,204 @@
+"""A run that is killed goes on with the same command, and ends as if nothing had been."""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+from pathlib import Path
+from unittest import mock
+
+import fairseq_cli.train
+import pytest
+import torch
+from finished import differences
+from forked import exit_code, losses, train
+from lm_fixture import PLANS, one_error, split, state_of
+
+import fairseq_quant_noise.quantize
+from fairseq_quant_noise import checkpoint_files, resume
+from fairseq_quant_noise.cli import main
+from fairseq_quant_noise.training import StageController
+
+#: Two epochs of five updates; stages at 0, 3 and 6; a checkpoint every second update.
+FLAGS = split("--decoder-layerdrop 0.2 --batch-size 24 --save-interval-updates 2")
+NOISE = [
+    {"match": r".*\.fc[12]", "kind": "pq", "p": 0.3, "choice": "clusters", "n_centroids": 8, "refresh": "epoch"},
+    {"match": r".*(embed|self_attn).*", "kind": ["pq", "int8"], "p": 0.3, "n_centroids": 8, "refresh": 4},
+]
+KILLED = -signal.SIGKILL
+
+
+def half(path):
+    """Cut a file to its first half."""
+    os.truncate(path, os.path.getsize(path) // 2)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner, name, number, then=die, counts=lambda *args: True):
+    """Kill this process at a call of `owner.name`: the `number`th of those that count, with `then` in its place."""
+    real, seen = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        seen.append(counts(*args))
+        if seen[-1] and sum(seen) == number:
+            then(*args)
+            die()
+        return real(*args, **kwargs)
+
+    return mock.patch.object(owner, name, counted)
+
+
+def save_half(state, path):
+    with open(path, "wb") as file:
+        torch.serialization.save(state, file)
+    half(path)
+
+
+def copy_half(source, target):
+    Path(target).write_bytes(Path(source).read_bytes()[:1000])
+
+
+MOMENTS = {  # in the order in which one run meets them
+    "inside the first k-means": lambda: at_call(fairseq_quant_noise.quantize, "encode", 3),
+    "while a checkpoint is written": lambda: at_call(checkpoint_files.torch, "save", 2, save_half),
+    "while it is copied to checkpoint_last.pt": lambda: at_call(
+        checkpoint_files.shutil, "copyfile", 1, copy_half, lambda source, target: "last" in target
+    ),
+    "between k-means and the next update": lambda: at_call(StageController, "_rebuild_optimizer", 2),
+    "in the second epoch": lambda: at_call(checkpoint_files.torch, "save", 3, save_half),
+}
+
+
+def train_until(moment, lab, folder, flags):
+    """In a process of its own: train, and die at the moment."""
+    with MOMENTS[moment]() if moment else contextlib.nullcontext():
+        train(lab, folder, *flags, kind="adaptive", updates=9)
+
+
+def export(checkpoint, out, dies=False):
+    """In a process of its own: write the packed file, and die before it gets its name."""
+    with at_call(os, "replace", 1) if dies else contextlib.nullcontext():
+        main(["export", "--path", str(checkpoint), "--out", str(out)])
+
+
+@pytest.fixture(scope="module")
+def killed(lab):
+    """The folder of a run that went through, that of one that was killed, and how each of its processes ended."""
+    flags = [*FLAGS, "--quantization-config-path", lab.plan({"noise": NOISE, **PLANS["adaptive"]})]
+    whole, broken = lab.new("whole"), lab.new("killed")
+    assert exit_code(train_until, None, lab, whole, flags) == 0
+    ends = {moment: exit_code(train_until, moment, lab, broken, flags) for moment in (*MOMENTS, None)}
+    return whole, broken, ends
+
+
+@pytest.mark.upstream(6)
+def test_a_run_that_is_killed_five_times_ends_with_the_same_bits(killed):
+    whole, broken, ends = killed
+    assert ends == {**dict.fromkeys(MOMENTS, KILLED), None: 0}
+    assert differences(whole / "checkpoint_last.pt", broken / "checkpoint_last.pt") == []
+    assert len(state_of(broken / "checkpoint_last.pt")["optimizer_history"]) > 3  # it did resume, not start anew
+
+
+def test_a_run_that_is_killed_logs_the_losses_of_one_that_is_not(killed):
+    whole, broken, _ = killed
+    assert losses(whole).keys() == set(range(1, 10))
+    assert losses(broken) == losses(whole)
+
+
+def test_an_export_that_is_killed_leaves_the_old_file_and_can_be_done_again(killed, lab):
+    whole, broken, _ = killed
+    out, other = lab.new("model.safetensors"), lab.new("model.safetensors")
+    out.write_bytes(b"the old file")
+    assert exit_code(export, broken / "checkpoint_last.pt", out, True) == KILLED
+    assert out.read_bytes() == b"the old file"
+    assert exit_code(export, broken / "checkpoint_last.pt", out) == 0
+    assert exit_code(export, whole / "checkpoint_last.pt", other) == 0
+    assert out.read_bytes() == other.read_bytes()
+
+
+# A last checkpoint that is cut all the same: by a power cut, or by fairseq without this package.
+
+
+def test_where_the_last_checkpoint_is_cut_the_newest_whole_one_takes_its_place(lab, caplog):
+    folder = lab.new()
+    lab.train("--save-interval-updates", 2, save=folder, updates=4)
+    half(folder / "checkpoint_last.pt")
+    half(folder / "checkpoint_best.pt")
+    with caplog.at_level(logging.WARNING):
+        run = lab.train("--save-interval-updates", 2, save=folder, updates=5)
+    assert [log["num_updates"] for log in run.updates] == [5]
+    assert "checkpoint_last.pt is cut" in caplog.text
+    assert "checkpoint_1_4.pt" in caplog.text
+
+
+def test_where_no_checkpoint_is_whole_the_run_is_refused_and_does_not_start_from_zero(lab, capsys):
+    folder = lab.new()
+    lab.train(save=folder, updates=1)
+    for path in folder.glob("*.pt"):
+        half(path)
+    with pytest.raises(SystemExit) as end:
+        lab.train(save=folder, updates=2)
+    assert end.value.code == 3
+    assert "checkpoint_last.pt" in one_error(capsys.readouterr())
+
+
+def test_a_checkpoint_of_an_early_torch_is_whole_and_an_empty_file_is_not(tmp_path):
+    old, empty = tmp_path / "old.pt", tmp_path / "empty.pt"
+    torch.save({"model": {}}, old, _use_new_zipfile_serialization=False)
+    empty.touch()
+    assert checkpoint_files.is_whole(old)
+    assert not checkpoint_files.is_whole(empty)
+
+
+@pytest.mark.parametrize("name", ["save", "copyfile"])
+def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoints_before_it(lab, monkeypatch, capsys, name):
+    folder = lab.new()
+    lab.train("--save-interval-updates", 1, save=folder, updates=1)
+    before = (folder / "checkpoint_last.pt").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil if name == "copyfile" else torch, name, full)
+    monkeypatch.setattr(checkpoint_files, "WAIT", 0)
+    with pytest.raises(SystemExit) as end:
+        lab.train("--save-interval-updates", 1, save=folder, updates=2)
+    assert end.value.code == 2
+    message = one_error(capsys.readouterr())
+    assert str(folder) in message
+    assert "No space left on device" in message
+    assert (folder / "checkpoint_last.pt").read_bytes() == before
+    assert not list(folder.glob("*.tmp"))
+
+
+# Where the run was in its data.
+
+
+@pytest.mark.parametrize(
+    ("done", "before", "now", "together", "expected"),
+    [
+        (7, 2, 1, 1, 14),
+        (14, 1, 2, 1, 7),
+        (15, 1, 2, 1, 7),  # one batch is seen twice
+        (7, 2, 1, 4, 12),
+        (6, 4, 3, 2, 8),
+        (0, 2, 1, 3, 0),
+    ],
+)
+def test_a_position_counted_on_other_processes(done, before, now, together, expected):
+    assert resume.recount(done, before, now, together) == expected
+
+
+def test_patience_counts_on_over_a_resume(lab):
+    flags = split("--patience 4 --validate-interval-updates 1 --save-interval-updates 1 --lr 0")
+    folder, stop = lab.new(), fairseq_cli.train.should_stop_early
+    whole = lab.train(*flags, updates=9)
+    assert len(whole.updates) == 5
+    lab.train(*flags, save=folder, updates=3)
+    vars(stop).clear()  # as in a new process
+    resumed = lab.train(*flags, save=folder, updates=9)
+    assert [log["num_updates"] for log in resumed.updates] == [4, 5]
