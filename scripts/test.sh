@@ -2,7 +2,8 @@
 # Everything a change must pass: style, format, types, tests. Sets up .venv first, if need be.
 #
 #     bash scripts/test.sh                    all of it
-#     bash scripts/test.sh tests/test_pq.py   the arguments go to pytest
+#     bash scripts/test.sh tests/pq           the arguments go to pytest
+#     bash scripts/test.sh -n 0 -x            in one process; by default a worker for each core, and 8 at the most
 #
 # Exit code 0 only if all four pass. pytest comes last, so its closing line is the end of the output.
 set -euo pipefail
@@ -22,7 +23,9 @@ check "ruff format" ruff format --check .
 check "mypy" mypy
 STATUS=0
 echo "== pytest"
-python -m pytest "$@" || STATUS=$?
+# The tests and what they start take one thread each: the cores are busy with the other workers. A worker that is
+# done takes over half of what is left to another (worksteal), so that all end at about the same time.
+OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 8 --dist worksteal "$@" || STATUS=$?
 
 if [ -n "$FAILED" ]; then
   echo "error: failed:${FAILED%,}; ruff check --fix . and ruff format . cure most of the style" >&2
