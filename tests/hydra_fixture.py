@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 from pathlib import Path
 from unittest import mock
@@ -27,6 +28,7 @@ NAMES = sorted(
     for path in CONFIGS.glob("*/*.yaml")
     if path.parent.name not in (*GROUPS, "plans")
 )
+SECTIONS = tuple(FairseqConfig.__dataclass_fields__)
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_subdir=null"]
 #: What makes a network and its batches tiny, by the ending of a key.
 TINY = {
@@ -44,12 +46,14 @@ TINY = {
 }
 
 
+@functools.cache
 def composed(name: str, *keys: str) -> DictConfig:
     """What fairseq-hydra-train --config-name NAME KEYS hands to the training, resolved; nothing is trained.
 
-    The network's defaults are filled in where this process knows the plugin.
+    Leave what it returns unchanged: a configuration is composed once.
     """
     found: list[DictConfig] = []
+    keys = ("task.data=DATA", "common.user_dir=PLUGIN", *keys)
     command = ["fairseq-hydra-train", "--config-dir", str(CONFIGS), "--config-name", name, *QUIET, *keys]
     GlobalHydra.instance().clear()
     with (
@@ -91,19 +95,21 @@ def filled(cfg: DictConfig) -> dict:
     Raises:
         omegaconf.errors.OmegaConfBaseException: a key that its dataclass has not, or a value of the wrong type.
     """
-    sections = {name: node for name, node in cfg.items() if isinstance(node, DictConfig)}
+    sections = {name: node for name, node in cfg.items() if name in SECTIONS and isinstance(node, DictConfig)}
     declared = {name: dataclass_of(name, node) for name, node in sections.items()}
     whole = OmegaConf.create({name: node for name, node in declared.items() if node is not None})
     return OmegaConf.to_container(OmegaConf.merge(whole, OmegaConf.create(sections)), resolve=True, enum_to_str=True)
 
 
-def made_tiny(cfg: DictConfig) -> DictConfig:
-    """The same configuration for a network of seconds, one update, on a CPU."""
+def made_tiny(cfg: DictConfig, data: Path) -> DictConfig:
+    """The same configuration for a network of seconds, one update on a CPU, on this data."""
     cfg = copy.deepcopy(cfg)
+    cfg.task.data, cfg.common.user_dir = str(data), None  # the plugin is here already
     for section in ("common", "model", "task", "dataset", "optimization"):
         for key in list(cfg[section]):
             for ending, value in TINY.items():
-                if key.endswith(ending) and cfg[section][key] is not None:
+                now = cfg[section][key]
+                if key.endswith(ending) and now is not None and (isinstance(now, str | bool) or now > value):
                     cfg[section][key] = value
     cfg.common.cpu = True
     return cfg

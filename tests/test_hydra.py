@@ -4,10 +4,14 @@ import functools
 import re
 
 import pytest
-from hydra_fixture import CONFIGS, GROUPS, NAMES, ROOT, composed, filled, made_tiny, train
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+from hydra_fixture import CONFIGS, NAMES, ROOT, composed, filled, made_tiny, train
 from lm_fixture import USER_DIR, state_of
+from omegaconf import OmegaConf
 from roberta_fixture import MASKED, SENTENCES, roberta  # noqa: F401
 from toys import python
+
+from fairseq_quant_noise.criterions.ipq import IPQCriterionConfig
 
 WRITTEN = sorted(p for p in CONFIGS.rglob("*.yaml") if "plans" not in p.parts)
 LM = "language_modeling"
@@ -26,7 +30,7 @@ def data_of(task, lab):
 @functools.cache
 def trained(name, lab):
     """One update of a configuration; iPQ goes on from the dense training of the same name."""
-    cfg = made_tiny(composed(name, f"task.data={data_of(name.partition('/')[0], lab)}"))
+    cfg = made_tiny(composed(name), data_of(name.partition("/")[0], lab))
     dense = name.removesuffix("_ipq")
     if dense != name:
         cfg.checkpoint.finetune_from_model = str(trained(dense, lab).path)
@@ -40,7 +44,9 @@ def test_every_key_of_a_configuration_has_a_comment(path):
     bare = [
         line
         for before, line in zip(["", *lines], lines, strict=False)
-        if re.match(r"\s*(- )?[\w/]+( [\w/@]+)?:|\s*- ", line) and "# " not in line and not before.strip().startswith("# ")
+        if re.match(r"\s*(- )?[\w/]+( [\w/@]+)?:|\s*- ", line)
+        and "# " not in line
+        and not before.strip().startswith("# ")
     ]
     assert bare == []
     assert lines[0].startswith("# @package")
@@ -48,8 +54,7 @@ def test_every_key_of_a_configuration_has_a_comment(path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_key_of_a_training_is_one_of_the_dataclasses(name):
-    cfg = composed(name, "task.data=DATA", "common.user_dir=PLUGIN")
-    whole = filled(cfg)
+    whole = filled(composed(name))
     assert whole["model"]["_name"].startswith("quant_noise_")
     assert whole["task"]["data"] == "DATA"
     plan = whole["common"]["quantization_config_path"]
@@ -68,19 +73,22 @@ def test_a_configuration_trains(name, roberta):  # noqa: F811
         assert state["extra_state"]["quant_noise_stages"]["done"] == 3
 
 
-OPTIONS = {group: sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")) for group in GROUPS}
-OPTIONS = {group: OPTIONS[group] for group in ("noise", "share", "ipq", "run_config")}
+@pytest.mark.parametrize("group", ["noise", "share", "prune"])
+def test_every_choice_of_noise_sharing_and_pruning_has_keys_of_the_networks(group):
+    networks = [MODEL_DATACLASS_REGISTRY[f"quant_noise_{name}"] for name in ("transformer_lm", "roberta")]
+    for path in (CONFIGS / group).glob("*.yaml"):
+        keys = set(OmegaConf.load(path))
+        assert any(keys <= network.__dataclass_fields__.keys() for network in networks), path
+        assert "# @package model" in path.read_text() or not keys, path
 
 
-@pytest.mark.parametrize("i", range(max(map(len, OPTIONS.values()))))
-def test_every_choice_of_noise_sharing_stages_and_machine_has_keys_of_the_dataclasses(i):
-    chosen = {group: options[i % len(options)] for group, options in OPTIONS.items()}
-    chosen["run_config"] = "local"  # SLURM's are in test_slurm.py
-    cfg = composed(f"{LM}/small", "task.data=DATA", *(f"{group}={option}" for group, option in chosen.items()))
-    model = filled(cfg)["model"]
-    assert (chosen["noise"] in ("none", "scalar")) == (model["quant_noise_pq"] == 0)
-    assert model["share_layers"] == (1 if chosen["share"] == "none" else 2)
-    assert (chosen["ipq"] == "none") == (cfg.common.quantization_config_path is None)
+@pytest.mark.parametrize("plan", [path.stem for path in (CONFIGS / "ipq").glob("*.yaml") if path.stem != "none"])
+def test_every_choice_of_stages_names_a_plan_that_is_there(plan):
+    options = OmegaConf.load(CONFIGS / "ipq" / f"{plan}.yaml")
+    path = OmegaConf.to_container(options)["common"]["quantization_config_path"]
+    assert path == f"${{hydra:runtime.config_sources.2.path}}/plans/{plan}.yaml"  # of --config-dir
+    assert (CONFIGS / "plans" / f"{plan}.yaml").exists()
+    assert options.criterion.keys() <= IPQCriterionConfig.__dataclass_fields__.keys() | {"_name"}
 
 
 def test_groups_chosen_on_the_command_line_are_what_trains(lab):
@@ -99,5 +107,5 @@ def test_groups_chosen_on_the_command_line_are_what_trains(lab):
     assert model["quant_noise_kind"] == "int8"
     assert (model["decoder_layers"], model["share_layers"], model["decoder_layerdrop"]) == (2, 2, 0)
     assert state["extra_state"]["quant_noise_stages"]["done"] == 3
-    assert "distortion_fc1_weight" in done.stdout + done.stderr
+    assert "distortion_self_attn_weight" in done.stdout + done.stderr  # fc1 is in codes by then
     assert (folder / ".hydra" / "overrides.yaml").exists()
