@@ -23,7 +23,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --dev) DEV=1 ;;
-    --torch) TORCH="${2:-}" && shift ;;
+    --torch) TORCH="${2:-}" && shift $(($# > 1)) ;;
     -*) die "unknown option $1; see: bash scripts/bundle.sh --help" ;;
     *) [ -z "$DIR" ] || die "two folders given, $DIR and $1; give one" && DIR="$1" ;;
   esac

@@ -33,12 +33,13 @@ QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none", "hydra.output_sub
 #: What makes a network and its batches tiny, by the ending of a key.
 TINY = {
     "_layers": 2,
-    "_embed_dim": 32,
-    "_input_dim": 32,
-    "_output_dim": 32,
+    "_embed_dim": 128,
+    "_input_dim": 128,
+    "_output_dim": 128,
     "_attention_heads": 4,
     "_cutoff": "20,60",
     "tokens_per_sample": 32,
+    "max_positions": 32,
     "max_tokens": 256,
     "num_workers": 0,
     "fp16": False,

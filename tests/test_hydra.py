@@ -15,6 +15,7 @@ from fairseq_quant_noise.criterions.ipq import IPQCriterionConfig
 
 WRITTEN = sorted(p for p in CONFIGS.rglob("*.yaml") if "plans" not in p.parts)
 LM = "language_modeling"
+PRETRAINED = {f"{SENTENCES}/mnli_{size}": f"{MASKED}/roberta_{size}" for size in ("base", "small")}
 
 
 @functools.cache
@@ -29,11 +30,11 @@ def data_of(task, lab):
 
 @functools.cache
 def trained(name, lab):
-    """One update of a configuration; iPQ goes on from the dense training of the same name."""
+    """One update of a configuration, from the training before it: iPQ from the dense one, MNLI from masked words."""
     cfg = made_tiny(composed(name), data_of(name.partition("/")[0], lab))
-    dense = name.removesuffix("_ipq")
-    if dense != name:
-        cfg.checkpoint.finetune_from_model = str(trained(dense, lab).path)
+    before = name.removesuffix("_ipq") if name.endswith("_ipq") else PRETRAINED.get(name)
+    if before:
+        cfg.checkpoint.finetune_from_model = str(trained(before, lab).path)
     cfg.dataset.disable_validation = True
     return train(cfg, lab.new("hydra"))
 
@@ -69,6 +70,8 @@ def test_a_configuration_trains(name, roberta):  # noqa: F811
     assert run.updates[-1]["num_updates"] == 1
     codes = [key for key in state["model"] if key.endswith(".codes")]
     assert bool(codes) == name.endswith("_ipq")
+    heads = [key for key in state["model"] if key.startswith("classification_heads.mnli.")]
+    assert bool(heads) == name.startswith(SENTENCES)
     if codes:
         assert state["extra_state"]["quant_noise_stages"]["done"] == 3
 
