@@ -100,7 +100,7 @@ def test_groups_chosen_on_the_command_line_are_what_trains(lab):
     folder = lab.new("hydra")
     keys = [f"task.data={lab.data}", f"common.user_dir={USER_DIR}", "common.cpu=true", "optimization.max_update=3"]
     keys += [f"checkpoint.save_dir={folder}", f"checkpoint.finetune_from_model={dense.path}"]
-    keys += ["noise=int8", "share=pairs_mean", "prune=decoder", "task.tokens_per_sample=32"]
+    keys += ["noise=int8", "share=pairs_mean", "prune=decoder", "dataset.disable_validation=true"]
     keys += [f"model.decoder_{key}" for key in ("embed_dim=32", "input_dim=32", "output_dim=32", "ffn_embed_dim=64")]
     config = ["--config-dir", ROOT / "configs", "--config-name", f"{LM}/small_ipq"]
     done = python("-m", "fairseq_cli.hydra_train", *config, *keys, cwd=folder.parent)

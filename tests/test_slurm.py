@@ -29,7 +29,7 @@ def test_a_job_has_a_task_for_each_process_and_may_be_requeued(run_config):
     """Hydra refuses a key of the launcher that its dataclass has not."""
     hydra_init("config")
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base=None):
+    with initialize_config_dir(str(CONFIGS)):
         cfg = compose(NAMES[0], [f"run_config={run_config}"], return_hydra_config=True)
     job, training = cfg.hydra.launcher, cfg.distributed_training
     assert job._target_.endswith("SlurmLauncher")
@@ -61,7 +61,7 @@ def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(lab, monkey
     keys += ["common.cpu=true", "run_config=slurm_node", "distributed_training.distributed_world_size=1"]
     keys += ["task.tokens_per_sample=32", "dataset.max_tokens=64", f"optimization.max_update={UPDATES}"]
     keys += ["dataset.disable_validation=true", "checkpoint.save_interval_updates=1", "model.decoder_layers=1"]
-    command = ["fairseq-hydra-train", "--config-dir", str(CONFIGS), "--config-name", "language_modeling/small"]
+    command = ["fairseq-hydra-train", "--config-dir", str(CONFIGS), "--config-name", "language_modeling/small_ipq"]
     killer = threading.Thread(target=preempt, args=(folder, stand_in))
     killer.start()
     GlobalHydra.instance().clear()
@@ -85,4 +85,7 @@ def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(lab, monkey
     went_on = re.findall(r"Loaded checkpoint .*checkpoint_last.pt \(epoch \d+ @ (\d+) updates\)", log.read_text())
     assert len(went_on) == 1
     assert 0 < int(went_on[0]) < UPDATES
-    assert state_of(folder / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == UPDATES
+    state = state_of(folder / "checkpoint_last.pt")
+    assert state["optimizer_history"][-1]["num_updates"] == UPDATES
+    assert state["extra_state"]["quant_noise_stages"]["done"] == 3
+    assert log.read_text().count("stage 1 of 3: quantized") == 1  # and not again
