@@ -4,7 +4,8 @@
     ipq_stage               how many stages of the plan have been quantized
     ipq_mib, ipq_ratio      the network's size now by the paper's accounting, and how often the dense size holds it
 
-Criterion `ipq` logs the size itself, since it is there in fairseq-validate too; any other criterion gets it here.
+As they are after the update: a stage that begins with it is counted. Criterion `ipq` has logged the size before, for
+fairseq-validate has no Trainer; any other criterion gets it here.
 """
 
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from fairseq.logging import metrics
 
-from .criterions.ipq import IPQCriterion, log_size
+from .criterions.ipq import log_size
 from .models.quantizable import Quantizable
 from .sizes import model_bytes
 from .table import MIB
@@ -25,12 +26,10 @@ def log_progress(trainer: Any, training: bool) -> None:
     left = minutes_left(trainer) if training else None
     if left is not None:
         metrics.log_scalar("minutes_left", left, weight=0, priority=1500, round=1)
-    stages = getattr(trainer.quantizer, "starts", ())
-    if stages:
+    if getattr(trainer.quantizer, "starts", ()):
         metrics.log_scalar("ipq_stage", trainer.quantizer.done, weight=0, priority=190, round=0)
-        if not isinstance(trainer.get_criterion(), IPQCriterion):
-            now, dense = model_bytes(trainer.get_model())
-            log_size(now / MIB, dense / now)
+        now, dense = model_bytes(trainer.get_model())
+        log_size(now / MIB, dense / now)
 
 
 def minutes_left(trainer: Any) -> float | None:
