@@ -1,6 +1,5 @@
 """Stage, size, ratio and time left in fairseq's line of progress, in TensorBoard and in wandb."""
 
-import logging
 import re
 import struct
 from pathlib import Path
@@ -46,13 +45,10 @@ def watched_run(lab, runs):
     flags += [*ipq_flags("plain"), "--log-format", "simple", "--log-interval", 1]
     flags += ["--tensorboard-logdir", board, "--wandb-project", "compression"]
     lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    progress_bar.logger.addHandler(handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress_bar, "wandb", wandb)
+        patch.setattr(progress_bar.logger, "info", lines.append)
         train(lab, *flags, updates=7)
-    progress_bar.logger.removeHandler(handler)
     return lines, board, wandb
 
 
