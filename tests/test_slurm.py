@@ -62,7 +62,7 @@ def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(lab, monkey
     keys += ["task.tokens_per_sample=32", "dataset.max_tokens=64", f"optimization.max_update={UPDATES}"]
     keys += ["dataset.disable_validation=true", "checkpoint.save_interval_updates=1", "model.decoder_layers=1"]
     command = ["fairseq-hydra-train", "--config-dir", str(CONFIGS), "--config-name", "language_modeling/small_ipq"]
-    killer = threading.Thread(target=preempt, args=(folder, stand_in))
+    killer = threading.Thread(target=preempt, args=(folder, stand_in), daemon=True)
     killer.start()
     GlobalHydra.instance().clear()
     with mock.patch("sys.argv", [*command, *keys]):
