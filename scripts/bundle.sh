@@ -2,7 +2,7 @@
 # All that scripts/setup.sh installs, in one folder, for a machine without a network. Run it where a package index is
 # in reach, on the same kind of machine (operating system, processor) and with the same version of Python.
 #
-#     bash scripts/bundle.sh DIR                 torch for a CPU: about 500 MB
+#     bash scripts/bundle.sh DIR                 torch for a CPU: about 300 MB
 #     bash scripts/bundle.sh DIR --torch cuda    torch as the index has it, on Linux with CUDA: several gigabytes
 #     bash scripts/bundle.sh DIR --dev           and what the tests need
 #     PYTHON=python3.12 bash scripts/bundle.sh DIR   for this Python (default: that of .venv, else python3)
@@ -75,10 +75,14 @@ download --find-links "$DIR/packages" -c "$DIR/.constraints" --no-build-isolatio
 
 # 3. This checkout as it is now, with what is not committed, without what git ignores.
 say 3 "this checkout"
+OURS=.venv # and DIR, where it is inside
+case "$DIR" in "$REPO"/*) OURS="${DIR#"$REPO/"}" ;; esac
+there() { while IFS= read -r -d '' file; do if [ -e "$file" ]; then printf '%s\0' "$file"; fi; done; }
 if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
-  git ls-files -z --cached --others --exclude-standard | tar czf "$DIR/source.tar.gz" --null -T -
+  git ls-files -z --cached --others --exclude-standard -- . ":(exclude).venv" ":(exclude)$OURS" | there |
+    tar czf "$DIR/source.tar.gz" --null -T -
 else
-  tar czf "$DIR/source.tar.gz" --exclude=./.venv --exclude=./runs --exclude=__pycache__ .
+  tar czf "$DIR/source.tar.gz" --exclude=./.venv --exclude="./$OURS" --exclude=./runs --exclude=__pycache__ .
 fi
 
 # 4. What it is for, and the hashes.
