@@ -43,7 +43,11 @@ setup(
         "fairseq_quant_noise.report": ["*.css"],
     },
     install_requires=requirements("core"),
-    extras_require={"recipes": requirements("recipes"), "dev": requirements("recipes") + requirements("dev")},
+    extras_require={
+        "recipes": requirements("recipes"),
+        "cluster": requirements("cluster"),
+        "dev": requirements("recipes") + requirements("cluster") + requirements("dev"),
+    },
     entry_points={"console_scripts": ["fairseq-quant-noise = fairseq_quant_noise.cli:main"]},
     zip_safe=False,
     classifiers=[

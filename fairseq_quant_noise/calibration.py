@@ -1,6 +1,7 @@
 """Ranges of activations from a data set, by fairseq: its task reads the data and its criterion runs the model."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,20 @@ from .errors import UserError
 from .layers import adopt_quantized, calibrating, input_quantizers
 from .plan import Structure
 from .structure.modules import apply_structure
+from .watched import watched
+
+logger = logging.getLogger(__name__)
 
 SUBSET = "train"
 SENTENCES = 8  # of a batch
 
 
 def calibration_on(
-    path: str | Path, data: str | Path, batches: int, structure: Structure | None = None
+    path: str | Path,
+    data: str | Path,
+    batches: int,
+    structure: Structure | None = None,
+    progress: Callable[[str], None] = logger.info,
 ) -> Callable[[nn.Module], object]:
     """A `calibration` for `quantize_`: forwards of the quantized network over the training split of `data`.
 
@@ -28,15 +36,29 @@ def calibration_on(
         data: the folder that fairseq-train read.
         batches: how many.
         structure: of the plan, which the network to calibrate has had already.
+        progress: called with a line now and then, with the time left.
     Raises:
         UserError: there is no such data.
     """
     if not Path(data).is_dir():
         raise UserError(f"--calibration-data {data}: no such folder; give the folder that fairseq-train reads")
-    return lambda model: _calibrate(model, str(path), str(data), batches, structure)
+
+    def calibrate(model: nn.Module) -> None:
+        theirs, criterion, samples = _prepared(model, str(path), str(data), batches, structure)
+        with calibrating(theirs):
+            for sample in watched(samples, batches, "calibrating activations", progress):
+                criterion(theirs, sample)
+        ours = input_quantizers(model)
+        for name, quantizer in input_quantizers(theirs).items():
+            ours[name].load_state_dict(quantizer.state_dict())
+
+    return calibrate
 
 
-def _calibrate(model: nn.Module, path: str, data: str, batches: int, structure: Structure | None) -> None:
+def _prepared(
+    model: nn.Module, path: str, data: str, batches: int, structure: Structure | None
+) -> tuple[nn.Module, Any, Iterator[Any]]:
+    """fairseq's network with the weights of `model`, its criterion, and the batches."""
     import fairseq.checkpoint_utils
 
     from . import register
@@ -48,13 +70,7 @@ def _calibrate(model: nn.Module, path: str, data: str, batches: int, structure: 
         apply_structure(theirs, structure)
     adopt_quantized(theirs, state)  # a stock checkpoint builds fairseq's own model, which does not do it itself
     nn.Module.load_state_dict(theirs, state)  # for fairseq's own looks for the `weight` of heads that are in codes
-    criterion = task.build_criterion(cfg.criterion)
-    with calibrating(theirs):
-        for sample in _samples(task, data, batches):
-            criterion(theirs, sample)
-    ours = input_quantizers(model)
-    for name, quantizer in input_quantizers(theirs).items():
-        ours[name].load_state_dict(quantizer.state_dict())
+    return theirs, task.build_criterion(cfg.criterion), _samples(task, data, batches)
 
 
 def _samples(task: Any, data: str, batches: int) -> Any:

@@ -79,7 +79,7 @@ def quantize(args: argparse.Namespace) -> None:
         from .calibration import calibration_on
 
         batches = the_plan.activations.calibration_batches
-        calibration = calibration_on(args.path, args.calibration_data, batches, the_plan.structure)
+        calibration = calibration_on(args.path, args.calibration_data, batches, the_plan.structure, _progress)
     _check_out(args.out)
     trained = load_structured(args.path, the_plan.structure)
     stages = replace(the_plan, structure=None)  # which the model has had

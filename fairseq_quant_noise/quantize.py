@@ -19,6 +19,7 @@ from .pq.encode import encode
 from .scalar import fake_quantize, fit_affine
 from .structure.modules import apply_structure
 from .table import Target, resolve_stages
+from .watched import watched
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def quantize_(
     if plan.activations is not None:
         quantize_inputs(model, plan.activations, targets)
         with calibrating(model):
-            _run(model, calibration, plan.activations.calibration_batches)
+            _run(model, calibration, plan.activations.calibration_batches, progress)
     return model
 
 
@@ -69,11 +70,11 @@ def quantize_inputs(model: nn.Module, activations: Activations, targets: Iterabl
     quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)
 
 
-def _run(model: nn.Module, calibration: Any, batches: int) -> None:
+def _run(model: nn.Module, calibration: Any, batches: int, progress: Callable[[str], None]) -> None:
     if callable(calibration):
         calibration(model)
         return
-    for batch in islice(calibration, batches):
+    for batch in watched(islice(calibration, batches), batches, "calibrating activations", progress):
         if isinstance(batch, Mapping):
             model(**batch)
         else:

@@ -17,6 +17,7 @@ from .layers import QuantizedWeight
 from .models.structure import record_layers
 from .monitor import Gap
 from .noise import noise_of
+from .progress_line import log_progress
 
 STATE_KEY = "quant_noise"  # in a checkpoint's extra_state
 
@@ -30,6 +31,7 @@ _begin_epoch, _save_checkpoint, _load_checkpoint = (
 )
 _catalog_shared_params = fairseq.trainer._catalog_shared_params
 _begin_valid_epoch, _valid_step = _Trainer.begin_valid_epoch, _Trainer.valid_step
+_reduce_and_log_stats = _Trainer._reduce_and_log_stats
 
 
 def begin_epoch(trainer: Any, epoch: int) -> Any:
@@ -86,6 +88,13 @@ def load_checkpoint(trainer: Any, filename: str, reset_optimizer: bool = False, 
     return extra_state
 
 
+def reduce_and_log_stats(trainer: Any, logging_outputs: Any, sample_size: Any, grad_norm: Any = None) -> Any:
+    """Trainer._reduce_and_log_stats, of an update (with `grad_norm`) or a validation batch, and where the run is."""
+    result = _reduce_and_log_stats(trainer, logging_outputs, sample_size, grad_norm)
+    log_progress(trainer, training=grad_norm is not None)
+    return result
+
+
 def catalog_shared_params(module: Any, *args: Any) -> Any:
     """fairseq's list of tied parameters, for the Trainer to tie again, without quantized weights and shared layers.
 
@@ -108,5 +117,6 @@ def install() -> None:
     _Trainer.begin_epoch = begin_epoch
     _Trainer.begin_valid_epoch = begin_valid_epoch
     _Trainer.valid_step = valid_step
+    _Trainer._reduce_and_log_stats = reduce_and_log_stats
     _Trainer.save_checkpoint = save_checkpoint
     _Trainer.load_checkpoint = load_checkpoint

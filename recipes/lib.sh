@@ -98,7 +98,7 @@ lock() {
 
 # progress NAME LOG: one line with the last figures in the log of fairseq-train, nothing while there are none.
 progress() {
-  tail -n 50 "$2" 2>/dev/null | grep -oE '(loss=|ppl=|num_updates=)[0-9.]+' | tail -n 3 | tr '\n' ' ' |
+  tail -n 50 "$2" 2>/dev/null | grep -oE '(loss=|ppl=|num_updates=|minutes_left=)[0-9.]+' | tail -n 4 | tr '\n' ' ' |
     sed "s|^|    $1: |;s| \$|\n|" || true # nothing logged yet
 }
 

@@ -3,6 +3,7 @@
 #
 #     bash scripts/setup.sh          what the recipes need
 #     bash scripts/setup.sh --dev    and what the tests need (pytest, hypothesis, ruff, mypy)
+#     bash scripts/setup.sh --bundle DIR    without a network, from the folder that scripts/bundle.sh made
 #
 #     PYTHON=python3.12 bash scripts/setup.sh    chooses the interpreter (default: python3, else 3.12 or 3.11)
 #
@@ -15,13 +16,19 @@ REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$REPO/.venv"
 LOG="$VENV/setup.log"
 STEPS=5
-DEV=0
-for argument in "$@"; do
-  case "$argument" in
+DEV=0 BUNDLE=""
+while [ $# -gt 0 ]; do
+  case "$1" in
     --dev) DEV=1 STEPS=6 ;;
-    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$REPO/scripts/setup.sh" && exit 0 ;;
-    *) echo "error: unknown option $argument; see: bash scripts/setup.sh --help" >&2 && exit 2 ;;
+    --bundle)
+      [ -d "${2:-}" ] || { echo "error: --bundle '${2:-}': no such folder; make it with scripts/bundle.sh" >&2 && exit 2; }
+      BUNDLE="$(cd "$2" && pwd)"
+      shift
+      ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$REPO/scripts/setup.sh" && exit 0 ;;
+    *) echo "error: unknown option $1; see: bash scripts/setup.sh --help" >&2 && exit 2 ;;
   esac
+  shift
 done
 cd "$REPO"
 # Two set-ups at once (a recipe and the tests) would undo each other's work: the second waits for the first.
@@ -102,6 +109,12 @@ make_venv() {
   rm "$VENV/.stamp-venv-unfinished"
 }
 make_venv
+# With a bundle, pip sees nothing else: no index, no settings of the machine, none of the user.
+if [ -n "$BUNDLE" ]; then
+  BUNDLED_TORCH="$("$VENV/bin/python" scripts/check_bundle.py "$BUNDLE" $([ "$DEV" -eq 0 ] || echo --dev))"
+  export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS="$BUNDLE/packages"
+  unset PIP_CONSTRAINT PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+fi
 # Before minutes of downloads, not after them.
 if ! compgen -G "$VENV/.stamp-fairseq-*" >/dev/null; then "$VENV/bin/python" scripts/preflight.py; fi
 
@@ -111,6 +124,8 @@ install_torch() {
   torch="$(pinned torch)"
   if "$VENV/bin/python" -c 'import torch; assert torch.__version__ >= (2, 6)'; then
     say_now "torch is already there"
+  elif [ -n "$BUNDLE" ]; then
+    pip install "$BUNDLED_TORCH"
   elif [ "$(uname -s)" != Linux ] || { command -v nvidia-smi && nvidia-smi; }; then
     pip install "$torch"
   elif ! pip install "$torch+cpu" &&
@@ -149,8 +164,8 @@ step 5 package "$(cat setup.py requirements/core.txt fairseq_quant_noise/__init_
   "installing fairseq-quant-noise" "The lines above say why." install_package
 
 # 6. The tests' tools.
-install_dev() { pip install -c "$VENV/constraints.txt" -r requirements/dev.txt; }
+install_dev() { pip install -c "$VENV/constraints.txt" -r requirements/cluster.txt -r requirements/dev.txt; }
 if [ "$DEV" -eq 1 ]; then
-  step 6 dev "$(text_of requirements/dev.txt)" "installing the tests' tools" "$NETWORK" install_dev
+  step 6 dev "$(text_of requirements/cluster.txt requirements/dev.txt)" "installing the tests' tools" "$NETWORK" install_dev
 fi
 echo "ready: $VENV (. .venv/bin/activate)"

@@ -30,6 +30,8 @@ from ..table import MIB
 from ..trained import SHARED
 from .distillation import Recorder, distillation_loss
 
+SIZE = ("ipq_mib", "ipq_ratio")  # in the log
+
 
 @dataclass
 class IPQCriterionConfig(FairseqDataclass):
@@ -114,10 +116,9 @@ class IPQCriterion(FairseqCriterion):
         """The wrapped criterion's metrics, and ipq_mib, ipq_ratio, ipq_distillation (bits a prediction)."""
         cls.inner_class.reduce_metrics(logging_outputs)
         forwards = sum(log.get("ipq_forwards", 0) for log in logging_outputs)
-        for name in ("ipq_mib", "ipq_ratio"):
-            if forwards:
-                mean = sum(log.get(name, 0) for log in logging_outputs) / forwards
-                metrics.log_scalar(name, float(mean), weight=0, round=2)
+        if forwards:
+            mib, ratio = (sum(log.get(name, 0) for log in logging_outputs) / forwards for name in SIZE)
+            log_size(float(mib), float(ratio))
         distilled = sum(log.get("ipq_distillation", 0) for log in logging_outputs)
         size = sum(log.get("sample_size", 0) for log in logging_outputs)
         if distilled and size:
@@ -127,6 +128,12 @@ class IPQCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """Replaced in `build_criterion`'s subclass by the wrapped criterion's answer."""
         return False
+
+
+def log_size(mib: float, ratio: float) -> None:
+    """Log the network's size now, and how often that goes into its dense size."""
+    for name, value in zip(SIZE, (mib, ratio), strict=True):
+        metrics.log_scalar(name, value, weight=0, priority=191, round=2)
 
 
 def _build_inner(cfg: Any, task: Any) -> FairseqCriterion:

@@ -8,6 +8,7 @@ Norms are Frobenius norms over all layers of a kind. A kind is the last part of 
 (`fc1`); projections go under their module's (`self_attn`).
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 
 from ..blocks import as_blocks
 from ..plan import NoiseRule
+from ..watched import watched
 from ..weights import Weight, find_weights
 from .attach import noise_of
 from .distortions import make_distortion
 from .weight_noise import WeightNoise
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -166,7 +170,9 @@ def _scheme(kind: str) -> str:
 @torch.no_grad()
 def quantized_values(model: nn.Module, rules: Mapping[str, NoiseRule]) -> list[tuple[nn.Parameter, Tensor]]:
     """The dense weights that `rules` name, each with its value after quantization by the rule's kinds."""
-    return [(stored, _quantized(weight, stored, rules[weight.name])) for weight, stored in _dense(model, rules)]
+    dense = list(_dense(model, rules))
+    steps = watched(dense, len(dense), "quantizing, to measure the gap", logger.info)
+    return [(stored, _quantized(weight, stored, rules[weight.name])) for weight, stored in steps]
 
 
 def _dense(model: nn.Module, rules: Mapping[str, NoiseRule]) -> Iterator[tuple[Weight, nn.Parameter]]:

@@ -1,0 +1,30 @@
+"""Loops that tell the person who waits how far they are and how long it still takes."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+EVERY = 10.0  # seconds between lines: a loop that is shorter says nothing
+
+
+def watched(
+    items: Iterable[T], total: int, what: str, progress: Callable[[str], None], every: float = EVERY
+) -> Iterator[T]:
+    """The items, with a line now and then: `WHAT: 3 of 20, 85 s left`.
+
+    Args:
+        items: what the loop goes over.
+        total: how many there are, at most.
+        what: is done with them.
+        progress: called with a line, at most once in `every` seconds.
+        every: seconds.
+    """
+    began = said = time.perf_counter()
+    for i, item in enumerate(items):
+        now = time.perf_counter()
+        if i and now - said >= every:
+            said = now
+            progress(f"{what}: {i} of {total}, {(now - began) / i * (total - i):.0f} s left")
+        yield item
