@@ -1,0 +1,63 @@
+"""`quant_noise_transformer`: fairseq's Transformer for translation, with Quant-Noise and iPQ that work."""
+
+from typing import Any
+
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer import (
+    TransformerModel,
+    TransformerModelBase,
+    base_architecture,
+    transformer_iwslt_de_en,
+)
+from torch import nn
+
+from ..cli_errors import exits_on_user_error
+from ..errors import UserError
+from .options import set_defaults
+from .quantizable import Quantizable
+from .transformer_config import QuantNoiseTransformerConfig
+
+_NOT_HERE = ("no_cross_attention", "cross_self_attention")  # a packed file of such a network could not be read
+
+
+@register_model("quant_noise_transformer", dataclass=QuantNoiseTransformerConfig)
+class QuantNoiseTransformer(Quantizable, TransformerModel):
+    """fairseq's `transformer` with noise on every Linear and Embedding, cross-attention and softmax included."""
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """The dataclass's options; fairseq's TransformerModel has a list of its own."""
+        super(TransformerModelBase, cls).add_args(parser)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> nn.Module:
+        """fairseq's model, with noise on its weights where the options ask for it."""
+        for name in _NOT_HERE:
+            with exits_on_user_error():
+                if getattr(args, name, False):
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(
+                        f"{flag}: a decoder without an attention to the source of its own cannot be compressed "
+                        "here; leave the option out, or train with --arch transformer"
+                    )
+        return super().build_model(args, task)
+
+
+register_model_architecture("quant_noise_transformer", "quant_noise_transformer_base")(base_architecture)
+register_model_architecture("quant_noise_transformer", "quant_noise_transformer_iwslt_de_en")(transformer_iwslt_de_en)
+
+
+@register_model_architecture("quant_noise_transformer", "quant_noise_transformer_small")
+def small(args: Any) -> None:
+    """A model for a CPU: 3 + 3 layers, d 128, one embedding for source, target and output."""
+    set_defaults(
+        args,
+        encoder_layers=3,
+        encoder_embed_dim=128,
+        encoder_ffn_embed_dim=512,
+        encoder_attention_heads=4,
+        decoder_layers=3,
+        decoder_attention_heads=4,
+        share_all_embeddings=True,
+    )
+    base_architecture(args)
