@@ -1,10 +1,10 @@
-"""IWSLT'14 German-English as plain lines, in the usual splits: from its folder the files OUT/{train,valid,test}.{de,en}.
+"""IWSLT'14 German-English as plain lines, in the usual splits: from its folder OUT/{train,valid,test}.{de,en}.
 
     python -m recipes.translation.iwslt14 de-en OUT
 
-Every 23rd pair of the training text is for validation, and the test set is the five small sets together, as in fairseq's
-example. Letters keep their case. Pairs with an empty side go, and so do those of the training text with a side of more
-than 175 words, or more than 1.5 times as long as the other.
+Every 23rd pair of the training text is for validation, and the test set is the five small sets together, as in
+fairseq's example. Letters keep their case. Pairs with an empty side go, and so do those of the training text with a
+side of more than 175 words, or more than 1.5 times as long as the other.
 """
 
 import html
@@ -43,7 +43,9 @@ def segments(path: Path) -> list[str]:
 def paired(name: str, sides: list[list[str]]) -> Iterator[Pair]:
     """The pairs of two sides without an empty one. Raises BadFolderError where the sides differ in length."""
     if len(sides[0]) != len(sides[1]):
-        raise BadFolderError(f"{name}: {len(sides[0])} lines in {LANGS[0]} and {len(sides[1])} in {LANGS[1]}; unpack it again")
+        raise BadFolderError(
+            f"{name}: {len(sides[0])} lines in {LANGS[0]} and {len(sides[1])} in {LANGS[1]}; unpack it again"
+        )
     yield from (pair for pair in zip(*sides, strict=True) if all(pair))
 
 
@@ -75,7 +77,9 @@ def splits(folder: Path) -> dict[str, list[Pair]]:
 def main() -> None:
     """Write the six files."""
     if len(sys.argv) != 3:
-        sys.exit("error: give the folder of IWSLT'14 and an output folder: python -m recipes.translation.iwslt14 de-en OUT")
+        sys.exit(
+            "error: give the folder of IWSLT'14 and an output folder: python -m recipes.translation.iwslt14 de-en OUT"
+        )
     out = Path(sys.argv[2])
     try:
         found = splits(Path(sys.argv[1]))

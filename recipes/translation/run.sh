@@ -13,12 +13,13 @@
 # dense, after one-shot iPQ and after fine-tuning, and bytes. OUT_DIR/ipq.safetensors is the small file.
 #     NOISE=0.1   SHARE=1   KEEP= (all)   LAYERDROP=0   UPDATES=50000 (cpu: 2000)   IPQ_UPDATES=9000 (300)   SEED=1
 #     PLAN=configs/plans/translation.yaml   BEAM=5   IPQ=0: only train and translate   DENSE=CKPT: quantize this one
+#     FLAGS= more options for both trainings, such as "--encoder-embed-dim 64"
 # A step that is done is not done again; killed, the same command goes on.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
 case "${1:-}" in
-  -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
   '' | -*) die "no data given; run: bash recipes/translation/run.sh DATA_BIN OUT_DIR" ;;
 esac
 DATA="$1"
@@ -57,6 +58,8 @@ COMMON=("$DATA" --user-dir "$REPO/fairseq_quant_noise" --task translation "${MOD
   --optimizer adam --adam-betas "(0.9, 0.98)" --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --share-layers "$SHARE"
   --ddp-backend legacy_ddp --seed "$SEED" --required-batch-size-multiple 1 --no-progress-bar --log-interval 100
   --no-epoch-checkpoints --save-interval-updates 500 --keep-interval-updates 1)
+read -r -a more <<<"${FLAGS:-}"
+COMMON+=(${more[@]+"${more[@]}"})
 SUBSET=valid
 if [ -n "$(find "$DATA" -maxdepth 1 -name 'test.*.bin')" ]; then SUBSET=test; fi
 
@@ -96,7 +99,7 @@ translate() {
 mkdir -p "$OUT"
 TRAINED="${DENSE:-$OUT/dense/checkpoint_best.pt}"
 # A step is done again when its setting changes.
-SETTING="$SIZE noise $NOISE share $SHARE layerdrop $LAYERDROP updates $UPDATES seed $SEED"
+SETTING="$SIZE noise $NOISE share $SHARE layerdrop $LAYERDROP updates $UPDATES seed $SEED ${FLAGS:-}"
 if [ -z "${DENSE:-}" ]; then step "train, noise $NOISE, share $SHARE" "$OUT/.trained" train "$SETTING"; fi
 SETTING="$SETTING $TRAINED keep $KEEP"
 if [ -n "$KEEP" ]; then step "prune: keep $KEEP" "$OUT/.pruned" prune "$SETTING"; fi

@@ -1,4 +1,4 @@
-"""Our network for translation against fairseq's `transformer`: the same names, ties and results, dense and quantized."""
+"""Our network for translation against fairseq's `transformer`: the same names, ties and results, in codes too."""
 
 from argparse import Namespace
 from types import SimpleNamespace
