@@ -21,6 +21,7 @@ from translation_fixture import (
 
 import fairseq_quant_noise
 from fairseq_quant_noise.artifact import read
+from fairseq_quant_noise.models.transformer import QuantNoiseTransformer
 from fairseq_quant_noise.structure.modules import find_stacks, shared_chunk
 from fairseq_quant_noise.trained import load_trained
 
@@ -63,6 +64,16 @@ def test_a_packed_and_a_dense_model_make_an_ensemble(translation):  # noqa: F811
     together, *alone = (translation.translate(*paths)[1] for paths in ([packed, stock], [packed], [stock]))
     assert len(together) == len(alone[0])
     assert together not in alone
+
+
+def test_three_lines_of_python_translate(translation):  # noqa: F811
+    packed, staged = translation.packed(SHARED), translation.run("ipq", SHARED).path
+    said = []
+    for path in (packed, staged):
+        hub = QuantNoiseTransformer.from_pretrained(str(path.parent), path.name, str(translation.folder / SHARED))
+        said.append(hub.translate("w1 w2 w3", beam=2))
+    assert said[0]
+    assert said[0] == said[1]
 
 
 @both_kinds
