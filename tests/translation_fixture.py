@@ -182,6 +182,27 @@ def pairs(rows=4) -> dict:
     }
 
 
+def as_of_2018(state: dict) -> dict:
+    """The weights of a model for translation as fairseq saved them in 2018; the output's is the embedding's."""
+    aged = {}
+    norms = {
+        "encoder": ["self_attn_layer_norm", "final_layer_norm"],
+        "decoder": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
+    }
+    for name, tensor in state.items():
+        module, _, last = name.rpartition(".")
+        stack, _, kind = module.rpartition(".")
+        if name.endswith(".version") or name.startswith("decoder.output_projection"):
+            continue
+        if kind == "q_proj":
+            aged[f"{stack}.in_proj_{last}"] = torch.cat([state[f"{stack}.{letter}_proj.{last}"] for letter in "qkv"])
+        elif kind in norms[name.partition(".")[0]]:
+            aged[f"{stack}.layer_norms.{norms[name.partition('.')[0]].index(kind)}.{last}"] = tensor
+        elif kind not in ("k_proj", "v_proj"):
+            aged[name] = tensor
+    return aged
+
+
 @functools.cache
 def _lab(folder: Path) -> TranslationLab:
     return TranslationLab(folder)

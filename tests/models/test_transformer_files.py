@@ -7,12 +7,14 @@ import torch
 import yaml
 from lm_fixture import state_of
 from translation_fixture import (
+    IPQ,
     OWN,
     PLAN,
     SHARED,
     SOURCE_WORDS,
     WEIGHTS,
     WORDS,
+    as_of_2018,
     both_kinds,
     pairs,
     translation,  # noqa: F401
@@ -99,6 +101,21 @@ def test_one_shot_quantization_of_a_stock_checkpoint(translation, kind):  # noqa
     verb("quantize", "--path", stock, "--plan", translation.plan(PLAN), "--out", out)
     check_same(fairseq_quant_noise.load(out), translation.load(out, kind))
     assert set(read(out).manifest.tensors) == {f"{name}.weight" for name in WEIGHTS[kind]}
+
+
+@pytest.mark.upstream(23)
+def test_a_checkpoint_as_of_2018_is_quantized_and_teaches(translation):  # noqa: F811
+    """A Namespace instead of a configuration, fused projections, numbered norms, no weight for the output."""
+    stock, plan = translation.run("stock", SHARED).path, translation.plan(PLAN)
+    state, files = state_of(stock), [translation.new(f"{age}.safetensors") for age in ("old", "new")]
+    aged = translation.checkpoint(
+        {**state, "cfg": None, "args": state["cfg"]["model"], "model": as_of_2018(state["model"])}
+    )
+    for path, file in zip((aged, stock), files, strict=True):
+        verb("quantize", "--path", path, "--plan", plan, "--out", file)
+    assert translation.translate(files[0]) == translation.translate(files[1])
+    run = translation.train("--finetune-from-model", aged, *IPQ, "--ipq-teacher", aged, updates=1)
+    assert run.updates[0]["loss"] < translation.run("stock", SHARED).updates[0]["loss"] - 0.5
 
 
 def test_activations_in_int8_are_calibrated_on_pairs(translation):  # noqa: F811

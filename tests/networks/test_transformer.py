@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from toys import refuses
+from translation_fixture import as_of_2018
 
 from fairseq_quant_noise.layers import adopt_quantized
 from fairseq_quant_noise.networks import Transformer, TransformerConfig, build
@@ -143,33 +144,12 @@ def test_what_the_weights_say_of_the_dictionaries(pair):
     assert task_options(theirs.state_dict()) == {"source_vocab_size": ours.config.encoder.vocab_size}
 
 
-def old(state):
-    """The weights as fairseq saved them in 2018."""
-    aged = {}
-    norms = {
-        "encoder": ["self_attn_layer_norm", "final_layer_norm"],
-        "decoder": ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"],
-    }
-    for name, tensor in state.items():
-        module, _, last = name.rpartition(".")
-        stack, _, kind = module.rpartition(".")
-        if name.endswith(".version") or name.startswith("decoder.output_projection"):
-            continue
-        if kind == "q_proj":
-            aged[f"{stack}.in_proj_{last}"] = torch.cat([state[f"{stack}.{letter}_proj.{last}"] for letter in "qkv"])
-        elif kind in norms[name.partition(".")[0]]:
-            aged[f"{stack}.layer_norms.{norms[name.partition('.')[0]].index(kind)}.{last}"] = tensor
-        elif kind not in ("k_proj", "v_proj"):
-            aged[name] = tensor
-    return aged
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["shared", "nothing_shared"])
 def test_weights_under_the_names_of_2018_are_read(case):
     theirs, options = fairseq_model(CASES[case])
     state = theirs.state_dict()
-    aged = old(state)
+    aged = as_of_2018(state)
     if case == "nothing_shared":
         aged["decoder.embed_out"] = state["decoder.output_projection.weight"]
     ours = our_model(options)
