@@ -32,15 +32,30 @@ class QuantNoiseTransformer(Quantizable, TransformerModel):
     @classmethod
     def build_model(cls, args: Any, task: Any) -> nn.Module:
         """fairseq's model, with noise on its weights where the options ask for it."""
-        for name in _NOT_HERE:
-            with exits_on_user_error():
-                if getattr(args, name, False):
-                    flag = f"--{name.replace('_', '-')}"
-                    raise UserError(
-                        f"{flag}: a decoder without an attention to the source of its own cannot be compressed "
-                        "here; leave the option out, or train with --arch transformer"
-                    )
+        with exits_on_user_error():
+            _check(args, task)
         return super().build_model(args, task)
+
+
+def _check(args: Any, task: Any) -> None:
+    """Raise UserError for what fairseq would build and this package not compress, or what fairseq could not build."""
+    for name in _NOT_HERE:
+        if getattr(args, name, False):
+            raise UserError(
+                f"--{name.replace('_', '-')}: a decoder without an attention of its own to the source cannot be "
+                "compressed here; leave the option out, or train with --arch transformer"
+            )
+    if getattr(args, "share_all_embeddings", False):
+        if task.source_dictionary != task.target_dictionary:
+            raise UserError(
+                "--share-all-embeddings: source and target have dictionaries of their own; binarize with "
+                "--joined-dictionary, or give --share-decoder-input-output-embed instead"
+            )
+        if args.encoder_embed_dim != args.decoder_embed_dim:
+            raise UserError(
+                f"--share-all-embeddings: --encoder-embed-dim {args.encoder_embed_dim} and --decoder-embed-dim "
+                f"{args.decoder_embed_dim} differ; make them alike"
+            )
 
 
 register_model_architecture("quant_noise_transformer", "quant_noise_transformer_base")(base_architecture)
@@ -49,7 +64,7 @@ register_model_architecture("quant_noise_transformer", "quant_noise_transformer_
 
 @register_model_architecture("quant_noise_transformer", "quant_noise_transformer_small")
 def small(args: Any) -> None:
-    """A model for a CPU: 3 + 3 layers, d 128, one embedding for source, target and output."""
+    """A model for a CPU: 3 + 3 layers, d 128."""
     set_defaults(
         args,
         encoder_layers=3,
@@ -58,6 +73,5 @@ def small(args: Any) -> None:
         encoder_attention_heads=4,
         decoder_layers=3,
         decoder_attention_heads=4,
-        share_all_embeddings=True,
     )
     base_architecture(args)

@@ -35,8 +35,7 @@ need python fairseq-train fairseq-generate fairseq-quant-noise
 case "$SIZE" in
   paper)
     UPDATES="${UPDATES:-50000}" IPQ_UPDATES="${IPQ_UPDATES:-9000}"
-    MODEL=(--arch quant_noise_transformer_iwslt_de_en --share-all-embeddings --dropout 0.3 --weight-decay 0.0001
-      --max-tokens 4096)
+    MODEL=(--arch quant_noise_transformer_iwslt_de_en --dropout 0.3 --weight-decay 0.0001 --max-tokens 4096)
     TRAIN=(--lr 5e-4 --lr-scheduler inverse_sqrt --warmup-updates 4000)
     TUNE=(--lr 2e-4)
     TRANSLATE=(--max-tokens 8000)
@@ -54,7 +53,7 @@ esac
 case "${TEACHER:-1}" in 0 | 1) ;; *) die "TEACHER is $TEACHER; give 1 or 0" ;; esac
 FILE=ipq
 if [ "${TEACHER:-1}" = 0 ]; then FILE=ipq-alone; fi
-COMMON=("$DATA" --user-dir "$REPO/fairseq_quant_noise" --task translation "${MODEL[@]}"
+COMMON=("$DATA" --user-dir "$REPO/fairseq_quant_noise" --task translation "${MODEL[@]}" --share-all-embeddings
   --optimizer adam --adam-betas "(0.9, 0.98)" --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --share-layers "$SHARE"
   --ddp-backend legacy_ddp --seed "$SEED" --required-batch-size-multiple 1 --no-progress-bar --log-interval 100
   --no-epoch-checkpoints --save-interval-updates 500 --keep-interval-updates 1)

@@ -126,6 +126,7 @@ def test_training_with_noise_lowers_the_loss(translation, flags):  # noqa: F811
     [
         (["--no-cross-attention"], ["--no-cross-attention", "--arch transformer"]),
         (["--cross-self-attention"], ["--cross-self-attention"]),
+        (["--share-all-embeddings"], ["--share-all-embeddings", "--joined-dictionary"]),
         (["--quant-noise-pq", 1.5], ["--quant-noise-pq", "1.5"]),
         (
             ["--quant-noise-pq", 0.1, "--quant-noise-pq-block-size", 5],
