@@ -1,5 +1,7 @@
 """fairseq-hydra-train with configs/translation."""
 
+import pytest
+import yaml
 from lm_fixture import ROOT, USER_DIR, state_of
 from toys import python
 from translation_fixture import (
@@ -7,7 +9,8 @@ from translation_fixture import (
     translation,  # noqa: F401
 )
 
-from fairseq_quant_noise.trained import load_trained
+from fairseq_quant_noise.models.transformer_config import QuantNoiseTransformerConfig
+from fairseq_quant_noise.trained import load_trained, meta_model
 
 
 def test_the_small_model_trains_with_the_noise_its_keys_name(translation):  # noqa: F811
@@ -23,3 +26,12 @@ def test_the_small_model_trains_with_the_noise_its_keys_name(translation):  # no
     assert (options["quant_noise_kind"], options["decoder_embed_dim"]) == ("int4", 32)  # the encoder's width
     network = load_trained(path).model
     assert network.encoder.layers[0].fc1.weight is network.encoder.layers[2].fc1.weight
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("small", 2_412_544), ("iwslt14", 36_663_296)])
+def test_the_keys_of_a_configuration_are_the_models_options(name, parameters):
+    """With a dictionary of 8,000 and 10,000 words, the networks of the two architectures."""
+    options = yaml.safe_load((ROOT / f"configs/translation/{name}.yaml").read_text())["model"]
+    assert options.keys() <= QuantNoiseTransformerConfig.__dataclass_fields__.keys()
+    network = meta_model("quant_noise_transformer", options, 8_000 if name == "small" else 10_000)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters

@@ -108,12 +108,11 @@ def test_in_eval_the_model_is_the_stock_one_bit_for_bit(translation, kind):  # n
 @pytest.mark.parametrize(
     "flags",
     [
-        [],
         ["--bf16"],
         pytest.param(["--update-freq", 2], marks=pytest.mark.upstream(1)),
         ["--encoder-layerdrop", 0.2, "--decoder-layerdrop", 0.2],
     ],
-    ids=lambda flags: flags[0] if flags else "plain",
+    ids=lambda flags: flags[0],
 )
 def test_training_with_noise_lowers_the_loss(translation, flags):  # noqa: F811
     run = translation.train("--quant-noise-pq", 0.2, *flags, "--lr", 0.01, updates=20)
