@@ -127,11 +127,14 @@ class TranslationLab(Lab):
 
     @functools.cache  # noqa: B019 (one object a session)
     def _generation(self, kind):
-        arguments = [str(self.folder / kind), "--path", "later", "--user-dir", USER_DIR, "--gen-subset", "valid"]
-        arguments += split("--beam 3 --batch-size 8 --cpu --num-workers 0 --scoring sacrebleu --log-format none")
-        arguments += split("--source-lang de --target-lang en --max-len-b 10")
-        parser = options.get_generation_parser()
-        return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, arguments))
+        arguments = [*self.generate_arguments("later", kind), "--user-dir", USER_DIR]
+        return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_generation_parser(), arguments))
+
+    def generate_arguments(self, path, kind=SHARED) -> list[str]:
+        """fairseq-generate's command line, without the plugin."""
+        flags = "--beam 3 --batch-size 8 --cpu --num-workers 0 --scoring sacrebleu --log-format none --max-len-b 10"
+        data = [str(self.folder / kind), "--gen-subset", "valid", *split("--source-lang de --target-lang en")]
+        return [*data, "--path", str(path), *split(flags)]
 
     def translate(self, *paths, kind=SHARED, model_overrides="{}") -> tuple[float, list[str]]:
         """What fairseq-generate makes of the validation data with an ensemble: BLEU, and the lines with scores."""
