@@ -163,6 +163,16 @@ def test_layers_are_kept_on_either_side(translation):  # noqa: F811
     assert translation.translate(ours, model_overrides=override) == translation.translate(pruned)
 
 
+@pytest.mark.upstream(22)
+def test_layers_to_keep_are_read_from_the_command_line(translation):  # noqa: F811
+    """Of fairseq's own model they are a list there, which it then takes for text."""
+    model = translation.task().build_model(translation.config("--decoder-layers-to-keep", "0").model)
+    assert {name: len(stack) for name, stack in find_stacks(model).items()} == {
+        "encoder.layers": 2,
+        "decoder.layers": 1,
+    }
+
+
 def test_shared_layers_on_both_sides_from_training_to_the_file(translation):  # noqa: F811
     stock, shared, file = (
         translation.run("stock", OWN).path,
