@@ -3,12 +3,14 @@
 Nothing untrusted is unpickled (`safe_load.py`).
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import fairseq.checkpoint_utils
 import fairseq.distributed.utils
 import torch
+from fairseq.dataclass.configs import GenerationConfig
 from fairseq.file_io import PathManager
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -21,6 +23,15 @@ from .stock import no_training
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
 _broadcast_tensors = fairseq.distributed.utils.broadcast_tensors
+
+
+#: Sections that `from_pretrained` looks into, or sets.
+_FOR_THE_HUB = {
+    "bpe": None,
+    "tokenizer": None,
+    "generation": asdict(GenerationConfig()),
+    "dataset": {"max_tokens": None, "batch_size": None},
+}
 
 
 def is_packed(path: str | Path) -> bool:
@@ -86,7 +97,7 @@ def packed_state(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: was saved without a fairseq configuration; load it with fairseq_quant_noise.load")
     return {
         "args": None,
-        "cfg": {"bpe": None, **config["cfg"]},  # the hub's interface sets it
+        "cfg": {**_FOR_THE_HUB, **config["cfg"]},
         "model": packed.state_dict(),
         **no_training(),
         "task_state": {},

@@ -18,16 +18,18 @@ from .errors import UserError
 from .layers import adopt_quantized
 from .layers.pq import CODES
 from .networks import build
-from .networks.roberta import modern_names
+from .networks.old_names import modern_names
 from .safe_load import safe_load
 from .weights import load_without_copy
 
 PREFIX = "quant_noise_"  # of this package's names for fairseq's models
-MODELS = ("transformer_lm", "roberta")  # fairseq's names of the models that this package knows
+#: fairseq's names of the models that this package knows; a name that begins another comes after it.
+MODELS = ("transformer_lm", "roberta", "transformer")
 STAGES = "quant_noise_stages"  # in a checkpoint's extra_state: the stages done
 
 PADDING = 1  # fairseq's index of the padding word
-_SIDE = r"(decoder|encoder\.sentence_encoder)"  # that embeds the words
+_SIDE = r"(decoder|encoder|encoder\.sentence_encoder)"  # that embeds words
+_PREDICTS = r"(decoder|encoder\.sentence_encoder)"  # the side whose words are predicted
 
 #: What a packed file keeps of fairseq's configuration: enough to evaluate. Paths of the machine that trained it go.
 _SECTIONS = ("model", "task", "criterion")
@@ -40,6 +42,11 @@ _CRITERIA: dict[str, dict[str, Any]] = {
     "cross_entropy": {"sentence_avg": False},
     "adaptive_loss": {"sentence_avg": False, "ddp_backend": "legacy_ddp"},
     "masked_lm": {"tpu": False},
+    "label_smoothed_cross_entropy": {
+        "label_smoothing": 0.0,
+        "ignore_prefix_size": 0,
+        **dict.fromkeys(("report_accuracy", "sentence_avg"), False),
+    },
     "sentence_prediction": {
         "classification_head_name": "sentence_classification_head",
         **dict.fromkeys(("regression_target", "report_mcc", "report_acc_and_f1", "report_pearson_and_spearman"), False),
@@ -52,7 +59,7 @@ STRUCTURE_OPTIONS = ("share_layers", "share_from")  # of this package alone
 FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
 #: Values of them with which fairseq builds the layer after the embedding; the noise is too rare to matter.
 EMBEDDING_LAYER = {"quant_noise_pq": 1e-8, "quant_noise_pq_block_size": 1}
-_MACHINE = {"data": "", "plasma_path": ""}
+_MACHINE = dict.fromkeys(("data", "plasma_path", "encoder_embed_path", "decoder_embed_path"), "")
 
 
 @dataclass
@@ -175,17 +182,21 @@ def stock_name(path: str | Path, name: str) -> str:
 
 
 def vocabulary_size(state: Mapping[str, Tensor]) -> int | None:
-    """How many words the embedding of a model holds, adaptive bands added up; None without one."""
-    embedding = rf"{_SIDE}\.embed_tokens\.(embeddings\.\d+\.0\.)?weight"
+    """How many words the embedding of a model (of its target) holds, adaptive bands added up; None without one."""
+    embedding = rf"{_PREDICTS}\.embed_tokens\.(embeddings\.\d+\.0\.)?weight"
     return sum(rows for _, rows in _rows(state, embedding)) or None
 
 
 def task_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a RoBERTa's weights say of options that its task decides; nothing for other models.
+    """What a model's weights say of options that its task decides; nothing for a language model.
 
     Returns:
-        max_positions, the most tokens of a row, and classification_heads, by name [inner width, classes].
+        Of a RoBERTa max_positions, the most tokens of a row, and classification_heads, by name [inner width, classes];
+        of a `transformer` source_vocab_size.
     """
+    source = [rows for _, rows in _rows(state, r"encoder\.embed_tokens\.weight")]
+    if source:
+        return {"source_vocab_size": source[0]}
     positions = [rows for _, rows in _rows(state, r"encoder\.sentence_encoder\.embed_positions\.weight")]
     heads: dict[str, list[int]] = {}
     for part in ("dense", "out_proj"):

@@ -69,6 +69,13 @@ class QuantNoiseOptions:
     )
 
 
+def set_defaults(args: Any, **values: Any) -> None:
+    """Set the options of an architecture that the command line does not give."""
+    for name, value in values.items():
+        if not hasattr(args, name):
+            setattr(args, name, value)
+
+
 def noise_rules(options: Any) -> list[NoiseRule]:
     """The `--quant-noise-*` options as rules: shorthand for one rule over every weight.
 

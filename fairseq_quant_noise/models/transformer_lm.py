@@ -13,7 +13,7 @@ from fairseq.models.transformer_lm import (
 from fairseq.modules.adaptive_softmax import TiedLinear
 
 from ..access import register_linear
-from .options import QuantNoiseOptions
+from .options import QuantNoiseOptions, set_defaults
 from .quantizable import Quantizable
 
 register_linear(TiedLinear)
@@ -32,23 +32,17 @@ class QuantNoiseTransformerLanguageModel(Quantizable, TransformerLanguageModel):
 register_model_architecture("quant_noise_transformer_lm", "quant_noise_transformer_lm_base")(base_lm_architecture)
 
 
-def _defaults(args: Any, **values: Any) -> None:
-    for name, value in values.items():
-        if not hasattr(args, name):
-            setattr(args, name, value)
-
-
 @register_model_architecture("quant_noise_transformer_lm", "quant_noise_transformer_lm_wikitext103")
 def wikitext103(args: Any) -> None:
     """The paper's language model: 16 layers, 246.9 M parameters with WikiText-103's vocabulary (FACTS: LM row)."""
-    _defaults(args, dropout=0.2, decoder_attention_heads=8, decoder_layerdrop=0.2)
+    set_defaults(args, dropout=0.2, decoder_attention_heads=8, decoder_layerdrop=0.2)
     transformer_lm_baevski_wiki103(args)
 
 
 @register_model_architecture("quant_noise_transformer_lm", "quant_noise_transformer_lm_small")
 def small(args: Any) -> None:
     """A model for a CPU: 4 layers, d 128, embedding and softmax tied."""
-    _defaults(
+    set_defaults(
         args,
         decoder_layers=4,
         decoder_embed_dim=128,

@@ -8,10 +8,20 @@ from torch import nn
 from ..errors import UserError
 from ..structure.modules import share_layers_
 from .roberta import Roberta, RobertaConfig
+from .transformer import Transformer, TransformerConfig
 from .transformer_lm import TransformerLM, TransformerLMConfig
 from .transformer_lm_config import given_options
 
-__all__ = ["NETWORKS", "Roberta", "RobertaConfig", "TransformerLM", "TransformerLMConfig", "build"]
+__all__ = [
+    "NETWORKS",
+    "Roberta",
+    "RobertaConfig",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerLM",
+    "TransformerLMConfig",
+    "build",
+]
 
 
 def _transformer_lm(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
@@ -22,12 +32,19 @@ def _roberta(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> n
     return Roberta(RobertaConfig.from_fairseq(options, vocab_size, padding_idx))
 
 
-#: How to build each model from fairseq's options; an architecture is found by its model's name as a prefix.
+def _transformer(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
+    return Transformer(TransformerConfig.from_fairseq(options, vocab_size, padding_idx))
+
+
+#: How to build each model from fairseq's options; an architecture is found by its model's name as a prefix, the longest
+#: first.
 NETWORKS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
     "transformer_lm": _transformer_lm,
     "quant_noise_transformer_lm": _transformer_lm,
     "roberta": _roberta,
     "quant_noise_roberta": _roberta,
+    "transformer": _transformer,
+    "quant_noise_transformer": _transformer,
 }
 
 
@@ -36,8 +53,9 @@ def build(name: str, options: Mapping[str, Any], vocab_size: int, padding_idx: i
 
     Args:
         name: such as `transformer_lm` or `transformer_lm_wiki103`.
-        options: fairseq's `cfg.model` as a dict; of a RoBERTa with its `classification_heads`.
-        vocab_size: the number of words in the dictionary.
+        options: fairseq's `cfg.model` as a dict; of a RoBERTa with its `classification_heads`, of a `transformer` with
+            its `source_vocab_size` where it is another one.
+        vocab_size: the number of words in the (target's) dictionary.
         padding_idx: the dictionary's padding word.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Self-attention and the layer around it under fairseq's names, without fairseq.
+"""Attention and the layer around it under fairseq's names, without fairseq.
 
 They exist so that a packed file runs where fairseq is not installed. The projections are called as modules: each
 reads its own `weight` (noised, or decoded from codes) at use. Dropout is left alone.
 
-Shapes: B batch, T tokens, C channels, H heads.
+Shapes: B batch, T tokens, S tokens of the memory (the encoder's output), C channels, M channels of the memory, H heads.
 """
 
 from collections.abc import Callable
@@ -24,25 +24,34 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention of every token to itself and the tokens before it or, if not `causal`, to all tokens."""
+class Attention(nn.Module):
+    """Multi-head attention of every token to its own sequence, or to a memory.
 
-    def __init__(self, dim: int, n_heads: int, causal: bool = True) -> None:
+    Args:
+        dim: C.
+        n_heads: H.
+        causal: to its own sequence: no token sees those after it.
+        memory_dim: M, or None for attention to its own sequence.
+    """
+
+    def __init__(self, dim: int, n_heads: int, causal: bool = True, memory_dim: int | None = None) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.causal = causal
-        self.k_proj = nn.Linear(dim, dim)
-        self.v_proj = nn.Linear(dim, dim)
+        self.causal = causal and memory_dim is None
+        self.k_proj = nn.Linear(memory_dim or dim, dim)
+        self.v_proj = nn.Linear(memory_dim or dim, dim)
         self.q_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
         """x: (B, T, C) -> (B, T, C).
 
         Args:
-            mask: None where no token is padding, else what `causal_mask` (or, if not `causal`, `key_mask`) returns.
+            mask: None where no key is padding, else what `causal_mask` (or, if not `causal`, `key_mask`) returns.
+            memory: (B, S, M), or None for attention to its own sequence.
         """
-        q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        keys = x if memory is None else memory
+        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(keys)), self._heads(self.v_proj(keys))
         is_causal = self.causal and mask is None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)  # (B, H, T, C/H)
         return self.out_proj(y.transpose(1, 2).flatten(2))
@@ -53,7 +62,7 @@ class SelfAttention(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and a feed-forward block, each added to its input and normalized before or after.
+    """Self-attention, attention to a memory and a feed-forward block, each added to its input and normalized.
 
     Args:
         dim: C.
@@ -62,27 +71,46 @@ class TransformerLayer(nn.Module):
         activation_fn: of the feed-forward block, one of ACTIVATIONS.
         normalize_before: LayerNorm before each block instead of after it.
         causal: no token sees those after it.
+        memory_dim: M, or None for a layer that attends to no memory.
     """
 
     def __init__(
-        self, dim: int, ffn_dim: int, n_heads: int, activation_fn: str, normalize_before: bool, causal: bool = True
+        self,
+        dim: int,
+        ffn_dim: int,
+        n_heads: int,
+        activation_fn: str,
+        normalize_before: bool,
+        causal: bool = True,
+        memory_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.normalize_before = normalize_before
         self.activation_fn = activation_fn
-        self.self_attn = SelfAttention(dim, n_heads, causal)
+        self.self_attn = Attention(dim, n_heads, causal)
         self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.encoder_attn = None if memory_dim is None else Attention(dim, n_heads, memory_dim=memory_dim)
+        self.encoder_attn_layer_norm = None if memory_dim is None else nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); `mask` as in `SelfAttention`."""
-        if self.normalize_before:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
-            return x + self._feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x, mask))
-        return self.final_layer_norm(x + self._feed_forward(x))
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x: (B, T, C) -> (B, T, C); memory (B, S, M), and the masks as in `Attention`."""
+        x = self._block(x, self.self_attn_layer_norm, lambda y: self.self_attn(y, mask))
+        attend, norm = self.encoder_attn, self.encoder_attn_layer_norm
+        if attend is not None and norm is not None:
+            x = self._block(x, norm, lambda y: attend(y, memory_mask, memory))
+        return self._block(x, self.final_layer_norm, self._feed_forward)
+
+    def _block(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + block(norm(x)) if self.normalize_before else norm(x + block(x))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return self.fc2(ACTIVATIONS[self.activation_fn](self.fc1(x)))

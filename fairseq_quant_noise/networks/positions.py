@@ -1,7 +1,6 @@
 """Position numbers and sinusoidal positions as fairseq counts them, without fairseq.
 
-It exists because a packed file holds no sinusoids and no numbering of its own; learned positions are left to
-nn.Embedding.
+It exists because a packed file holds no sinusoids and no numbering of its own.
 
 Shapes: B batch, T tokens, C channels, P positions.
 """
@@ -13,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..errors import UserError
+from .adaptive import new_embedding
 
 
 def number_positions(tokens: Tensor, padding_idx: int) -> Tensor:
@@ -67,3 +69,22 @@ class SinusoidalPositions(nn.Module):
         for name in ("weights", "_float_tensor"):
             state_dict.pop(prefix + name, None)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def new_positions(learned_rows: int | None, dim: int, padding_idx: int) -> nn.Module:
+    """Learned positions for so many tokens, or sinusoidal ones for any number of tokens.
+
+    Args:
+        learned_rows: the most tokens of a row; None: sinusoidal.
+        dim: C.
+        padding_idx: the padding word, which words are counted from.
+    """
+    if learned_rows is None:
+        return SinusoidalPositions(dim, padding_idx)
+    return new_embedding(learned_rows + padding_idx + 1, dim, padding_idx)
+
+
+def check_length(tokens: Tensor, option: str, most: int) -> None:
+    """Raise UserError where a row of tokens (B, T) is longer than learned positions; `option` is fairseq's name."""
+    if tokens.shape[1] > most:
+        raise UserError(f"{tokens.shape[1]} tokens exceed {option} {most}; cut the text into shorter pieces")

@@ -8,53 +8,16 @@ LayerDrop and fairseq's losses are left alone.
 Shapes: B batch, T tokens, C channels, V vocabulary, K classes.
 """
 
-import re
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .adaptive import new_embedding
-from .attention import ACTIVATIONS, TransformerLayer, key_mask
-from .positions import number_positions
+from .attention import ACTIVATIONS
+from .encoder import TransformerEncoder
 from .roberta_config import RobertaConfig
 
-__all__ = ["Roberta", "RobertaConfig", "modern_names"]
-
-
-class SentenceEncoder(nn.Module):
-    """Embedding and layers; the names below are fairseq's, in fairseq's order."""
-
-    def __init__(self, config: RobertaConfig) -> None:
-        super().__init__()
-        dim, padding_idx = config.encoder_embed_dim, config.padding_idx
-        self.config = config
-        self.register_buffer("version", torch.tensor([3.0]))
-        self.embed_tokens = new_embedding(config.vocab_size, dim, padding_idx)
-        self.embed_positions = new_embedding(config.max_positions + padding_idx + 1, dim, padding_idx)
-        self.layernorm_embedding = nn.LayerNorm(dim) if config.layernorm_embedding else None
-        self.quant_noise = nn.Linear(dim, dim, bias=False) if config.quant_noise_embedding_layer else None
-        self.layers = nn.ModuleList(_layer(config) for _ in range(config.encoder_layers))
-        self.layer_norm = nn.LayerNorm(dim) if config.encoder_normalize_before else None
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, T) int64 -> (B, T, C)."""
-        if tokens.shape[1] > self.config.max_positions:
-            raise UserError(
-                f"{tokens.shape[1]} tokens exceed max_positions {self.config.max_positions}; "
-                "cut the text into shorter pieces"
-            )
-        padding = tokens.eq(self.config.padding_idx)
-        x = self.embed_tokens(tokens) + self.embed_positions(number_positions(tokens, self.config.padding_idx))
-        for after in (self.layernorm_embedding, self.quant_noise):
-            x = x if after is None else after(x)
-        x = x.masked_fill(padding.unsqueeze(-1), 0)
-        mask = key_mask(padding)
-        for layer in self.layers:
-            x = layer(x, mask)
-        return x if self.layer_norm is None else self.layer_norm(x)
+__all__ = ["Roberta", "RobertaConfig"]
 
 
 class LMHead(nn.Linear):
@@ -99,7 +62,7 @@ class RobertaEncoder(nn.Module):
 
     def __init__(self, config: RobertaConfig) -> None:
         super().__init__()
-        self.sentence_encoder = SentenceEncoder(config)
+        self.sentence_encoder = TransformerEncoder(config.encoder)
         words = self.sentence_encoder.embed_tokens
         self.lm_head = LMHead(config, None if config.untie_weights_roberta else words.weight)
 
@@ -147,35 +110,3 @@ class Roberta(nn.Module):
             known = ", ".join(self.classification_heads) or "none"
             raise UserError(f"no classification head {classification_head_name!r}; this network has {known}")
         return self.classification_heads[classification_head_name](self.encoder.sentence_encoder(src_tokens))
-
-
-def _layer(config: RobertaConfig) -> TransformerLayer:
-    return TransformerLayer(
-        config.encoder_embed_dim,
-        config.encoder_ffn_embed_dim,
-        config.encoder_attention_heads,
-        config.activation_fn,
-        config.encoder_normalize_before,
-        causal=False,
-    )
-
-
-def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the names of fairseq 0.12; that of another model than RoBERTa comes back as it is.
-
-    The published checkpoints say `decoder` for the encoder, hold the three projections of an attention in one
-    `in_proj_weight`, and have no `version`.
-    """
-    names = [name for name in state if ".sentence_encoder." in name]
-    if not names:
-        return dict(state)
-    modern: dict[str, Tensor] = {}
-    for old, tensor in state.items():
-        name = re.sub(r"^decoder\.", "encoder.", old).replace(".emb_layer_norm.", ".layernorm_embedding.")
-        module, _, last = name.rpartition(".in_proj_")
-        if module:
-            parts = zip("qkv", tensor.chunk(3), strict=True)
-            modern |= {f"{module}.{letter}_proj.{last}": part for letter, part in parts}
-        else:
-            modern[name] = tensor
-    return {"encoder.sentence_encoder.version": torch.tensor([1.0]), **modern}

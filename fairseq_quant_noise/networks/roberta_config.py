@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import UserError
+from .encoder import EncoderConfig
 from .transformer_lm_config import (
     check_activation,
     check_heads,
@@ -72,6 +73,26 @@ class RobertaConfig:
         check_activation("activation_fn", self.activation_fn, _CURE)
         check_activation("pooler_activation_fn", self.pooler_activation_fn, _CURE)
         check_heads("encoder", self.encoder_embed_dim, self.encoder_attention_heads)
+
+    @property
+    def encoder(self) -> EncoderConfig:
+        """The part of it that embeds the tokens and has the layers."""
+        return EncoderConfig(
+            vocab_size=self.vocab_size,
+            padding_idx=self.padding_idx,
+            dim=self.encoder_embed_dim,
+            ffn_dim=self.encoder_ffn_embed_dim,
+            layers=self.encoder_layers,
+            heads=self.encoder_attention_heads,
+            activation_fn=self.activation_fn,
+            normalize_before=self.encoder_normalize_before,
+            layernorm_embedding=self.layernorm_embedding,
+            scale_embedding=False,
+            positions=True,
+            learned_positions=self.max_positions,
+            positions_option="max_positions",
+            embedding_layer=self.quant_noise_embedding_layer,
+        )
 
     @classmethod
     def from_fairseq(cls, options: Mapping[str, Any], vocab_size: int, padding_idx: int = 1) -> "RobertaConfig":

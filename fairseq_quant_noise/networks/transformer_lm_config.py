@@ -15,7 +15,7 @@ from .attention import ACTIVATIONS
 
 _CURE = "evaluate it with fairseq-eval-lm --user-dir instead"
 #: Options that change the function and that `TransformerLM` lacks; unset, zero and false are fine.
-_NOT_HERE = (
+NOT_HERE = (
     "character_embeddings",
     "base_layers",
     "decoder_xformers_att_config",
@@ -138,7 +138,7 @@ class TransformerLMConfig:
         Raises:
             UserError: an option that changes the function is not implemented here, or holds no plain value.
         """
-        _refuse(options)
+        refuse_options(options, NOT_HERE, _CURE)
         if options.get("max_target_positions") is None:
             options = {**options, "max_target_positions": options.get("tokens_per_sample")}  # as fairseq does
         given = given_options(options, [f.name for f in fields(cls)])
@@ -187,11 +187,12 @@ def is_ours(options: Mapping[str, Any]) -> bool:
     return str(name).startswith("quant_noise_")
 
 
-def _refuse(options: Mapping[str, Any]) -> None:
-    for name in _NOT_HERE:
+def refuse_options(options: Mapping[str, Any], names: Sequence[str], cure: str) -> None:
+    """Raise UserError where an option among `names` is set, or fairseq's own int8 is."""
+    for name in names:
         if options.get(name):
-            raise UserError(f"option {name}={options[name]!r} is not implemented without fairseq; {_CURE}")
-    refuse_stock_int8(options, _CURE)
+            raise UserError(f"option {name}={options[name]!r} is not implemented without fairseq; {cure}")
+    refuse_stock_int8(options, cure)
 
 
 def refuse_stock_int8(options: Mapping[str, Any], cure: str) -> None:

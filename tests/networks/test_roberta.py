@@ -11,7 +11,7 @@ from fairseq.models.roberta.model import base_architecture
 from toys import refuses
 
 from fairseq_quant_noise.networks import RobertaConfig, build
-from fairseq_quant_noise.networks.roberta import modern_names
+from fairseq_quant_noise.networks.old_names import modern_names
 from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.table import MIB, make_table, resolve_stages
 from fairseq_quant_noise.trained import meta_model, task_options, vocabulary_size
