@@ -3,6 +3,7 @@
 A refusal names the global and what to do; there is no unsafe fallback.
 """
 
+import contextlib
 import pickle
 import pickletools
 import re
@@ -49,7 +50,10 @@ def safe_load(path: str | Path) -> dict[str, Any]:
         DamagedFileError: not a whole checkpoint, or one that holds anything outside the allow-list.
     """
     try:
+        _check_zip(path)
         state = _load(path)
+    except UserError:
+        raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"checkpoint {path}: {error.strerror}; give the path of a checkpoint") from None
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file it cannot read
@@ -57,7 +61,9 @@ def safe_load(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"checkpoint {path}: has no 'model'; give a checkpoint that fairseq-train wrote")
     try:
-        return _plain(state)
+        plain = _plain(state)
+        _check_weights(plain["model"])
+        return plain
     except RefusedError as error:
         raise DamagedFileError(f"checkpoint {path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
     except (RecursionError, TypeError) as error:  # a list in itself; a list as a name
@@ -79,6 +85,29 @@ def _load(path: str | Path) -> Any:
     raise pickle.UnpicklingError("more classes than fairseq has")
 
 
+def _check_zip(path: str | Path) -> None:
+    """torch.save compresses nothing: a small file must not unfold into more than memory holds."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        unfolded, size = sum(entry.file_size for entry in archive.infolist()), Path(path).stat().st_size
+        if unfolded > size:
+            raise DamagedFileError(
+                f"checkpoint {path}: refused, it unfolds from {size:,} to {unfolded:,} bytes; save it with torch.save"
+            )
+
+
+def _check_weights(model: Any) -> None:
+    """Names and dense tensors, with memory for every number: a view of one number can ask for terabytes."""
+    if not isinstance(model, dict):
+        raise RefusedError(f"its 'model' is a {type(model).__name__}, not weights by name")
+    for name, tensor in model.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise RefusedError(f"its 'model' holds {name!r}: a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise RefusedError(f"tensor {name} is not an ordinary dense one")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise RefusedError(f"tensor {name} has {tensor.numel():,} numbers, more than the file stores for it")
+
+
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, type] = {"cfg": dict, "args": Namespace}
     for name, kind in kinds.items():
@@ -86,6 +115,9 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
             state[name] = plain_config(state[name])
             if not isinstance(state[name], kind):
                 raise RefusedError(f"its {name!r} is a {type(state[name]).__name__}")
+    options = (state.get("cfg") or {}).get("model")
+    if not isinstance(options, dict | Namespace | None):
+        raise RefusedError(f"its configuration of the model is a {type(options).__name__}")
     extra = state.get("extra_state")
     if isinstance(extra, dict):
         state["extra_state"] = {name: value for name, value in extra.items() if name not in _METERS}

@@ -33,6 +33,7 @@ _SIDE = r"(decoder|encoder\.sentence_encoder)"  # that embeds the words
 _SECTIONS = ("model", "task", "criterion")
 #: Options of other sections that a criterion's defaults refer to, as ${optimization.sentence_avg}.
 _REFERRED = {"optimization": ("sentence_avg",), "distributed_training": ("ddp_backend",), "common": ("tpu",)}
+SECTIONS = (*_SECTIONS, *_REFERRED)  # of a packed file's configuration
 #: What a flat configuration says of other parts; fairseq would take their names for options of the model.
 _PARTS = ("task", "criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer", "scoring", "simul_type")
 #: A criterion's options in fairseq, with defaults: a flat configuration mixes them with others, which fairseq refuses.
