@@ -124,7 +124,7 @@ def _check_network(path: str | Path, packed: Packed) -> None:
     try:
         options = OmegaConf.create({"model": packed.manifest.model["cfg"]["model"]}).model
         if name in MODEL_DATACLASS_REGISTRY:
-            merge_with_parent(MODEL_DATACLASS_REGISTRY[name](), options)
+            merge_with_parent(MODEL_DATACLASS_REGISTRY[name](), options, remove_missing=True)
     except (OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedFileError(f"{path}: its configuration is damaged ({reason})") from None
