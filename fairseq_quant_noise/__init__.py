@@ -36,12 +36,13 @@ def register() -> None:
     Raises:
         ImportError: fairseq is not installed.
     """
-    from . import checkpoints, criterions, models, precision, trainer_hooks, training  # noqa: F401
+    from . import checkpoints, criterions, mistakes, models, precision, trainer_hooks, training  # noqa: F401
 
     checkpoints.install()
     precision.install()
     trainer_hooks.install()
     training.install()
+    mistakes.install()
 
 
 if "fairseq" in sys.modules:

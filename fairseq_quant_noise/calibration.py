@@ -31,8 +31,9 @@ def calibration_on(
     Raises:
         UserError: there is no such data.
     """
-    if not Path(data).is_dir():
-        raise UserError(f"--calibration-data {data}: no such folder; give the folder that fairseq-train reads")
+    if not any(file for pattern in ("dict*.txt", "*/dict*.txt") for file in Path(data).glob(pattern)):
+        cure = "give the folder that fairseq-train reads"
+        raise UserError(f"--calibration-data {data}: no such folder with a dictionary (dict.txt) in it; {cure}")
     return lambda model: _calibrate(model, str(path), str(data), batches, structure)
 
 
@@ -42,7 +43,8 @@ def _calibrate(model: nn.Module, path: str, data: str, batches: int, structure: 
     from . import register
 
     register()
-    models, cfg, task = fairseq.checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": data})
+    load = fairseq.checkpoint_utils.load_model_ensemble_and_task
+    models, cfg, task = load([path], arg_overrides={"data": data})
     theirs, state = models[0], model.state_dict()
     if structure is not None:
         apply_structure(theirs, structure)

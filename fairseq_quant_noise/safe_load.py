@@ -23,6 +23,8 @@ _IF_TRUSTED = (
     "if you trust it, load it once with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', "
     "and save it again"
 )
+_FROM_PACKED = "give the checkpoint that it was made of, or make one of it with `fairseq-quant-noise to-dense`"
+_OTHER_PROGRAMS = "a safetensors file of another program; give a checkpoint that fairseq-train wrote"
 _AGAIN = "copy or download it again"
 #: Meters of old checkpoints: objects of classes that fairseq no longer has, and that it does not read.
 _METERS = ("train_meters", "valid_meters")
@@ -50,6 +52,7 @@ def safe_load(path: str | Path) -> dict[str, Any]:
         DamagedFileError: not a whole checkpoint, or one that holds anything outside the allow-list.
     """
     try:
+        _check_kind(path)
         _check_zip(path)
         state = _load(path)
     except UserError:
@@ -83,6 +86,18 @@ def _load(path: str | Path) -> Any:
                 raise
             known.append((placeholder(found[1]), found[1]))
     raise pickle.UnpicklingError("more classes than fairseq has")
+
+
+def _check_kind(path: str | Path) -> None:
+    """torch.load itself reads some of what is no checkpoint."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head:
+        raise DamagedFileError(f"checkpoint {path}: is empty; {_AGAIN}")
+    if head[8:10] == b'{"':
+        kind = f"a packed file; {_FROM_PACKED}" if str(path).endswith(".safetensors") else _other_kind(path)
+        other = b"fairseq_quant_noise" not in head and b"__metadata__" not in head
+        raise UserError(f"checkpoint {path}: {_OTHER_PROGRAMS if other else kind}")
 
 
 def _check_zip(path: str | Path) -> None:

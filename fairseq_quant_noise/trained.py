@@ -88,11 +88,21 @@ def as_trained(path: str | Path, state: dict[str, Any]) -> Trained:
         model = build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
     weights: dict[str, Tensor] = state["model"]
     adopt_quantized(model, weights)
+    _check_finite(path, weights)
     try:
         load_without_copy(model, weights)
     except RuntimeError as error:
         raise UserError(f"checkpoint {path}: does not fit its own configuration ({_first_line(error)})") from None
     return Trained(state, model.eval(), config)
+
+
+def _check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse what no quantization and no pruning makes good. Raises UserError, naming the tensor."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"checkpoint {path}: {name} holds NaN or infinity; give a checkpoint from before the training diverged"
+            )
 
 
 def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:

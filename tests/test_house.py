@@ -14,7 +14,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fairseq_quant_noise"
 ADAPTERS = (  # these know fairseq
     *("models", "criterions", "tasks"),
-    *("calibration.py", "checkpoints.py", "monitor.py", "precision.py", "trainer_hooks.py", "training.py"),
+    *(
+        "calibration.py",
+        "checkpoints.py",
+        "mistakes.py",
+        "monitor.py",
+        "precision.py",
+        "trainer_hooks.py",
+        "training.py",
+    ),
 )
 CORE = [p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in ADAPTERS]
 FOLDERS = ("fairseq_quant_noise", "tests", "benchmarks", "scripts", "recipes")

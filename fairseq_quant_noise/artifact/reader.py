@@ -88,8 +88,14 @@ def _read_manifest(header: bytes) -> tuple[tuple[Manifest, str], bytes]:
 def _read_header(file: BinaryIO) -> bytes:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
+    if size == 0:
+        raise DamagedFileError("is empty; copy it again")
     if size < 8 or not 2 <= length <= size - 8:
-        raise DamagedFileError("not a whole safetensors file (its header is longer than the file); copy it again")
+        if length.to_bytes(8, "little").startswith((b"PK", b"\x80")):
+            raise DamagedFileError(
+                "a PyTorch file, not a packed one; `fairseq-quant-noise quantize` or `export` makes one"
+            )
+        raise DamagedFileError("not a whole packed file (its header is longer than the file); copy it again")
     if length > longest_header(size):
         raise DamagedFileError(f"not a file of fairseq_quant_noise (a header of {length:,} bytes in {size:,})")
     return file.read(length)
