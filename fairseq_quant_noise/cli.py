@@ -192,8 +192,8 @@ def _progress(line: str) -> None:
 
 
 def _check_out(out: str, *read: str, packed: bool = False) -> None:
-    """Before any work: that `out` can be written, has its kind's name, and is none of the files that are read."""
-    path, ending = Path(out), ".safetensors"
+    """Before any work: that `out` can be written, is no checkpoint's name, and is none of the files that are read."""
+    path = Path(out)
     folder = path.absolute().parent
     if not out or path.is_dir():
         raise UserError(f"--out {out or repr(out)}: is a folder; give the name of a file in it")
@@ -203,13 +203,11 @@ def _check_out(out: str, *read: str, packed: bool = False) -> None:
         raise UserError(f"--out {out}: the folder {folder} cannot be written; choose another place")
     if path.exists() and any(path.samefile(name) for name in read if Path(name).exists()):
         raise UserError(f"--out {out}: is a file that is read, and would be lost; choose another name")
-    if out.endswith(ending) != packed:
-        cure = (
-            f"call it {out}{ending}"
-            if packed
-            else f"give a name that does not end in {ending}, as a packed file's does"
+    if packed and path.suffix == ".pt":
+        cure = f"call it {path.with_suffix('.safetensors')}"
+        raise UserError(
+            f"--out {out}: is a checkpoint's name, and fairseq's programs know a packed file by its; {cure}"
         )
-        raise UserError(f"--out {out}: fairseq's programs know a packed file by its name; {cure}")
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -143,13 +143,19 @@ def test_the_allow_list_is_for_this_load_alone(place):
         torch.load(place, weights_only=True)
 
 
-JUNK = [b"", b"a line of text\n", b"PK\x03\x04" + bytes(50), bytes(100), b"PK\x05\x06" + bytes(18)]
+JUNK = [b"a line of text\n", b"PK\x03\x04" + bytes(50), bytes(100), b"PK\x05\x06" + bytes(18)]
 
 
 @pytest.mark.parametrize("content", JUNK)
 def test_a_file_that_is_no_checkpoint_is_refused(place, content):
     place.write_bytes(content)
     with refuses("checkpoint .*: not a whole PyTorch checkpoint; copy or download it again", DamagedFileError):
+        safe_load(place)
+
+
+def test_an_empty_file_is_refused_as_such(place):
+    place.write_bytes(b"")
+    with refuses("checkpoint .*: is empty; copy or download it again", DamagedFileError):
         safe_load(place)
 
 
