@@ -63,7 +63,13 @@ def load_state(path: str | Path, arg_overrides: Any = None) -> dict[str, Any]:
         return _with_overrides(packed_state(path), arg_overrides)
     state = safe_load(path)
     _check_options(path, state)
-    return _upgrade_state_dict(_with_overrides(_with_history(state), arg_overrides))
+    try:
+        return _upgrade_state_dict(_with_overrides(_with_history(state), arg_overrides))
+    except Exception as error:  # fairseq, Hydra and omegaconf have many; the configuration may hold anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise DamagedFileError(
+            f"checkpoint {path}: fairseq cannot read its configuration ({type(error).__name__}: {reason})"
+        ) from None
 
 
 def _check_options(path: str | Path, state: dict[str, Any]) -> None:

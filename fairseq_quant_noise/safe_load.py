@@ -134,7 +134,9 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(options, dict | Namespace | None):
         raise RefusedError(f"its configuration of the model is a {type(options).__name__}")
     extra = state.get("extra_state")
-    if isinstance(extra, dict):
+    if not isinstance(extra, dict | None):
+        raise RefusedError(f"its 'extra_state' is a {type(extra).__name__}")
+    if extra is not None:
         state["extra_state"] = {name: value for name, value in extra.items() if name not in _METERS}
     check_no_placeholder(value for name, value in state.items() if name not in kinds)
     return state

@@ -122,7 +122,8 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
     if "criterion" in kept:
         kept["criterion"] = unwrapped(kept["criterion"])
     for referred, names in _REFERRED.items():
-        kept[referred] = {name: cfg[referred][name] for name in names if name in (cfg.get(referred) or {})}
+        section = cfg.get(referred)
+        kept[referred] = {k: section[k] for k in names if k in section} if isinstance(section, Mapping) else {}
     for section in kept.values():
         section.update({k: v for k, v in _MACHINE.items() if k in section})
     vocab = vocabulary_size(state["model"])

@@ -118,27 +118,34 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
 def _check_names(packed: Packed) -> None:
     """Tensors that no name can hide or double, and ties and maps that lead to one in store."""
     manifest, stored = packed.manifest, packed.tensors
-    logical = {*manifest.tensors, *packed.dense_names}
-    for name in packed.dense_names:
-        owner, _, last = name.rpartition(".")
-        unlisted = any(last in parts and all(f"{owner}.{part}" in stored for part in parts) for parts in _FORMS)
-        if unlisted or name in manifest.tensors or owner in manifest.tensors:
-            raise DamagedFileError(f"tensor {name}: is in the file in two forms, or is not listed in its manifest")
     if not all(name.isprintable() for name in stored):
         raise DamagedFileError("its header is damaged (a name that is not plain text)")
     uses = sum(map(len, manifest.layers.values()))
     copies = len(manifest.ties) + uses * len(stored)
     if copies > _MAX_COPIES:
         raise DamagedFileError(f"its manifest is damaged (ties and layers in use stand for {copies:,} tensors)")
+    logical = {*manifest.tensors, *packed.dense_names}
     for copy, owner in packed.ties.items():
         if owner not in logical:
             raise DamagedFileError(f"tensor {copy}: tied to {owner!r}, which is not in the file")
-        if copy in logical:
+        if copy in logical or copy in stored:
             raise DamagedFileError(f"tensor {copy}: is in the file, and tied to {owner!r} as well")
     for stack, layers in manifest.layers.items():
         missing = [j for j in set(layers) if not any(name.startswith(f"{stack}.{j}.") for name in stored)]
         if missing:
             raise DamagedFileError(f"layer {stack}.{missing[0]}: is in use, and not in the file")
+    _check_forms(packed)
+
+
+def _check_forms(packed: Packed) -> None:
+    """No dense tensor, tied or not, looks like a part of a quantized one."""
+    names, quantized = {*packed.dense_names, *packed.ties}, {*packed.manifest.tensors}
+    quantized |= {copy for copy, owner in packed.ties.items() if owner in quantized}
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        unlisted = any(last in parts and all(f"{owner}.{part}" in names for part in parts) for parts in _FORMS)
+        if unlisted or owner in quantized or name in packed.manifest.tensors:
+            raise DamagedFileError(f"tensor {name}: is in the file in two forms, or is not listed in its manifest")
 
 
 def _check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
