@@ -42,6 +42,8 @@ def as_user_errors() -> Iterator[None]:
 
 
 def _of_the_system(error: OSError) -> str:
+    if error.filename is None and error.strerror is not None:  # while a file is written
+        return f"{error.strerror}; make room, or give another --save-dir"
     if error.filename is None:  # in fairseq's words: a model file or a data set that is not there
         data = "give the folder that fairseq-preprocess wrote, with this split in it"
         return f"{error}; {data if 'Dataset' in str(error) else 'give the path of a file that is there'}"

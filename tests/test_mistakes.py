@@ -261,6 +261,8 @@ def test_data_and_files_that_are_not_there_are_named(lab, runs, capsys, tmp_path
 def test_a_full_disk_ends_fairseqs_programs_in_a_line_and_a_fault_of_the_program_does_not():
     with refuses(r"/disk/x\.pt: No space left on device; give another place, or make room"), as_user_errors():
         raise OSError(28, "No space left on device", "/disk/x.pt")
+    with refuses("^No space left on device; make room, or give another --save-dir"), as_user_errors():
+        raise OSError(28, "No space left on device")
     for fault in (RuntimeError("a fault"), ValueError("a fault")):
         with pytest.raises(type(fault), match="a fault"), as_user_errors():
             raise fault

@@ -100,6 +100,16 @@ def test_a_tensor_in_two_forms_is_refused(place, name):
         read(place)
 
 
+def test_a_tied_copy_that_looks_like_a_part_is_refused(place):
+    for copy in ("fc.weight.scalar", "out.weight.affine", "fc.weight.codes.x"):
+        forge(place, packed_zoo(), lambda m, copy=copy: m["ties"].update({copy: "scale"}))
+        if copy.endswith(".x"):
+            assert read(place).ties[copy] == "scale"
+            continue
+        with damaged(rf"tensor {copy}: is in the file in two forms"):
+            read(place)
+
+
 def test_a_name_that_would_steer_the_terminal_is_refused_and_not_printed(place):
     forge(place, packed_zoo(), **{"\x1b[2J": torch.ones(1)})
     with damaged("a name that is not plain text"):
