@@ -89,7 +89,9 @@ def _load(path: str | Path) -> Any:
 
 
 def _check_kind(path: str | Path) -> None:
-    """torch.load itself reads some of what is no checkpoint."""
+    """torch.load itself reads some of what is no checkpoint, and never ends with a pipe."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"checkpoint {path}: is a device or a pipe; copy it to a file first")
     with open(path, "rb") as file:
         head = file.read(4096)
     if not head:

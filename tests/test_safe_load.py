@@ -159,6 +159,12 @@ def test_an_empty_file_is_refused_as_such(place):
         safe_load(place)
 
 
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with refuses("checkpoint .*: is a device or a pipe; copy it to a file first"):
+        safe_load(tmp_path / "pipe")
+
+
 def test_a_checkpoint_that_is_cut_is_refused(place):
     content = save({"model": {"w": torch.ones(1000)}}, place).read_bytes()
     for end in range(1, len(content), len(content) // 12):
