@@ -41,6 +41,7 @@ def register() -> None:
         checkpoints,
         criterions,
         diverged,
+        mistakes,
         models,
         precision,
         resume,
@@ -48,7 +49,7 @@ def register() -> None:
         training,
     )
 
-    for part in (checkpoints, checkpoint_files, diverged, precision, resume, trainer_hooks, training):
+    for part in (checkpoints, checkpoint_files, diverged, precision, resume, trainer_hooks, training, mistakes):
         part.install()
 
 

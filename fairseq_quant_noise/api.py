@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .artifact import pack, read, write
+from .artifact import Packed, pack, read, write
 from .errors import DamagedFileError, UserError
 from .layers import adopt_quantized
 from .networks import build
@@ -71,7 +71,11 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
         UserError: there is no such file, or `into` is needed or does not fit.
         DamagedFileError: the file is not whole.
     """
-    packed = read(path)
+    return network_of(path, read(path), into)
+
+
+def network_of(path: str | Path, packed: Packed, into: nn.Module | None = None) -> nn.Module:
+    """`load` of a file that has been read; `path` is for messages."""
     model = into if into is not None else _build(path, packed.manifest.model)
     state = packed.state_dict()
     if into is not None and packed.manifest.is_pruned:

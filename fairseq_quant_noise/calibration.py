@@ -40,8 +40,10 @@ def calibration_on(
     Raises:
         UserError: there is no such data.
     """
-    if not Path(data).is_dir():
-        raise UserError(f"--calibration-data {data}: no such folder; give the folder that fairseq-train reads")
+    dictionaries = (file for pattern in ("dict*.txt", "*/dict*.txt") for file in Path(data).glob(pattern))
+    if not any(dictionaries) and not (Path(data) / SUBSET).is_dir():  # of text, of images
+        cure = "give the folder that fairseq-train reads"
+        raise UserError(f"--calibration-data {data}: no such folder with a dictionary (dict.txt) in it; {cure}")
 
     def calibrate(model: nn.Module) -> None:
         theirs, criterion, samples = _prepared(model, str(path), str(data), batches, structure)
@@ -64,7 +66,8 @@ def _prepared(
     from . import register
 
     register()
-    models, cfg, task = fairseq.checkpoint_utils.load_model_ensemble_and_task([path], arg_overrides={"data": data})
+    load = fairseq.checkpoint_utils.load_model_ensemble_and_task
+    models, cfg, task = load([path], arg_overrides={"data": data})
     theirs, state = models[0], model.state_dict()
     if structure is not None:
         apply_structure(theirs, structure)

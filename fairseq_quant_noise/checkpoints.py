@@ -3,6 +3,7 @@
 Nothing untrusted is unpickled (`safe_load.py`).
 """
 
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,22 @@ import fairseq.checkpoint_utils
 import fairseq.distributed.utils
 import torch
 from fairseq.dataclass.configs import GenerationConfig
+from fairseq.dataclass.utils import merge_with_parent
 from fairseq.file_io import PathManager
+from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from .api import network_of
+from .artifact import Packed, read
+from .artifact.configuration import check_evaluated
 from .cli_errors import exits_on_user_error
-from .errors import UserError
+from .errors import DamagedFileError, UserError
+from .literals import install_literals
 from .safe_load import safe_load
 from .stock import no_training
+from .trained import PREFIX, SECTIONS
 
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
@@ -65,7 +74,24 @@ def load_state(path: str | Path, arg_overrides: Any = None) -> dict[str, Any]:
     path = PathManager.get_local_path(str(path))
     if is_packed(path):
         return _with_overrides(packed_state(path), arg_overrides)
-    return _upgrade_state_dict(_with_overrides(_with_history(safe_load(path)), arg_overrides))
+    state = safe_load(path)
+    _check_options(path, state)
+    try:
+        return _upgrade_state_dict(_with_overrides(_with_history(state), arg_overrides))
+    except Exception as error:  # fairseq, Hydra and omegaconf have many; the configuration may hold anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise DamagedFileError(
+            f"checkpoint {path}: fairseq cannot read its configuration ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _check_options(path: str | Path, state: dict[str, Any]) -> None:
+    """Refuse code in an option that fairseq evaluates; what this does not know meets `literals`."""
+    for options in ((state.get("cfg") or {}).get("model"), state.get("args")):
+        try:
+            check_evaluated(options if isinstance(options, dict) else vars(options or Namespace()))
+        except DamagedFileError as error:
+            raise DamagedFileError(f"checkpoint {path}: refused, {error}") from None
 
 
 def _with_history(state: dict[str, Any]) -> dict[str, Any]:
@@ -89,19 +115,38 @@ def _with_overrides(state: dict[str, Any], arg_overrides: Any) -> dict[str, Any]
 
 def packed_state(path: str | Path) -> dict[str, Any]:
     """A packed file as the state that fairseq's loading expects: configuration and (quantized) model."""
-    from .artifact import read
-
     packed = read(path)
     config = packed.manifest.model
     if "cfg" not in config:
         raise UserError(f"{path}: was saved without a fairseq configuration; load it with fairseq_quant_noise.load")
+    _check_network(path, packed)
+    sections = {name: config["cfg"][name] for name in SECTIONS if name in config["cfg"]}
     return {
         "args": None,
-        "cfg": {**_FOR_THE_HUB, **config["cfg"]},
+        "cfg": {**_FOR_THE_HUB, **sections},
         "model": packed.state_dict(),
         **no_training(),
         "task_state": {},
     }
+
+
+def _check_network(path: str | Path, packed: Packed) -> None:
+    """Refuse a file whose configuration is not of its tensors: fairseq would first make what it describes.
+
+    Raises:
+        DamagedFileError: a model that no packed file names, or one that the weights do not fit.
+    """
+    name = packed.manifest.model["cfg"].get("model", {}).get("_name")
+    if not isinstance(name, str) or not name.startswith(PREFIX):
+        raise DamagedFileError(f"{path}: its configuration is damaged (model {name!r} is none of a packed file's)")
+    network_of(path, packed)
+    try:
+        options = OmegaConf.create({"model": packed.manifest.model["cfg"]["model"]}).model
+        if name in MODEL_DATACLASS_REGISTRY:
+            merge_with_parent(MODEL_DATACLASS_REGISTRY[name](), options, remove_missing=True)
+    except (OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedFileError(f"{path}: its configuration is damaged ({reason})") from None
 
 
 def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
@@ -127,6 +172,7 @@ def broadcast_tensors(tensors: list[Tensor] | None, *args: Any, **kwargs: Any) -
 
 def install() -> None:
     """Make fairseq's programs load through this module."""
+    install_literals()
     fairseq.checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
     fairseq.distributed.utils._broadcast_object_slow = broadcast_object
     fairseq.distributed.utils.broadcast_tensors = broadcast_tensors

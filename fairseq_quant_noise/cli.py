@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the user's mistake, 3 a damaged file; a mistake is one lin
 import argparse
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -80,7 +81,7 @@ def quantize(args: argparse.Namespace) -> None:
 
         batches = the_plan.activations.calibration_batches
         calibration = calibration_on(args.path, args.calibration_data, batches, the_plan.structure, _progress)
-    _check_out(args.out)
+    _check_out(args.out, args.path, args.plan, packed=True)
     trained = load_structured(args.path, the_plan.structure)
     stages = replace(the_plan, structure=None)  # which the model has had
     quantize_(trained.model, stages, seed=args.seed, calibration=calibration, progress=_progress)
@@ -96,7 +97,7 @@ def export(args: argparse.Namespace) -> None:
     from .plan import Plan
     from .trained import STAGES, load_trained
 
-    _check_out(args.out)
+    _check_out(args.out, args.path, packed=True)
     trained = load_trained(args.path)
     if not quantized_weights(trained.model):
         raise UserError(
@@ -117,7 +118,7 @@ def prune(args: argparse.Namespace) -> None:
     from .structure.checkpoint import kept_checkpoint
     from .structure.state import stack_sizes
 
-    _check_out(args.out)
+    _check_out(args.out, args.path)
     state = kept_checkpoint(args.path, _keep(args.keep))
     write_checkpoint(state, args.out)
     print(f"{args.out}: {_stacks(stack_sizes(state['model']))}")
@@ -129,7 +130,7 @@ def share(args: argparse.Namespace) -> None:
     from .structure.checkpoint import shared_checkpoint
     from .structure.state import stack_sizes
 
-    _check_out(args.out)
+    _check_out(args.out, args.path)
     if args.share_layers < 2:
         raise UserError(f"--share-layers is {args.share_layers}; give how many adjacent layers share, 2 or more")
     state = shared_checkpoint(args.path, args.share_layers, args.share_from)
@@ -173,7 +174,7 @@ def to_dense(args: argparse.Namespace) -> None:
     """A packed file or a checkpoint, into a stock fairseq checkpoint that needs no plugin."""
     from .stock import stock_checkpoint, write_checkpoint
 
-    _check_out(args.out)
+    _check_out(args.out, args.file)
     write_checkpoint(stock_checkpoint(args.file), args.out)
     print(f"{args.out}: a stock fairseq checkpoint")
 
@@ -204,9 +205,23 @@ def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _check_out(out: str) -> None:
-    if not Path(out).absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {Path(out).absolute().parent} does not exist; make it first")
+def _check_out(out: str, *read: str, packed: bool = False) -> None:
+    """Before any work: that `out` can be written, is no checkpoint's name, and is none of the files that are read."""
+    path = Path(out)
+    folder = path.absolute().parent
+    if not out or path.is_dir():
+        raise UserError(f"--out {out or repr(out)}: is a folder; give the name of a file in it")
+    if not folder.is_dir():
+        raise UserError(f"--out {out}: the folder {folder} does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--out {out}: the folder {folder} cannot be written; choose another place")
+    if path.exists() and any(path.samefile(name) for name in read if Path(name).exists()):
+        raise UserError(f"--out {out}: is a file that is read, and would be lost; choose another name")
+    if packed and path.suffix == ".pt":
+        cure = f"call it {path.with_suffix('.safetensors')}"
+        raise UserError(
+            f"--out {out}: is a checkpoint's name, and fairseq's programs know a packed file by its; {cure}"
+        )
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

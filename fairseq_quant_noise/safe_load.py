@@ -3,6 +3,7 @@
 A refusal names the global and what to do; there is no unsafe fallback.
 """
 
+import contextlib
 import pickle
 import pickletools
 import re
@@ -22,6 +23,8 @@ _IF_TRUSTED = (
     "if you trust it, load it once with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', "
     "and save it again"
 )
+_FROM_PACKED = "give the checkpoint that it was made of, or make one of it with `fairseq-quant-noise to-dense`"
+_OTHER_PROGRAMS = "a safetensors file of another program; give a checkpoint that fairseq-train wrote"
 _AGAIN = "copy or download it again"
 #: Meters of old checkpoints: objects of classes that fairseq no longer has, and that it does not read.
 _METERS = ("train_meters", "valid_meters")
@@ -49,7 +52,11 @@ def safe_load(path: str | Path) -> dict[str, Any]:
         DamagedFileError: not a whole checkpoint, or one that holds anything outside the allow-list.
     """
     try:
+        _check_kind(path)
+        _check_zip(path)
         state = _load(path)
+    except UserError:
+        raise
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"checkpoint {path}: {error.strerror}; give the path of a checkpoint") from None
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file it cannot read
@@ -57,7 +64,9 @@ def safe_load(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"checkpoint {path}: has no 'model'; give a checkpoint that fairseq-train wrote")
     try:
-        return _plain(state)
+        plain = _plain(state)
+        _check_weights(plain["model"])
+        return plain
     except RefusedError as error:
         raise DamagedFileError(f"checkpoint {path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
     except (RecursionError, TypeError) as error:  # a list in itself; a list as a name
@@ -79,6 +88,43 @@ def _load(path: str | Path) -> Any:
     raise pickle.UnpicklingError("more classes than fairseq has")
 
 
+def _check_kind(path: str | Path) -> None:
+    """torch.load itself reads some of what is no checkpoint, and never ends with a pipe."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"checkpoint {path}: is a device or a pipe; copy it to a file first")
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head:
+        raise DamagedFileError(f"checkpoint {path}: is empty; {_AGAIN}")
+    if head[8:10] == b'{"':
+        kind = f"a packed file; {_FROM_PACKED}" if str(path).endswith(".safetensors") else _other_kind(path)
+        other = b"fairseq_quant_noise" not in head and b"__metadata__" not in head
+        raise UserError(f"checkpoint {path}: {_OTHER_PROGRAMS if other else kind}")
+
+
+def _check_zip(path: str | Path) -> None:
+    """torch.save compresses nothing: a small file must not unfold into more than memory holds."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        unfolded, size = sum(entry.file_size for entry in archive.infolist()), Path(path).stat().st_size
+        if unfolded > size:
+            raise DamagedFileError(
+                f"checkpoint {path}: refused, it unfolds from {size:,} to {unfolded:,} bytes; save it with torch.save"
+            )
+
+
+def _check_weights(model: Any) -> None:
+    """Names and dense tensors, with memory for every number: a view of one number can ask for terabytes."""
+    if not isinstance(model, dict):
+        raise RefusedError(f"its 'model' is a {type(model).__name__}, not weights by name")
+    for name, tensor in model.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise RefusedError(f"its 'model' holds {name!r}: a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise RefusedError(f"tensor {name} is not an ordinary dense one")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise RefusedError(f"tensor {name} has {tensor.numel():,} numbers, more than the file stores for it")
+
+
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, type] = {"cfg": dict, "args": Namespace}
     for name, kind in kinds.items():
@@ -86,8 +132,13 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
             state[name] = plain_config(state[name])
             if not isinstance(state[name], kind):
                 raise RefusedError(f"its {name!r} is a {type(state[name]).__name__}")
+    options = (state.get("cfg") or {}).get("model")
+    if not isinstance(options, dict | Namespace | None):
+        raise RefusedError(f"its configuration of the model is a {type(options).__name__}")
     extra = state.get("extra_state")
-    if isinstance(extra, dict):
+    if not isinstance(extra, dict | None):
+        raise RefusedError(f"its 'extra_state' is a {type(extra).__name__}")
+    if extra is not None:
         state["extra_state"] = {name: value for name, value in extra.items() if name not in _METERS}
     check_no_placeholder(value for name, value in state.items() if name not in kinds)
     return state

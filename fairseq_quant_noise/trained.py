@@ -35,6 +35,7 @@ _PREDICTS = r"(decoder|encoder\.sentence_encoder)"  # the side whose words are p
 _SECTIONS = ("model", "task", "criterion")
 #: Options of other sections that a criterion's defaults refer to, as ${optimization.sentence_avg}.
 _REFERRED = {"optimization": ("sentence_avg",), "distributed_training": ("ddp_backend",), "common": ("tpu",)}
+SECTIONS = (*_SECTIONS, *_REFERRED)  # of a packed file's configuration
 #: What a flat configuration says of other parts; fairseq would take their names for options of the model.
 _PARTS = ("task", "criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer", "scoring", "simul_type")
 #: A criterion's options in fairseq, with defaults: a flat configuration mixes them with others, which fairseq refuses.
@@ -94,11 +95,21 @@ def as_trained(path: str | Path, state: dict[str, Any]) -> Trained:
         model = build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
     weights: dict[str, Tensor] = state["model"]
     adopt_quantized(model, weights)
+    _check_finite(path, weights)
     try:
         load_without_copy(model, weights)
     except RuntimeError as error:
         raise UserError(f"checkpoint {path}: does not fit its own configuration ({_first_line(error)})") from None
     return Trained(state, model.eval(), config)
+
+
+def _check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse what no quantization and no pruning makes good. Raises UserError, naming the tensor."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                f"checkpoint {path}: {name} holds NaN or infinity; give a checkpoint from before the training diverged"
+            )
 
 
 def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +129,8 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
     if "criterion" in kept:
         kept["criterion"] = unwrapped(kept["criterion"])
     for referred, names in _REFERRED.items():
-        kept[referred] = {name: cfg[referred][name] for name in names if name in (cfg.get(referred) or {})}
+        section = cfg.get(referred)
+        kept[referred] = {k: section[k] for k in names if k in section} if isinstance(section, Mapping) else {}
     for section in kept.values():
         section.update({k: v for k, v in _MACHINE.items() if k in section})
     vocab = vocabulary_size(state["model"])

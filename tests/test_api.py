@@ -14,7 +14,7 @@ from fairseq_quant_noise import Plan, attach_noise, detach_noise, load, quantize
 from fairseq_quant_noise.artifact import pack, read
 from fairseq_quant_noise.artifact.manifest import Manifest
 from fairseq_quant_noise.artifact.packed import Packed
-from fairseq_quant_noise.artifact.writer import write
+from fairseq_quant_noise.artifact.writer import serialize
 from fairseq_quant_noise.errors import DamagedFileError
 from fairseq_quant_noise.networks import build
 
@@ -239,7 +239,7 @@ def test_a_file_that_describes_no_network_is_refused_as_damaged(place, name):
     tensors = pack(quantized_lm(), config=lm_config())
     manifest = tensors.manifest
     forged = Manifest(manifest.producer, HOSTILE[name], {}, manifest.tensors, manifest.ties)
-    write(Packed(tensors.tensors, forged), place)
+    place.write_bytes(serialize(Packed(tensors.tensors, forged)))
     with pytest.raises(DamagedFileError) as caught:
         load(place)
     assert "\n" not in str(caught.value)

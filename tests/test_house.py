@@ -14,8 +14,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fairseq_quant_noise"
 ADAPTERS = (  # these know fairseq
     *("models", "criterions", "tasks"),
-    *("calibration.py", "checkpoint_files.py", "checkpoints.py", "diverged.py", "monitor.py", "precision.py"),
-    *("progress_line.py", "resume.py", "trainer_hooks.py", "training.py"),
+    *(
+        "calibration.py",
+        "checkpoint_files.py",
+        "checkpoints.py",
+        "diverged.py",
+        "mistakes.py",
+        "monitor.py",
+        "precision.py",
+    ),
+    *("monitor.py", "precision.py", "progress_line.py", "resume.py", "trainer_hooks.py", "training.py"),
 )
 CORE = [p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in ADAPTERS]
 FOLDERS = ("fairseq_quant_noise", "tests", "benchmarks", "scripts", "recipes")

@@ -143,7 +143,7 @@ def test_the_allow_list_is_for_this_load_alone(place):
         torch.load(place, weights_only=True)
 
 
-JUNK = [b"", b"a line of text\n", b"PK\x03\x04" + bytes(50), bytes(100), b"PK\x05\x06" + bytes(18)]
+JUNK = [b"a line of text\n", b"PK\x03\x04" + bytes(50), bytes(100), b"PK\x05\x06" + bytes(18)]
 
 
 @pytest.mark.parametrize("content", JUNK)
@@ -151,6 +151,18 @@ def test_a_file_that_is_no_checkpoint_is_refused(place, content):
     place.write_bytes(content)
     with refuses("checkpoint .*: not a whole PyTorch checkpoint; copy or download it again", DamagedFileError):
         safe_load(place)
+
+
+def test_an_empty_file_is_refused_as_such(place):
+    place.write_bytes(b"")
+    with refuses("checkpoint .*: is empty; copy or download it again", DamagedFileError):
+        safe_load(place)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with refuses("checkpoint .*: is a device or a pipe; copy it to a file first"):
+        safe_load(tmp_path / "pipe")
 
 
 def test_a_checkpoint_that_is_cut_is_refused(place):

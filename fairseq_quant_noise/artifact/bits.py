@@ -4,6 +4,8 @@ Code i takes the bits i * N to (i + 1) * N - 1 of the stream; bit j of the strea
 significant first. The last byte is filled up with zeros.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -38,10 +40,19 @@ def unpack_bits(packed: Tensor, n_codes: int, bits: int) -> Tensor:
     """
     if bits == 8:
         return packed
+    return torch.from_numpy(np.concatenate([*_chunks(packed, n_codes, bits)]))
+
+
+def largest_code(packed: Tensor, n_codes: int, bits: int) -> int:
+    """The largest of the codes, without a byte for each of them in memory; arguments as `unpack_bits`."""
+    return int(packed.max()) if bits == 8 else max(int(part.max()) for part in _chunks(packed, n_codes, bits))
+
+
+def _chunks(packed: Tensor, n_codes: int, bits: int) -> Iterator[np.ndarray]:
     step = _CHUNK * bits // 8
     counts = [min(_CHUNK, n_codes - start) for start in range(0, n_codes, _CHUNK)]
-    parts = [_unpack(part.numpy(), n, bits) for part, n in zip(packed.split(step), counts, strict=True)]
-    return torch.from_numpy(np.concatenate(parts))
+    for part, n in zip(packed.split(step), counts, strict=True):
+        yield _unpack(part.numpy(), n, bits)
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

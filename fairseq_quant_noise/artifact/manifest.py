@@ -34,6 +34,7 @@ from .bits import code_bits
 FORMAT_VERSION = 3
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
+_MOST_DIMENSIONS = 5  # of a weight: those of a Conv3d
 _LARGEST = 3.4e38  # of an input's range: a float32
 
 
@@ -82,7 +83,8 @@ class QuantizedTensor:
             numbers += (self.block_size, self.n_centroids)  # type: ignore[operator]
         else:
             fits = self.scheme in SCHEMES and self.block_size is None and self.n_centroids is None
-        if not fits or len(self.shape) < 2 or not all(type(n) is int and n > 0 for n in numbers):
+        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS
+        if not fits or not all(type(n) is int and n > 0 for n in numbers):
             raise DamagedFileError(f"its manifest is damaged (a tensor entry {self!r} that no version writes)")
 
 
@@ -108,7 +110,7 @@ class Manifest:
         """One line, sorted keys: the same manifest gives the same bytes."""
         tensors = {name: entry.to_dict() for name, entry in self.tensors.items()}
         content = asdict(self) | {"tensors": tensors, "format_version": FORMAT_VERSION, "sha256": sha256}
-        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> tuple["Manifest", str]:
@@ -118,7 +120,7 @@ class Manifest:
             DamagedFileError: not JSON, an unknown version, or fields of the wrong type.
         """
         try:
-            content = json.loads(text)
+            content = parse_json(text)
             version = content.pop("format_version")
             sha256 = content.pop("sha256")
             if version != FORMAT_VERSION:
@@ -134,6 +136,27 @@ class Manifest:
             raise DamagedFileError(f"its manifest is damaged ({type(error).__name__}: {error})") from None
         _check_types(manifest, sha256)
         return manifest, sha256
+
+
+def parse_json(text: str) -> Any:
+    """JSON as the standard has it: no key twice, no number that is not finite. Raises ValueError, RecursionError."""
+    return json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number, parse_float=_finite)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key twice")
+    return content
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)
 
 
 def _quantized_tensor(entry: Any) -> QuantizedTensor:

@@ -33,11 +33,13 @@ class Packed:
     def state_dict(self) -> dict[str, Tensor]:
         """The state that the quantized model loads: a byte a code, centroids in fp32, tied copies filled in."""
         state = {name: self.tensors[name] for name in self.dense_names}
+        parts = {name: [""] for name in state}  # what a logical tensor's entries are called after its name
         for name, entry in self.manifest.tensors.items():
-            state |= {f"{name}.{part}": tensor for part, tensor in self._quantized_state(name, entry)}
+            found = {f".{part}": tensor for part, tensor in self._quantized_state(name, entry)}
+            parts[name] = [*found]
+            state.update({name + part: tensor for part, tensor in found.items()})
         for copy, owner in self.ties.items():
-            parts = [key for key in state if key.startswith(f"{owner}.")] if owner in self.manifest.tensors else [owner]
-            state |= {copy + key.removeprefix(owner): state[key] for key in parts}
+            state.update({copy + part: state[owner + part] for part in parts[owner]})
         for name, inputs in self.manifest.inputs.items():
             quantizer = InputQuantizer(inputs["bits"], "tensor", 1)
             quantizer.range.copy_(torch.tensor([inputs["low"], inputs["high"]]))

@@ -8,8 +8,10 @@ from pathlib import Path
 import safetensors.torch
 
 from ..errors import UserError
+from .configuration import check_configuration
 from .manifest import METADATA_KEY, ZERO_HASH
 from .packed import Packed
+from .sizes import check_sizes, longest_header
 
 
 def write(packed: Packed, path: str | Path) -> int:
@@ -18,9 +20,10 @@ def write(packed: Packed, path: str | Path) -> int:
     Returns:
         The bytes of the file.
     Raises:
-        UserError: the folder is missing, unwritable or full.
+        UserError: the folder is missing, unwritable or full; or `read` would refuse the file.
     """
     content = serialize(packed)
+    _check_limits(packed, content)
     replace_file(path, content)
     return len(content)
 
@@ -33,6 +36,18 @@ def serialize(packed: Packed) -> bytearray:
     at = content.index(needle) + len(needle) - len(ZERO_HASH)
     content[at : at + len(ZERO_HASH)] = hashlib.sha256(content).hexdigest().encode()
     return content
+
+
+def _check_limits(packed: Packed, content: bytearray) -> None:
+    """What `read` refuses is not written."""
+    try:
+        length = int.from_bytes(content[:8], "little")
+        if length > longest_header(len(content)):
+            raise UserError(f"the names of its {len(packed.tensors):,} tensors take {length:,} bytes, too many")
+        check_sizes(packed, len(content))
+        check_configuration(packed.manifest.model)
+    except UserError as error:
+        raise UserError(f"this network cannot be a packed file: {error}") from None
 
 
 def replace_file(path: str | Path, content: bytes | bytearray) -> None:

@@ -11,8 +11,10 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +76,26 @@ def _compiled() -> Path:
     key = hashlib.sha256(b"\0".join([source, repr(_FLAGS).encode(), compiler.encode(), _processor().encode()]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fairseq_quant_noise"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to somebody else")
+    if not _is_own(folder.resolve(), stat.S_ISDIR):
+        raise OSError(f"{folder} belongs to somebody else, or others can write to it")
     path = folder / f"kernels-{key.hexdigest()[:16]}.so"
-    if not path.exists():
+    if not _is_own(path, stat.S_ISREG):
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             part = Path(beside) / path.name
             command = [compiler, *_FLAGS, "-o", str(part), str(_SOURCE)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+            os.chmod(part, 0o700)  # whatever the umask says
             os.replace(part, path)  # whole or not at all: other processes may be at the same
     return path
+
+
+def _is_own(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether it is there, no link, and nobody else can have made or changed it: what is in it runs."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return kind(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
 
 
 def _processor() -> str:

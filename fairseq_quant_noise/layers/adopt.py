@@ -45,7 +45,7 @@ def _adopt_pq(weight: Weight, parts: Mapping[str, Tensor]) -> bool:
     if centroids.dim() != 2 or codes.numel() * centroids.shape[1] != math.prod(weight.shape):
         raise UserError(
             f"{weight.name}: codes of shape {tuple(codes.shape)} and centroids of shape {tuple(centroids.shape)} "
-            f"do not fit a weight of shape {weight.shape}; the file is of another architecture"
+            f"do not fit a weight of shape {weight.shape}; the file is of another architecture or dictionary"
         )
     bits, affine = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)
     stored = weight.stored
@@ -68,7 +68,7 @@ def _adopt_int(weight: Weight, parts: Mapping[str, Tensor]) -> bool:
     if tuple(codes.shape) != weight.shape:
         raise UserError(
             f"{weight.name}: codes of shape {tuple(codes.shape)} do not fit a weight of shape {weight.shape}; "
-            "the file is of another architecture"
+            "the file is of another architecture or dictionary"
         )
     if isinstance(stored, IntWeight) and stored.bits == bits and stored.affine.shape == parts[AFFINE].shape:
         return False

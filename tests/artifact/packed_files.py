@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 from toys import INPUTS_PLAN, INT_PLANS, TOKENS, ZOO_PLAN, quiet, refuses, zoo
 
-from fairseq_quant_noise.artifact import Packed, pack, write
+from fairseq_quant_noise.artifact import Packed, pack
+from fairseq_quant_noise.artifact.writer import serialize
 from fairseq_quant_noise.errors import DamagedFileError
 from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.quantize import quantize_
@@ -48,5 +49,6 @@ def forge(path, packed, edit=None, **tensors):
     if edit is not None:
         edit(content)
     text = json.dumps(content, separators=(",", ":"))
-    write(Packed({**packed.tensors, **tensors}, SimpleNamespace(to_json=lambda: text)), path)
+    forgery = Packed({**packed.tensors, **tensors}, SimpleNamespace(to_json=lambda: text))
+    path.write_bytes(serialize(forgery))  # `write` refuses some of it
     return path

@@ -205,6 +205,45 @@ def test_without_a_compiler_the_reference_serves_and_says_why(monkeypatch, caplo
     assert "no compiled kernels, plain torch serves: " in caplog.text
 
 
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache, and a compiler that is a line of shell."""
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho compiled > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/fairseq_quant_noise"
+
+
+def test_a_library_is_compiled_once_and_again_where_another_could_have_written_it(cache, tmp_path):
+    path = cpu._compiled()
+    path.write_text("kept")
+    assert cpu._compiled().read_text() == "kept"
+    path.chmod(0o777)
+    assert cpu._compiled().read_text() == "compiled\n"
+    assert path.stat().st_mode & 0o777 == 0o700
+    hostile = tmp_path / "hostile.so"
+    hostile.write_text("hostile")
+    path.unlink()
+    path.symlink_to(hostile)
+    assert cpu._compiled().read_text() == "compiled\n"
+    assert not path.is_symlink()
+    assert hostile.read_text() == "hostile"
+
+
+def test_no_library_comes_from_a_folder_that_others_write_to_or_own(cache, monkeypatch):
+    path = cpu._compiled()
+    cache.chmod(0o777)
+    with pytest.raises(OSError, match="belongs to somebody else, or others can write to it"):
+        cpu._compiled()
+    cache.chmod(0o700)
+    assert cpu._compiled() == path
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(OSError, match="belongs to somebody else"):
+        cpu._compiled()
+
+
 def test_the_environment_turns_the_compiled_form_off(tmp_path):
     code = (
         "import torch; from fairseq_quant_noise import kernels; from fairseq_quant_noise.kernels import cpu; "

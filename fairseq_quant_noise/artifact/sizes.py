@@ -1,0 +1,25 @@
+"""What a packed file may ask of the memory of who opens it, by its own bytes; the writer keeps to it as well."""
+
+import math
+
+from ..errors import DamagedFileError
+from .packed import Packed
+
+_HEADER, _HEADER_SHARE = 1 << 20, 16  # a megabyte (4,000 tensors), and the sixteenth part of the file
+_MOST_DENSE = 1024  # dense bytes for a byte of the file; iPQ at d = 8 and K = 256 has 32
+
+
+def longest_header(file_bytes: int) -> int:
+    """The most bytes of a file's header: in memory, JSON takes some 30 times its length."""
+    return _HEADER + file_bytes // _HEADER_SHARE
+
+
+def check_sizes(packed: Packed, file_bytes: int) -> None:
+    """Refuse a file that stands for a network beyond all measure: few codes of long blocks, a bomb for `to-dense`.
+
+    Raises:
+        DamagedFileError: its dense tensors have more than 1,024 times its bytes.
+    """
+    dense = 4 * sum(math.prod(entry.shape) for entry in packed.manifest.tensors.values())
+    if dense > _MOST_DENSE * file_bytes:
+        raise DamagedFileError(f"its tensors stand for {dense:,} bytes, which no file of {file_bytes:,} bytes does")

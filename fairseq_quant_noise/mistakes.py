@@ -1,0 +1,71 @@
+"""What goes wrong outside of this package when fairseq's programs run, in a line: data, dictionaries and disks.
+
+fairseq ends in a traceback where a data folder is not there, the disk is full, or a checkpoint meets a dictionary that
+it was not trained on. Here these are the user's mistakes as all others: one line that says the cure, exit code 2.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import fairseq.checkpoint_utils
+import fairseq.distributed.utils
+
+from .cli_errors import exits_on_user_error
+from .errors import UserError
+
+R = TypeVar("R")
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)")
+
+
+@contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Inside, an OSError, a shape that does not fit and an option that names no file become a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(_of_the_system(error)) from None
+    except RuntimeError as error:
+        found = _MISMATCH.search(str(error))
+        if found is None:
+            raise
+        raise UserError(
+            f"{found[1]}: is {found[2]} in the file and {found[3]} in the model; give the data folder whose dict.txt "
+            "the file was trained with, and the model's own options"
+        ) from None
+    except ValueError as error:
+        if isinstance(error, UserError) or not re.fullmatch(r"--\S+ .* does not exist", str(error)):
+            raise
+        raise UserError(f"{error}; give the path of a checkpoint") from None
+
+
+def _of_the_system(error: OSError) -> str:
+    if error.filename is None and error.strerror is not None:  # while a file is written
+        return f"{error.strerror}; make room, or give another --save-dir"
+    if error.filename is None:  # in fairseq's words: a model file or a data set that is not there
+        data = "give the folder that fairseq-preprocess wrote, with this split in it"
+        return f"{error}; {data if 'Dataset' in str(error) else 'give the path of a file that is there'}"
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return (
+            f"{error.filename}: {error.strerror}; give the folder that fairseq-preprocess wrote, or the path of a file"
+        )
+    return f"{error.filename}: {error.strerror}; give another place, or make room"
+
+
+def _in_a_line(function: Callable[..., R]) -> Callable[..., R]:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> R:
+        with exits_on_user_error(), as_user_errors():
+            return function(*args, **kwargs)
+
+    return run
+
+
+def install() -> None:
+    """Make fairseq's programs, and its loading of models, say it so."""
+    checkpoint_utils, utils = fairseq.checkpoint_utils, fairseq.distributed.utils
+    for module, name in ((utils, "call_main"), (checkpoint_utils, "load_model_ensemble_and_task")):
+        if not hasattr(getattr(module, name), "__wrapped__"):  # once
+            setattr(module, name, _in_a_line(getattr(module, name)))
