@@ -28,7 +28,7 @@ __all__ = [
 
 
 def register() -> None:
-    """Register the models and criteria with fairseq, and take over its loading of checkpoints and its quantizer.
+    """Register the models, tasks and criteria with fairseq, and take over its loading of checkpoints and its quantizer.
 
     Called on import where fairseq is in use already. Call it yourself after importing this package before fairseq;
     a second call changes nothing.
@@ -36,7 +36,7 @@ def register() -> None:
     Raises:
         ImportError: fairseq is not installed.
     """
-    from . import checkpoints, criterions, models, precision, trainer_hooks, training  # noqa: F401
+    from . import checkpoints, criterions, models, precision, tasks, trainer_hooks, training  # noqa: F401
 
     checkpoints.install()
     precision.install()

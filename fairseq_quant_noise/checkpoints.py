@@ -87,7 +87,7 @@ def packed_state(path: str | Path) -> dict[str, Any]:
         "cfg": {"bpe": None, **config["cfg"]},  # the hub's interface sets it
         "model": packed.state_dict(),
         **no_training(),
-        "task_state": {},
+        "task_state": {"classes": config["classes"]} if config.get("classes") else {},
     }
 
 

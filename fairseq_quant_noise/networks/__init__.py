@@ -7,11 +7,22 @@ from torch import nn
 
 from ..errors import UserError
 from ..structure.modules import share_layers_
+from .efficientnet import EfficientNet
+from .efficientnet_config import EfficientNetConfig
 from .roberta import Roberta, RobertaConfig
 from .transformer_lm import TransformerLM, TransformerLMConfig
 from .transformer_lm_config import given_options
 
-__all__ = ["NETWORKS", "Roberta", "RobertaConfig", "TransformerLM", "TransformerLMConfig", "build"]
+__all__ = [
+    "NETWORKS",
+    "EfficientNet",
+    "EfficientNetConfig",
+    "Roberta",
+    "RobertaConfig",
+    "TransformerLM",
+    "TransformerLMConfig",
+    "build",
+]
 
 
 def _transformer_lm(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
@@ -22,12 +33,17 @@ def _roberta(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> n
     return Roberta(RobertaConfig.from_fairseq(options, vocab_size, padding_idx))
 
 
+def _efficientnet(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
+    return EfficientNet(EfficientNetConfig.from_fairseq(options))
+
+
 #: How to build each model from fairseq's options; an architecture is found by its model's name as a prefix.
 NETWORKS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
     "transformer_lm": _transformer_lm,
     "quant_noise_transformer_lm": _transformer_lm,
     "roberta": _roberta,
     "quant_noise_roberta": _roberta,
+    "quant_noise_efficientnet": _efficientnet,
 }
 
 
@@ -37,7 +53,7 @@ def build(name: str, options: Mapping[str, Any], vocab_size: int, padding_idx: i
     Args:
         name: such as `transformer_lm` or `transformer_lm_wiki103`.
         options: fairseq's `cfg.model` as a dict; of a RoBERTa with its `classification_heads`.
-        vocab_size: the number of words in the dictionary.
+        vocab_size: the number of words in the dictionary; networks for images do not look at it.
         padding_idx: the dictionary's padding word.
 
     Raises:
