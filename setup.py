@@ -39,7 +39,11 @@ setup(
     packages=find_packages(include=["fairseq_quant_noise*"]),
     package_data={"fairseq_quant_noise": ["py.typed"], "fairseq_quant_noise.kernels": ["*.cpp"]},
     install_requires=requirements("core"),
-    extras_require={"recipes": requirements("recipes"), "dev": requirements("recipes") + requirements("dev")},
+    extras_require={
+        "recipes": requirements("recipes"),
+        "vision": requirements("vision"),
+        "dev": requirements("recipes") + requirements("dev") + requirements("vision"),
+    },
     entry_points={"console_scripts": ["fairseq-quant-noise = fairseq_quant_noise.cli:main"]},
     zip_safe=False,
     classifiers=[
