@@ -89,6 +89,11 @@ class ImageClassificationTask(FairseqTask):
             folder = split_folder(cfg.data, split)
             self.datasets[split] = ImageDataset(folder, self.classes, transform, shuffle=train, seed=cfg.seed)
 
+    def get_batch_iterator(self, *args: Any, num_workers: int = 0, data_buffer_size: int = 0, **kwargs: Any) -> Any:
+        """fairseq's; without workers images are read by this thread, for torch's random numbers are one for all."""
+        size = data_buffer_size if num_workers else 0
+        return super().get_batch_iterator(*args, num_workers=num_workers, data_buffer_size=size, **kwargs)
+
     def valid_step(self, sample: Any, model: Any, criterion: Any) -> tuple[Any, Any, dict[str, Any]]:
         """fairseq's, with the number of images whose class is among the best k."""
         recorder = Recorder(model)

@@ -2,8 +2,7 @@
 
 SOURCE holds either a tree train/CLASS/IMAGE and val/CLASS/IMAGE, or the binary version of the official site
 (cifar-10-batches-bin, with data_batch_1.bin to 5 and test_batch.bin). OUT gets the same tree with the first so many
-images of each class, train/CLASS and val/CLASS; it appears whole or not at all. The official Python version is a pickle,
-which is not read.
+images of each class; it appears whole or not at all. The official Python version is a pickle, which is not read.
 """
 
 import argparse
