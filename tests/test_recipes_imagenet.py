@@ -64,4 +64,5 @@ def test_the_configuration_for_hydra_trains(tmp_path):
     done = python("-m", "fairseq_cli.hydra_train", *config, *keys)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "distortion_conv_dw_weight" in done.stdout + done.stderr
+    assert "detected shared parameter" not in done.stdout + done.stderr  # of layers without a bias
     assert (tmp_path / "checkpoint_last.pt").is_file()

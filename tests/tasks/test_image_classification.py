@@ -17,6 +17,7 @@ from fairseq_quant_noise import load
 from fairseq_quant_noise.images import evaluation_transform
 from fairseq_quant_noise.networks.efficientnet import timm_names
 from fairseq_quant_noise.tasks.image_dataset import ImageDataset
+from recipes.imagenet import from_timm
 
 DENSE = ["--criterion", "label_smoothed_cross_entropy", "--label-smoothing", "0.1", "--quant-noise-pq", "0.1"]
 
@@ -112,10 +113,11 @@ def test_to_dense_writes_weights_that_timm_and_the_plugin_load(images, packed):
     assert state["model"]["conv_stem.weight"].dim() == 4
 
 
-def test_a_checkpoint_in_timms_shape_goes_to_timm(tmp_path):
-    options = {"_name": "quant_noise_efficientnet", "num_classes": 5}
+def test_timms_weights_become_a_checkpoint_and_go_back_to_timm(tmp_path):
     theirs = timm.create_model("efficientnet_b0", num_classes=5)
-    torch.save({"cfg": {"model": options}, "args": None, "model": theirs.state_dict()}, tmp_path / "b0.pt")
+    torch.save(theirs.state_dict(), tmp_path / "b0.pth")
+    arguments = ["--arch", "quant_noise_efficientnet_b0", "--set", "num_classes=5", "--out", tmp_path / "b0.pt"]
+    from_timm.main([str(tmp_path / "b0.pth"), *map(str, arguments)])
     verb("to-dense", tmp_path / "b0.pt", "--out", tmp_path / "out.pt")
     again = timm.create_model("efficientnet_b0", num_classes=5, checkpoint_path=str(tmp_path / "out.pt"))
     assert same(dict(again.state_dict()), dict(theirs.state_dict()))
