@@ -26,7 +26,6 @@ _begin_epoch, _save_checkpoint, _load_checkpoint = (
     _Trainer.load_checkpoint,
 )
 _catalog_shared_params = fairseq.trainer._catalog_shared_params
-_get_module_by_path = fairseq.trainer._get_module_by_path
 _begin_valid_epoch, _valid_step = _Trainer.begin_valid_epoch, _Trainer.valid_step
 
 
@@ -85,9 +84,8 @@ def catalog_shared_params(module: Any, *args: Any) -> Any:
     shared = _catalog_shared_params(module, *args)
     if args:  # a call within the recursion
         return shared
-    shared = [
-        paths for paths in shared if _get_module_by_path(module, paths[0]) is not None
-    ]  # of layers without a bias
+    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # an absent bias is no parameter
+    shared = [paths for paths in shared if paths[0] in held]
     shared = [paths for paths in shared if len({_LAYER.sub("", path) for path in paths}) > 1]  # of shared layers
     inside = {
         f"{name}." for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, QuantizedWeight)

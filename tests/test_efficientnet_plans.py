@@ -1,5 +1,6 @@
 """The shipped plans for EfficientNet: their sizes, without memory for weights; and files that classify."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from fairseq_quant_noise import load, quantize_, save
 from fairseq_quant_noise.blocks import divides
 from fairseq_quant_noise.networks import EfficientNet, EfficientNetConfig, build
-from fairseq_quant_noise.noise import attach_rules, fitted_rules, noise_of
+from fairseq_quant_noise.noise import attach_rules, detach_noise, fitted_rules, noise_of
+from fairseq_quant_noise.noise.statistics import EVERY, FIRST
 from fairseq_quant_noise.plan import NoiseRule, Plan
 from fairseq_quant_noise.table import MIB, make_table, resolve_stages
 
@@ -123,6 +125,25 @@ def test_noise_changes_training_and_neither_weights_nor_evaluation():
     (model(images).sum()).backward()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_running_statistics_under_noise_are_those_of_the_weights_without_it():
+    """Those of noised forwards, which evaluation does not see, made a dense network classify at random."""
+    torch.manual_seed(0)
+    model = build("quant_noise_efficientnet", {**TINY, "dropout": 0.0}, 0)
+    clean = copy.deepcopy(model)
+    attach_rules(model, fitted_rules(model, [NoiseRule(".*", 0.3, "proxy", 4)]))
+    for step in range(1, FIRST + EVERY + 2):
+        images = torch.randn(4, 3, 32, 32)
+        model(images).sum().backward()
+        if step <= FIRST or step % EVERY == 0:
+            clean(images)
+    statistics = dict(clean.named_buffers())
+    assert all(torch.equal(t, statistics[n]) for n, t in model.named_buffers() if "running" in n)
+    assert model.bn2.momentum == 0.1
+    detach_noise(model)
+    model(images)
+    assert not torch.equal(model.bn2.running_mean, statistics["bn2.running_mean"])
 
 
 def test_a_network_without_convolutions_keeps_the_size_that_is_given():

@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..plan import NoiseRule, match_rules
 from ..weights import Weight, find_weights
 from .draw import NoiseDraw
+from .statistics import CleanStatistics
 from .weight_noise import WeightNoise
 
 _ATTRIBUTE = "_quant_noise"  # on the root module: its NoiseDraw
@@ -51,6 +52,7 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
             watched.update((id(m), m) for m in _ancestors(model, name))
     for module in watched.values():
         draw.watch(module)
+    CleanStatistics(model, draw)
     model._quant_noise = draw  # type: ignore[assignment]
     return [w for w, _ in noised]
 
