@@ -45,8 +45,9 @@ setup(
     install_requires=requirements("core"),
     extras_require={
         "recipes": requirements("recipes"),
+        "vision": requirements("vision"),
         "cluster": requirements("cluster"),
-        "dev": requirements("recipes") + requirements("cluster") + requirements("dev"),
+        "dev": [line for name in ("recipes", "vision", "cluster", "dev") for line in requirements(name)],
     },
     entry_points={"console_scripts": ["fairseq-quant-noise = fairseq_quant_noise.cli:main"]},
     zip_safe=False,

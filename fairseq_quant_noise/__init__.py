@@ -28,7 +28,7 @@ __all__ = [
 
 
 def register() -> None:
-    """Register the models and criteria with fairseq, and take over its loading of checkpoints and its quantizer.
+    """Register the models, tasks and criteria with fairseq, and take over its loading of checkpoints and its quantizer.
 
     Called on import where fairseq is in use already. Call it yourself after importing this package before fairseq;
     a second call changes nothing.
@@ -45,6 +45,7 @@ def register() -> None:
         models,
         precision,
         resume,
+        tasks,
         trainer_hooks,
         training,
     )

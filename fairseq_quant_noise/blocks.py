@@ -59,6 +59,18 @@ def check_block_size(name: str, module: nn.Module, block_size: int) -> None:
     )
 
 
+def fitting_block_size(module: nn.Module, wanted: int) -> int:
+    """The block size to take for a weight where one number is given for a whole network of convolutions.
+
+    Linear, Embedding, 1x1    the largest one up to `wanted` that divides a row (input channels)
+    k x k                     the whole kernel up to 3 x 3, else a row of it: 9 for 3 x 3, 5 for 5 x 5
+    """
+    if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
+        height, width = module.kernel_size
+        return height * width if height * width <= 9 else width
+    return next(d for d in range(wanted, 0, -1) if divides(module, d))
+
+
 def as_blocks(weight: Tensor, block_size: int) -> Tensor:
     """The (n, d) blocks of `weight`, as a view when it is contiguous.
 

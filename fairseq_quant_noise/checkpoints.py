@@ -126,7 +126,7 @@ def packed_state(path: str | Path) -> dict[str, Any]:
         "cfg": {**_FOR_THE_HUB, **sections},
         "model": packed.state_dict(),
         **no_training(),
-        "task_state": {},
+        "task_state": {"classes": config["classes"]} if config.get("classes") else {},
     }
 
 

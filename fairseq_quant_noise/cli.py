@@ -34,7 +34,7 @@ def plan(args: argparse.Namespace) -> None:
     from .plan import Plan
     from .structure.modules import apply_structure
     from .table import make_table, resolve_stages
-    from .trained import load_trained, meta_model
+    from .trained import has_words, load_trained, meta_model
 
     if (args.path is None) == (args.arch is None):
         raise UserError("plan: give either --path CKPT or --arch ARCH")
@@ -45,10 +45,10 @@ def plan(args: argparse.Namespace) -> None:
     else:
         from .models.architectures import architecture_options
 
-        if args.vocab_size is None:
+        if args.vocab_size is None and has_words(args.arch):
             raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
         options = architecture_options(args.arch, args.set, args.head)
-        model = meta_model(args.arch, options, args.vocab_size)
+        model = meta_model(args.arch, options, args.vocab_size or 0)
     the_plan = Plan.of(args.plan)
     original = make_table(model)
     if the_plan.structure is not None:

@@ -11,11 +11,13 @@ import torch
 
 from .artifact import dense_state, read
 from .artifact.writer import replace_file
+from .networks.efficientnet import timm_names
 from .safe_load import safe_load
 from .trained import (
     EMBEDDING_LAYER,
     FAIRSEQ_NOISE_OPTIONS,
     NOISE_FLAGS,
+    OF_IMAGES,
     PREFIX,
     STRUCTURE_OPTIONS,
     find_embedding_layer,
@@ -34,6 +36,8 @@ def no_training() -> dict[str, Any]:
 
 def stock_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a packed file or a checkpoint as stock fairseq's own: dense weights, fairseq's names.
+
+    fairseq has no EfficientNet: one keeps its model's name, and its weights get the names that timm loads.
 
     The training state (optimizer, updates) is left out: it belongs to the quantized weights.
 
@@ -54,7 +58,7 @@ def stock_checkpoint(path: str | Path) -> dict[str, Any]:
 def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any]) -> dict[str, Any]:
     if cfg and cfg.get("model"):
         options = vars(cfg["model"]) if isinstance(cfg["model"], Namespace) else cfg["model"]
-        options.update({k: stock_name(path, options[k]) for k in ("_name", "arch") if isinstance(options.get(k), str)})
+        options.update({k: _name(path, options[k]) for k in ("_name", "arch") if isinstance(options.get(k), str)})
         options.update({k: 0.0 for k in NOISE_FLAGS if options.get(k)})
         options.update(EMBEDDING_LAYER if find_embedding_layer(model) else {})
         ours = [n for n in options if n.startswith(PREFIX) and n not in FAIRSEQ_NOISE_OPTIONS]
@@ -67,12 +71,17 @@ def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any])
     return {
         "args": args,
         "cfg": cfg,
-        "model": dict(model),
+        "model": timm_names(model),
         "criterion": None,
         "task_state": {},
         **no_training(),
         "last_optimizer_state": None,
     }
+
+
+def _name(path: str | Path, name: str) -> str:
+    stock = stock_name(path, name)
+    return PREFIX + stock if stock in OF_IMAGES else stock
 
 
 def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:

@@ -18,13 +18,15 @@ from .errors import UserError
 from .layers import adopt_quantized
 from .layers.pq import CODES
 from .networks import build
+from .networks.efficientnet import our_names, seen_in_weights
 from .networks.old_names import modern_names
 from .safe_load import safe_load
 from .weights import load_without_copy
 
 PREFIX = "quant_noise_"  # of this package's names for fairseq's models
 #: fairseq's names of the models that this package knows; a name that begins another comes after it.
-MODELS = ("transformer_lm", "roberta", "transformer")
+MODELS = ("transformer_lm", "roberta", "transformer", "efficientnet")
+OF_IMAGES = ("efficientnet",)  # those of them that fairseq does not have, and that have no words
 STAGES = "quant_noise_stages"  # in a checkpoint's extra_state: the stages done
 
 PADDING = 1  # fairseq's index of the padding word
@@ -60,7 +62,8 @@ STRUCTURE_OPTIONS = ("share_layers", "share_from")  # of this package alone
 FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
 #: Values of them with which fairseq builds the layer after the embedding; the noise is too rare to matter.
 EMBEDDING_LAYER = {"quant_noise_pq": 1e-8, "quant_noise_pq_block_size": 1}
-_MACHINE = dict.fromkeys(("data", "plasma_path", "encoder_embed_path", "decoder_embed_path"), "")
+_PATHS = ("data", "plasma_path", "encoder_embed_path", "decoder_embed_path")
+_MACHINE = {**dict.fromkeys(_PATHS, ""), "timm_weights": None}  # nothing of the machine goes into a file
 
 
 @dataclass
@@ -82,9 +85,9 @@ def load_trained(path: str | Path) -> Trained:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint as `safe_load` reads it, its weights under the names of fairseq 0.12."""
+    """A checkpoint as `safe_load` reads it, its weights under the names of fairseq 0.12, or of our EfficientNet."""
     state = safe_load(path)
-    state["model"] = modern_names(state["model"])
+    state["model"] = our_names(modern_names(state["model"]))
     return state
 
 
@@ -121,7 +124,8 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
     cfg = _configuration(path, state)
     kept = {name: dict(cfg[name]) for name in _SECTIONS if isinstance(cfg.get(name), Mapping)}
     model = kept["model"]
-    architecture = PREFIX + stock_name(path, str(model.get("_name") or model.get("arch")))
+    stock = stock_name(path, str(model.get("_name") or model.get("arch")))
+    architecture = PREFIX + stock
     model["_name"] = architecture
     model.update({name: 0 for name in NOISE_FLAGS if model.get(name)})  # the file is evaluated, not trained
     model.update(task_options(state["model"]))
@@ -133,6 +137,9 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
         kept[referred] = {k: section[k] for k in names if k in section} if isinstance(section, Mapping) else {}
     for section in kept.values():
         section.update({k: v for k, v in _MACHINE.items() if k in section})
+    if stock in OF_IMAGES:
+        classes = (state.get("task_state") or {}).get("classes")
+        return {"architecture": architecture, "cfg": kept, "classes": classes, "vocab_size": 0, "padding_idx": PADDING}
     vocab = vocabulary_size(state["model"])
     if vocab is None:
         raise UserError(f"checkpoint {path}: has no embed_tokens of a {' or '.join(MODELS)}; only these can be packed")
@@ -193,6 +200,12 @@ def stock_name(path: str | Path, name: str) -> str:
     raise UserError(f"{path}: model {name!r} cannot be compressed here; known models: {', '.join(MODELS)}")
 
 
+def has_words(architecture: str) -> bool:
+    """Whether a network of this architecture depends on a dictionary."""
+    bare = architecture.removeprefix(PREFIX)
+    return not any(bare == model or bare.startswith(f"{model}_") for model in OF_IMAGES)
+
+
 def vocabulary_size(state: Mapping[str, Tensor]) -> int | None:
     """How many words the embedding of a model (of its target) holds, adaptive bands added up; None without one."""
     embedding = rf"{_PREDICTS}\.embed_tokens\.(embeddings\.\d+\.0\.)?weight"
@@ -200,12 +213,14 @@ def vocabulary_size(state: Mapping[str, Tensor]) -> int | None:
 
 
 def task_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a model's weights say of options that its task decides; nothing for a language model.
+    """What the weights say of options that the task decides, or pruning has changed; nothing for a language model.
 
     Returns:
         Of a RoBERTa max_positions, the most tokens of a row, and classification_heads, by name [inner width, classes];
-        of a `transformer` source_vocab_size.
+        of a `transformer` source_vocab_size; of an EfficientNet num_classes and the blocks of each stage.
     """
+    if "conv_stem.weight" in state or f"conv_stem.weight.{CODES}" in state:
+        return seen_in_weights(state)
     source = [rows for _, rows in _rows(state, r"encoder\.embed_tokens\.weight")]
     if source:
         return {"source_vocab_size": source[0]}

@@ -104,6 +104,8 @@ def catalog_shared_params(module: Any, *args: Any) -> Any:
     shared = _catalog_shared_params(module, *args)
     if args:  # a call within the recursion
         return shared
+    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # an absent bias is no parameter
+    shared = [paths for paths in shared if paths[0] in held]
     shared = [paths for paths in shared if len({_LAYER.sub("", path) for path in paths}) > 1]  # of shared layers
     inside = {
         f"{name}." for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, QuantizedWeight)

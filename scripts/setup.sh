@@ -2,7 +2,8 @@
 # Makes .venv in the checkout: torch, the requirements, fairseq, and this package, installed as an editable one.
 #
 #     bash scripts/setup.sh          what the recipes need
-#     bash scripts/setup.sh --dev    and what the tests need (pytest, hypothesis, ruff, mypy)
+#     bash scripts/setup.sh --vision and what images need (timm, torchvision)
+#     bash scripts/setup.sh --dev    and what the tests need (pytest, hypothesis, ruff, mypy, timm, torchvision)
 #     bash scripts/setup.sh --bundle DIR    without a network, from the folder that scripts/bundle.sh made
 #
 #     PYTHON=python3.12 bash scripts/setup.sh    chooses the interpreter (default: python3, else 3.12 or 3.11)
@@ -16,16 +17,17 @@ REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$REPO/.venv"
 LOG="$VENV/setup.log"
 STEPS=5
-DEV=0 BUNDLE=""
+DEV=0 VISION=0 BUNDLE=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --dev) DEV=1 STEPS=6 ;;
+    --dev) DEV=1 VISION=1 STEPS=7 ;;
+    --vision) VISION=1 STEPS=6 ;;
     --bundle)
       [ -d "${2:-}" ] || { echo "error: --bundle '${2:-}': no such folder; make it with scripts/bundle.sh" >&2 && exit 2; }
       BUNDLE="$(cd "$2" && pwd)"
       shift
       ;;
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$REPO/scripts/setup.sh" && exit 0 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "$REPO/scripts/setup.sh" && exit 0 ;;
     *) echo "error: unknown option $1; see: bash scripts/setup.sh --help" >&2 && exit 2 ;;
   esac
   shift
@@ -163,9 +165,29 @@ install_package() { pip install --no-build-isolation --no-deps -e .; }
 step 5 package "$(cat setup.py requirements/core.txt fairseq_quant_noise/__init__.py)" \
   "installing fairseq-quant-noise" "The lines above say why." install_package
 
-# 6. The tests' tools.
+# 6. Images. torchvision must be the one for this torch; on a CPU its own build, or else PyPI's, which is made for CUDA and
+#    lacks its compiled operators there (the tests declare them, so that it imports).
+install_vision() {
+  local torchvision
+  torchvision="$("$VENV/bin/python" -c 'import torch; print("torchvision==0.%d" % (int(torch.__version__.split(".")[1]) + 15))')"
+  if "$VENV/bin/python" -c 'import torchvision'; then
+    say_now "torchvision is already there"
+  elif ! { "$VENV/bin/python" -c 'import torch; assert "+cpu" in torch.__version__' &&
+    { pip install --no-deps "$torchvision.0+cpu" || pip install --no-deps --retries 0 --timeout 10 \
+      --extra-index-url https://download.pytorch.org/whl/cpu "$torchvision.0+cpu"; }; }; then
+    pip install --no-deps "$torchvision.*"
+  fi
+  pip install -c "$VENV/constraints.txt" -r requirements/vision.txt
+  "$VENV/bin/python" -c 'import torchvision' ||
+    say_now "warning: no torchvision in reach for a CPU; give it the one of https://download.pytorch.org/whl/cpu to use images"
+}
+if [ "$VISION" -eq 1 ]; then
+  step 6 vision "$(text_of requirements/vision.txt) $(pinned torch)" "installing what images need" "$NETWORK" install_vision
+fi
+
+# 7. The tests' tools.
 install_dev() { pip install -c "$VENV/constraints.txt" -r requirements/cluster.txt -r requirements/dev.txt; }
 if [ "$DEV" -eq 1 ]; then
-  step 6 dev "$(text_of requirements/cluster.txt requirements/dev.txt)" "installing the tests' tools" "$NETWORK" install_dev
+  step 7 dev "$(text_of requirements/cluster.txt requirements/dev.txt)" "installing the tests' tools" "$NETWORK" install_dev
 fi
 echo "ready: $VENV (. .venv/bin/activate)"

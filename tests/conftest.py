@@ -3,12 +3,26 @@
 pytest's default import mode does the first for a folder with a conftest.py.
 """
 
+import importlib.util
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def _declare_torchvision_operators():
+    """For torchvision's CUDA build beside a CPU torch: here, and in every program that a test starts."""
+    folder = Path(__file__).parent / "torchvision_ops"
+    spec = importlib.util.spec_from_file_location("torchvision_operators", folder / "sitecustomize.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+
+
+_declare_torchvision_operators()
 # fairseq's programs give the root logger the standard output of the moment, which pytest has closed by the next test.
 logging.raiseExceptions = False
 

@@ -134,7 +134,12 @@ TOKENS = torch.tensor([[3, 5, 7, 1, 2], [0, 15, 4, 4, 9]])
 
 def python(*arguments, env=None, fresh=True, **settings):
     """A Python of its own that can import the package; if not `fresh`, one that has imported torch and fairseq."""
-    env = {**(env or os.environ), "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    here = Path(__file__).parent
+    env = {
+        **(env or os.environ),
+        "PYTHONPATH": f"{here.parent}{os.pathsep}{here / 'torchvision_ops'}",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, *map(str, arguments)] if fresh else forks.command("python", *arguments)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False, **settings)
 

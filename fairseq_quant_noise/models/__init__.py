@@ -1,3 +1,3 @@
 """The models that fairseq gets from this package, under their registered names."""
 
-from . import roberta, transformer, transformer_lm  # noqa: F401
+from . import efficientnet, roberta, transformer, transformer_lm  # noqa: F401

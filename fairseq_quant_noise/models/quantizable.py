@@ -15,7 +15,7 @@ from ..cli_errors import exits_on_user_error
 from ..errors import UserError
 from ..layers import adopt_quantized, quantize_inputs_, to_int_
 from ..monitor import probe_next_forward
-from ..noise import attach_rules, detach_noise, noise_of
+from ..noise import attach_rules, detach_noise, fitted_rules, noise_of
 from ..plan import Activations, NoiseRule, Structure
 from ..trained import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
 from ..weights import find_weights
@@ -136,7 +136,7 @@ def add_noise(model: nn.Module, options: Any) -> None:
     rules = noise_rules(options)
     if rules:
         detach_noise(model)
-        attach_rules(model, rules)
+        attach_rules(model, fitted_rules(model, rules))
         if getattr(options, "quant_noise_scalar", 0):
             _evaluate_as_int8(model, rules[0])
 

@@ -13,15 +13,16 @@ from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..networks.efficientnet_config import LAYER_OPTIONS
 from ..plan import Structure
 from ..structure.checkpoint import layer_options
-from ..structure.layer_map import START, Keep, kept_layers, parse_keep
+from ..structure.layer_map import START, Keep, kept_layers, parse_keep, side_of
 from ..structure.modules import apply_structure, find_stacks, keep_by_stack, share_layers_
 from ..structure.state import keep_state, share_state, stack_sizes
 
 logger = logging.getLogger(__name__)
 
-SIDES = ("encoder", "decoder")
+SIDES = ("encoder", "decoder", *(option.removesuffix("_layers") for option in LAYER_OPTIONS))
 
 
 class Layers:
@@ -40,7 +41,7 @@ class Layers:
         """
         kept, ours = {}, find_stacks(model)
         for stack, n in stack_sizes(state).items() if self.keep else ():
-            where, keep = self.keep.get(stack) or self.keep.get(stack.partition(".")[0]) or ("", ())
+            where, keep = self.keep.get(stack) or self.keep.get(side_of(stack)) or ("", ())
             pruned = self.own_checkpoint and stack in ours and n == len(ours[stack])
             if keep and not pruned:
                 kept[stack] = kept_layers(where, keep, stack, n, self.chunk)
@@ -93,10 +94,12 @@ def layers_of(options: Any) -> Layers:
         given, n = getattr(options, f"{side}_layers_to_keep", None), getattr(options, f"{side}_layers", None)
         if given is None:
             continue
-        where = f"--{side}-layers-to-keep"
+        where = f"--{side.replace('_', '-')}-layers-to-keep"
         keep = parse_keep(where, given)
         if n is None:
-            raise UserError(f"{where} {given}: how many layers there are is not known; give --{side}-layers too")
+            raise UserError(
+                f"{where} {given}: how many layers there are is not known; give {where[: -len('-to-keep')]} too"
+            )
         update_options(options, layer_options({side: len(kept_layers(where, keep, f"the {side}", n, chunk))}))
         layers.keep[side] = where, keep
     return layers
@@ -113,7 +116,7 @@ def record_layers(model: Any, options: Any) -> None:
     layers = getattr(model, "quant_noise_layers", None)
     if layers is None or (layers.chunk == 1 and not layers.keep):
         return
-    counts = {stack.partition(".")[0]: len(stack_of) for stack, stack_of in find_stacks(model).items()}
+    counts = {side_of(stack): len(stack_of) for stack, stack_of in find_stacks(model).items()}
     update_options(options, {**layer_options(counts), "share_layers": layers.chunk})
 
 

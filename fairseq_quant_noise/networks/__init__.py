@@ -7,6 +7,8 @@ from torch import nn
 
 from ..errors import UserError
 from ..structure.modules import share_layers_
+from .efficientnet import EfficientNet
+from .efficientnet_config import EfficientNetConfig
 from .roberta import Roberta, RobertaConfig
 from .transformer import Transformer, TransformerConfig
 from .transformer_lm import TransformerLM, TransformerLMConfig
@@ -14,6 +16,8 @@ from .transformer_lm_config import given_options
 
 __all__ = [
     "NETWORKS",
+    "EfficientNet",
+    "EfficientNetConfig",
     "Roberta",
     "RobertaConfig",
     "Transformer",
@@ -36,6 +40,10 @@ def _transformer(options: Mapping[str, Any], vocab_size: int, padding_idx: int) 
     return Transformer(TransformerConfig.from_fairseq(options, vocab_size, padding_idx))
 
 
+def _efficientnet(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
+    return EfficientNet(EfficientNetConfig.from_fairseq(options))
+
+
 #: How to build each model from fairseq's options; an architecture is found by its model's name as a prefix, the longest
 #: first.
 NETWORKS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
@@ -45,6 +53,7 @@ NETWORKS: dict[str, Callable[[Mapping[str, Any], int, int], nn.Module]] = {
     "quant_noise_roberta": _roberta,
     "transformer": _transformer,
     "quant_noise_transformer": _transformer,
+    "quant_noise_efficientnet": _efficientnet,
 }
 
 
@@ -55,7 +64,7 @@ def build(name: str, options: Mapping[str, Any], vocab_size: int, padding_idx: i
         name: such as `transformer_lm` or `transformer_lm_wiki103`.
         options: fairseq's `cfg.model` as a dict; of a RoBERTa with its `classification_heads`, of a `transformer` with
             its `source_vocab_size` where it is another one.
-        vocab_size: the number of words in the (target's) dictionary.
+        vocab_size: the number of words in the (target's) dictionary; networks for images do not look at it.
         padding_idx: the dictionary's padding word.
 
     Raises:

@@ -1,15 +1,18 @@
 """Attach and detach: a model whose weights are noised wherever a training forward reads them."""
 
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from ..access import intercept, release
-from ..blocks import check_block_size
+from ..blocks import check_block_size, fitting_block_size
 from ..errors import UserError
 from ..plan import NoiseRule, match_rules
 from ..weights import Weight, find_weights
 from .draw import NoiseDraw
+from .statistics import CleanStatistics
 from .weight_noise import WeightNoise
 
 _ATTRIBUTE = "_quant_noise"  # on the root module: its NoiseDraw
@@ -49,8 +52,30 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
             watched.update((id(m), m) for m in _ancestors(model, name))
     for module in watched.values():
         draw.watch(module)
+    CleanStatistics(model, draw)
     model._quant_noise = draw  # type: ignore[assignment]
     return [w for w, _ in noised]
+
+
+def fitted_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[NoiseRule]:
+    """Rules over every weight, each split by the block sizes that the weights of a network of convolutions need.
+
+    No one size divides 1x1, 3x3 and 5x5 kernels (`blocks.fitting_block_size`). Other networks keep the one given.
+
+    Args:
+        model: any network.
+        rules: without patterns, as the command line's options make them.
+    """
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        return list(rules)
+    fitted = []
+    for rule in rules:
+        sizes: dict[int, list[str]] = {}
+        for weight in find_weights(model):
+            sizes.setdefault(fitting_block_size(weight.module, rule.d), []).append(re.escape(weight.name))
+        split = [replace(rule, match="|".join(names), block_size=size) for size, names in sizes.items()]
+        fitted += split if rule.d > 1 else [rule]
+    return fitted
 
 
 def noise_of(model: nn.Module) -> NoiseDraw | None:

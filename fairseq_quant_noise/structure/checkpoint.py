@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import UserError
 from ..stock import no_training
 from ..trained import PREFIX, STAGES, Trained, as_trained, read_checkpoint, stock_name
-from .layer_map import kept_layers
+from .layer_map import kept_layers, side_of
 from .modules import keep_by_stack
 from .state import keep_state, share_state, stack_sizes
 
@@ -69,7 +69,7 @@ def keep_in(state: dict[str, Any], where: str, keep: object) -> None:
     kept = {stack: kept_layers(where, which, stack, sizes[stack], chunk) for stack, which in wanted.items()}
     state["model"] = keep_state(state["model"], kept)
     for options in _options(state):
-        options.update(layer_options({stack.partition(".")[0]: len(layers) for stack, layers in kept.items()}))
+        options.update(layer_options({side_of(stack): len(layers) for stack, layers in kept.items()}))
 
 
 def share_in(path: str | Path, state: dict[str, Any], chunk: int, start: str) -> None:

@@ -6,6 +6,7 @@ pruning    a network trained with LayerDrop goes on without some of its layers (
            whole chunks go.
 """
 
+import re
 from collections.abc import Sequence
 
 from ..errors import UserError
@@ -14,6 +15,14 @@ EVERY_OTHER = "every-other"
 START = ("first", "mean")  # what a chunk's weights are made of, when layers that differ come to be shared
 #: `every-other`, or the numbers of layers, from 0.
 Keep = str | tuple[int, ...]
+#: Stacks of a few layers each, in a network for images; the last chunk of such a stack may be shorter.
+_STAGE = re.compile(r"(blocks)\.(\d+)\.layers")
+
+
+def side_of(stack: str) -> str:
+    """What the options about a stack begin with: encoder, decoder; of the stages of an EfficientNet blocks_0, …"""
+    stage = _STAGE.fullmatch(stack)
+    return f"{stage[1]}_{stage[2]}" if stage else stack.partition(".")[0]
 
 
 def chunk_map(name: str, n_layers: int, chunk: int) -> list[int]:
@@ -24,9 +33,9 @@ def chunk_map(name: str, n_layers: int, chunk: int) -> list[int]:
         n_layers: in use.
         chunk: N, adjacent layers that share their weights.
     Raises:
-        UserError: `chunk` is not a number from 1 up that divides `n_layers`.
+        UserError: `chunk` is not a number from 1 up that divides `n_layers` (of a stage of blocks, any from 1 up).
     """
-    if type(chunk) is not int or chunk < 1 or n_layers % chunk:
+    if type(chunk) is not int or chunk < 1 or (n_layers % chunk and not _STAGE.fullmatch(name)):
         fits = ", ".join(str(n) for n in range(1, n_layers + 1) if n_layers % n == 0)
         raise UserError(
             f"{name}: chunks of {chunk} layers do not divide its {n_layers} layers; give a share_layers of {fits}"
@@ -82,7 +91,7 @@ def kept_layers(where: str, keep: Keep, name: str, n_layers: int, chunk: int = 1
             f"{where} names layer {layers[-1]}, and {name} has {n_layers} layers; give numbers from 0 to {n_layers - 1}"
         )
     for n in layers:
-        chunk_of = range(n - n % chunk, n - n % chunk + chunk)
+        chunk_of = range(n - n % chunk, min(n - n % chunk + chunk, n_layers))
         missing = [i for i in chunk_of if i not in layers]
         if missing:
             raise UserError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers import QuantizedWeight
-from .layer_map import Keep, chunk_map, kept_layers, parse_keep
+from .layer_map import Keep, chunk_map, kept_layers, parse_keep, side_of
 from .state import stack_sizes
 
 
@@ -194,7 +194,7 @@ def keep_by_stack(where: str, keep: object, stacks: Sequence[str]) -> dict[str, 
         return dict.fromkeys(stacks, parse_keep(where, keep))
     found: dict[str, Keep] = {}
     for key, which in keep.items():
-        names = [name for name in stacks if key in (name, name.partition(".")[0])]
+        names = [name for name in stacks if key in (name, name.partition(".")[0], side_of(name))]
         if not names:
             raise UserError(f"{where} names the stack {key!r}; there are: {', '.join(stacks) or 'none'}")
         found.update(dict.fromkeys(names, parse_keep(f"{where} of {key}", which)))

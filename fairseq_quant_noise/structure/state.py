@@ -10,6 +10,9 @@ from ..errors import UserError
 from .layer_map import chunk_map
 
 _LAYER = re.compile(r"((?:[^.]+\.)*?layers)\.(\d+)\.(.+)")  # the stack, the number, the rest
+#: What a use of a layer has for itself, whoever stores its weights: the range of its input, the statistics of its batch
+#: normalisation.
+_OF_A_USE = re.compile(r"(.+\.)?(input_quantizer\..+|running_mean|running_var|num_batches_tracked)")
 _CODES = ("codes", "centroids", "affine", "scalar", "file_affine", "centroid_bits")
 
 
@@ -58,12 +61,13 @@ def share_state(state: Mapping[str, Tensor], chunk: int, start: str = "first") -
         if found is None or maps[found[1]][int(found[2])] != int(found[2]):
             continue
         stack, first, rest = found[1], int(found[2]), found[3]
-        names = [f"{stack}.{i}.{rest}" for i in range(first, first + chunk)]
-        if ".input_quantizer." in f".{rest}":
-            continue  # the range of an input belongs to the layer in use
+        uses = [i for i, stored in enumerate(maps[stack]) if stored == first]
+        names = [f"{stack}.{i}.{rest}" for i in uses]
+        if _OF_A_USE.fullmatch(rest):
+            continue
         tensors = [state[name] for name in names if name in state]
-        if len(tensors) < chunk or any(t.shape != tensors[0].shape for t in tensors):
-            raise UserError(f"{stack}: layers {first} to {first + chunk - 1} differ in {rest}; they cannot be shared")
+        if len(tensors) < len(names) or any(t.shape != tensors[0].shape for t in tensors):
+            raise UserError(f"{stack}: layers {first} to {uses[-1]} differ in {rest}; they cannot be shared")
         if any(not _same(tensor, tensors[0]) for tensor in tensors):
             if rest.rpartition(".")[2] in _CODES:
                 raise UserError(f"{names[0]}: is quantized; share the layers of the dense checkpoint, then quantize it")
@@ -103,10 +107,10 @@ def maps_and_ties(ties: Mapping[str, str], names: Iterable[str]) -> tuple[dict[s
 
 def _stored_in(stack: str, i: int, layers: Mapping[int, Mapping[str, str | None]]) -> int:
     """The layer whose tensors all tensors of layer i are tied to, or i itself."""
-    owners = {rest: _LAYER.fullmatch(owner) if owner else None for rest, owner in layers[i].items()}
-    found = next(iter(owners.values()))
+    shared = {rest: owner for rest, owner in layers[i].items() if not _OF_A_USE.fullmatch(rest)}
+    found = _LAYER.fullmatch(next(iter(shared.values()), None) or "")
     j = int(found[2]) if found else i
-    same = all(layers[i][rest] == f"{stack}.{j}.{rest}" for rest in owners)
+    same = all(owner == f"{stack}.{j}.{rest}" for rest, owner in shared.items())
     return j if same and layers[i].keys() == layers.get(j, {}).keys() else i
 
 
@@ -120,7 +124,7 @@ def layer_ties(maps: Mapping[str, Sequence[int]], names: Iterable[str]) -> dict[
     ties: dict[str, str] = {}
     for name in names:
         found = _LAYER.fullmatch(name)
-        if found:
+        if found and not _OF_A_USE.fullmatch(found[3]):
             copies = uses.get((found[1], int(found[2])), ())
             ties.update({f"{found[1]}.{i}.{found[3]}": name for i in copies})
     return ties

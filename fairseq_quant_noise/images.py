@@ -1,0 +1,49 @@
+"""Images as a network takes them: augmented in training, cropped in evaluation, normalised. By torchvision."""
+
+from typing import Any
+
+from .errors import UserError
+from .networks.efficientnet import import_vision
+
+#: Mean and standard deviation of ImageNet's pixels, by channel, from 0 to 1.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUGMENTATIONS = ("imagenet", "randaugment", "cifar", "none")
+
+
+def training_transform(size: int, augmentation: str = "imagenet", crop: float = 0.875) -> Any:
+    """From a PIL image to a normalised (3, size, size) tensor, at random.
+
+    Args:
+        size: in pixels.
+        augmentation: imagenet (a random part of the image, resized, and flips), randaugment (and two operations of
+            RandAugment, arXiv 1909.13719), cifar (the image moved by up to an eighth, and flips), or none.
+        crop: of `evaluation_transform`, for none.
+    Raises:
+        UserError: no such augmentation, or torchvision is missing.
+    """
+    t = import_vision("torchvision.transforms")
+    if augmentation not in AUGMENTATIONS:
+        raise UserError(f"--augmentation is {augmentation!r}; give one of {', '.join(AUGMENTATIONS)}")
+    if augmentation == "none":
+        return evaluation_transform(size, crop)
+    if augmentation == "cifar":
+        steps = [t.Resize((size, size)), t.RandomCrop(size, padding=size // 8), t.RandomHorizontalFlip()]
+    else:
+        steps = [t.RandomResizedCrop(size, interpolation=t.InterpolationMode.BICUBIC), t.RandomHorizontalFlip()]
+    if augmentation == "randaugment":
+        steps.append(t.RandAugment(num_ops=2, magnitude=9))
+    return t.Compose([*steps, t.ToTensor(), t.Normalize(MEAN, STD)])
+
+
+def evaluation_transform(size: int, crop: float = 0.875) -> Any:
+    """From a PIL image to the normalised (3, size, size) tensor of its middle.
+
+    Args:
+        size: in pixels.
+        crop: the middle's share of the image's shorter side.
+    Raises:
+        UserError: torchvision is missing.
+    """
+    t = import_vision("torchvision.transforms")
+    resize = t.Resize(round(size / crop), interpolation=t.InterpolationMode.BICUBIC)
+    return t.Compose([resize, t.CenterCrop(size), t.ToTensor(), t.Normalize(MEAN, STD)])
