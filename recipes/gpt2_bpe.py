@@ -9,6 +9,8 @@ import argparse
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 from fairseq.data.encoders.gpt2_bpe_utils import Encoder, get_encoder
@@ -28,6 +30,19 @@ def _encode(line: str) -> str:
     return " ".join(map(str, _encoder.encode(line.rstrip("\r\n"))))
 
 
+def _encoded(folder: str, lines: Iterator[str], workers: int) -> Iterable[str]:
+    """The lines in byte pairs; what one process takes at a time is done here, for a second one must import fairseq."""
+    head = list(islice(lines, _CHUNK + 1))
+    if workers == 1 or len(head) <= _CHUNK:
+        _start(folder)
+        yield from map(_encode, chain(head, lines))
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Encoder.__module__])  # fairseq is imported once, not in each
+    with context.Pool(workers, _start, (folder,)) as pool:
+        yield from pool.imap(_encode, chain(head, lines), _CHUNK)
+
+
 def encode_file(bpe: Path, source: Path, target: Path, workers: int) -> int:
     """Write `target`, the lines of `source` in byte pairs; empty lines stay empty.
 
@@ -37,11 +52,10 @@ def encode_file(bpe: Path, source: Path, target: Path, workers: int) -> int:
     part = target.with_name(f"{target.name}.part")
     count = 0
     with (
-        multiprocessing.get_context("spawn").Pool(workers, _start, (str(bpe),)) as pool,
         source.open(encoding="utf-8", newline="\n") as lines,
         part.open("w", encoding="utf-8") as out,
     ):
-        for encoded in pool.imap(_encode, lines, _CHUNK):
+        for encoded in _encoded(str(bpe), lines, workers):
             print(encoded, file=out)
             count += 1
     part.replace(target)

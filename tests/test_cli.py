@@ -216,7 +216,7 @@ assert not [name for name in sys.modules if name.startswith("fairseq_quant_noise
 @pytest.mark.upstream(5)
 def test_stock_fairseq_gives_the_dense_checkpoint_the_same_score(lab, runs):
     arguments = [lab.eval_arguments(runs.dense(kind)) for kind in PLANS]
-    done = python("-c", STOCK_EVAL, json.dumps(arguments))
+    done = python("-c", STOCK_EVAL, json.dumps(arguments), fresh=False)
     assert done.returncode == 0, done.stderr
     scores = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PPL ")]
     assert scores == [pytest.approx(runs.ipq(kind).ppl, rel=1e-4) for kind in PLANS]

@@ -4,8 +4,8 @@ import json
 import os
 import socket
 import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from lm_fixture import PLANS, ROOT, split, state_of
@@ -48,7 +48,7 @@ def test_two_processes_train_the_stages_together(lab, runs, structure):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for rank, out in enumerate(outs):
         arguments = lab.arguments(*flags, "--distributed-rank", rank, kind="adaptive", updates=3)
-        command = [sys.executable, "-c", RANK, str(ROOT / "tests"), json.dumps(arguments), str(out)]
+        command = forks.command("python", "-c", RANK, str(ROOT / "tests"), json.dumps(arguments), out)
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )

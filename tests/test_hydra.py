@@ -17,7 +17,7 @@ def test_the_small_language_model_trains_with_the_noise_its_keys_name(lab, noise
     keys += [f"checkpoint.save_dir={folder}", f"hydra.run.dir={folder}", "task.tokens_per_sample=32"]
     keys += [f"model.{key}" for key in noise]
     config = ["--config-dir", ROOT / "configs/language_modeling", "--config-name", "small"]
-    done = python("-m", "fairseq_cli.hydra_train", *config, *keys)
+    done = python("-m", "fairseq_cli.hydra_train", *config, *keys, fresh=False)
     assert done.returncode == 0, done.stderr[-2000:]
     log = done.stdout + done.stderr
     assert "distortion_fc1_weight" in log

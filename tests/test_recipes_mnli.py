@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from nli import write_bpe, write_glue
 
@@ -20,7 +21,7 @@ def _recipes_on_the_path(monkeypatch):
 def recipe(name, *args, cwd=ROOT, **env):
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     command = ["bash", str(ROOT / "recipes" / name), *map(str, args)]
-    env = {"PATH": path, "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1", **env}
+    env = {"PATH": path, "HOME": os.environ.get("HOME", "/"), "OMP_NUM_THREADS": "1", "BASH_ENV": forks.shell(), **env}
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
@@ -89,6 +90,18 @@ def test_a_mistake_is_one_line(sources, name, arguments, said):
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (sources / "OUT").exists()
+
+
+def test_byte_pairs_are_the_same_from_several_processes(sources, tmp_path, monkeypatch):
+    from recipes import gpt2_bpe
+
+    monkeypatch.setattr(gpt2_bpe, "_CHUNK", 50)
+    source = sources / "text/wiki.train.tokens"
+    outs = [tmp_path / f"{workers}.bpe" for workers in (1, 2)]
+    lines = [gpt2_bpe.encode_file(sources / "bpe", source, out, workers) for workers, out in enumerate(outs, 1)]
+    assert lines == [len(source.read_text().splitlines())] * 2
+    assert lines[0] > 3 * 50
+    assert outs[0].read_text() == outs[1].read_text()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -131,10 +132,10 @@ sys.meta_path.insert(0, Blocks())
 TOKENS = torch.tensor([[3, 5, 7, 1, 2], [0, 15, 4, 4, 9]])
 
 
-def python(*arguments, env=None, **settings):
-    """A Python of its own that can import the package."""
+def python(*arguments, env=None, fresh=True, **settings):
+    """A Python of its own that can import the package; if not `fresh`, one that has imported torch and fairseq."""
     env = {**(env or os.environ), "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
+    command = [sys.executable, *map(str, arguments)] if fresh else forks.command("python", *arguments)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False, **settings)
 
 

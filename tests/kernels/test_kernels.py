@@ -211,7 +211,7 @@ def test_the_environment_turns_the_compiled_form_off(tmp_path):
         "print(cpu.takes(torch.ones(1)), kernels.nearest(torch.ones(2, 1), torch.ones(3, 1)).tolist())"
     )
     for switch, expected in (("reference", "False [0, 0]"), ("", "True [0, 0]")):
-        run = python("-c", code, env={**os.environ, cpu.SWITCH: switch, "XDG_CACHE_HOME": str(tmp_path)})
+        run = python("-c", code, env={**os.environ, cpu.SWITCH: switch, "XDG_CACHE_HOME": str(tmp_path)}, fresh=False)
         assert run.stdout.strip() == expected, run.stderr
     (folder,) = tmp_path.iterdir()
     assert [path.suffix for path in folder.iterdir()] == [".so"]

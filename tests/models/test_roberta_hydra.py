@@ -15,7 +15,7 @@ def hydra_train(lab, kind, name, *more):
     keys += [f"checkpoint.save_dir={folder}", f"hydra.run.dir={folder}", "optimization.max_update=2"]
     keys += ["optimization.lr=[0.01]", "lr_scheduler.warmup_updates=0", "lr_scheduler.total_num_update=10"]
     config = ["--config-dir", ROOT / "configs" / kind, "--config-name", name]
-    done = python("-m", "fairseq_cli.hydra_train", *config, *keys, *more)
+    done = python("-m", "fairseq_cli.hydra_train", *config, *keys, *more, fresh=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout + done.stderr, folder / "checkpoint_last.pt"
 
