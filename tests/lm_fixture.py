@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import composed
 import fairseq.checkpoint_utils
 import fairseq.distributed.utils
 import fairseq.models
@@ -32,6 +33,7 @@ import fairseq_quant_noise
 from fairseq_quant_noise.cli import main
 
 fairseq_quant_noise.register()  # for another test may have imported the package before fairseq
+composed.install()
 
 ROOT = Path(__file__).resolve().parent.parent
 USER_DIR = str(ROOT / "fairseq_quant_noise")

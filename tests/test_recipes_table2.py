@@ -32,7 +32,7 @@ def write_text(folder):
 
 def test_the_rows_of_the_language_model(tmp_path):
     text = write_text(tmp_path / "text")
-    settings = {"UPDATES": "10", "IPQ_UPDATES": "3", "JOBS": "2"}
+    settings = {"UPDATES": "3", "IPQ_UPDATES": "3", "JOBS": "2"}
     done = recipe("table2.sh", "out", "--wikitext", text, cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / "out/table2.jsonl").read_text().splitlines()]
