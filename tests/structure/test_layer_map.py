@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toys import refuses
 
-from fairseq_quant_noise.structure.layer_map import chunk_map, kept_layers, parse_keep
+from fairseq_quant_noise.structure.layer_map import chunk_map, kept_layers, parse_keep, side_of
 
 
 @given(st.integers(1, 12), st.integers(1, 6))
@@ -58,3 +58,18 @@ def test_a_layer_that_is_not_there_is_refused():
 def test_a_part_of_a_chunk_is_refused():
     with refuses("keeps layer 2 of layers and not layer 3, which shares its weights; keep all of 2, 3, or none"):
         kept_layers("--keep", (0, 1, 2), "layers", 4, 2)
+
+
+def test_the_last_chunk_of_a_stage_of_blocks_may_be_shorter():
+    assert chunk_map("blocks.3.layers", 5, 2) == [0, 0, 2, 2, 4]
+    assert kept_layers("--keep", (0, 1, 4), "blocks.3.layers", 5, 2) == [0, 1, 4]
+    with refuses("keeps layer 2 of blocks.3.layers and not layer 3"):
+        kept_layers("--keep", (2,), "blocks.3.layers", 5, 2)
+
+
+@pytest.mark.parametrize(
+    ("stack", "side"),
+    [("encoder.sentence_encoder.layers", "encoder"), ("decoder.layers", "decoder"), ("blocks.3.layers", "blocks_3")],
+)
+def test_options_about_a_stack_begin_with_its_side(stack, side):
+    assert side_of(stack) == side
