@@ -128,7 +128,7 @@ def test_noise_changes_training_and_neither_weights_nor_evaluation():
 
 
 def test_running_statistics_under_noise_are_those_of_the_weights_without_it():
-    """Those of noised forwards, which evaluation does not see, made a dense network classify at random."""
+    """Those of noised forwards, which evaluation does not see, took the loss in validation from 3 bits to hundreds."""
     torch.manual_seed(0)
     model = build("quant_noise_efficientnet", {**TINY, "dropout": 0.0}, 0)
     clean = copy.deepcopy(model)

@@ -118,7 +118,8 @@ class ImageClassificationTask(FairseqTask):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the classes of a checkpoint. Exits where the data has one that it does not know."""
-        trained = list(state_dict.get("classes") or self.classes)
+        found = state_dict.get("classes")
+        trained = found if isinstance(found, list) and all(isinstance(name, str) for name in found) else self.classes
         unknown = [name for name in self.classes if name not in trained]
         with exits_on_user_error():
             if unknown:
