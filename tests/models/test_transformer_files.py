@@ -65,13 +65,11 @@ def test_the_dense_checkpoint_needs_no_plugin(translation):  # noqa: F811
     dense = translation.new("dense.pt")
     verb("to-dense", translation.packed(SHARED), "--out", dense)
     _, lines = translation.translate(dense)
-    stock = (
-        f"import sys; sys.argv[1:] = {translation.generate_arguments(dense)}; from fairseq_cli.generate import cli_main"
-    )
-    done = python("-W", "ignore", "-c", f"{stock}; cli_main(); assert 'fairseq_quant_noise' not in sys.modules")
-    assert sorted(line for line in done.stdout.splitlines() if line.startswith(("H-", "P-"))) == lines, done.stderr[
-        -2000:
-    ]
+    arguments = translation.generate_arguments(dense)
+    stock = f"import sys; sys.argv[1:] = {arguments}; from fairseq_cli.generate import cli_main; cli_main()"
+    done = python("-W", "ignore", "-c", f"{stock}; assert 'fairseq_quant_noise' not in sys.modules")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith(("H-", "P-"))) == lines
 
 
 def test_a_packed_and_a_dense_model_make_an_ensemble(translation):  # noqa: F811
