@@ -2,9 +2,9 @@
 
 A training forward under noise has other means and variances in every layer than one without, in the same way for all
 images. Statistics that follow it are wrong for evaluation, and the error grows from layer to layer: a small network
-trained with proxy noise had 3.4 bits of loss in training and 171 in validation. So forwards under noise leave the running
-statistics alone, and a forward of the same batch without noise and gradient brings them up to date: before each of the
-first FIRST forwards, then before one of EVERY, which costs about a third of a step.
+trained with proxy noise had 3.4 bits of loss in training and 171 in validation. So forwards under noise leave the
+running statistics alone, and a forward of the same batch without noise and gradient brings them up to date: before
+each of the first FIRST forwards, then before one of EVERY, which costs about a third of a step.
 """
 
 from typing import Any
