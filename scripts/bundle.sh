@@ -4,7 +4,8 @@
 #
 #     bash scripts/bundle.sh DIR                 torch for a CPU: about 300 MB
 #     bash scripts/bundle.sh DIR --torch cuda    torch as the index has it, on Linux with CUDA: several gigabytes
-#     bash scripts/bundle.sh DIR --dev           and what the tests need
+#     bash scripts/bundle.sh DIR --vision        and what images need
+#     bash scripts/bundle.sh DIR --dev           and what the tests need, images included
 #     PYTHON=python3.12 bash scripts/bundle.sh DIR   for this Python (default: that of .venv, else python3)
 #
 # DIR gets packages/ (wheels, and sources where there is no wheel: fairseq), source.tar.gz (this checkout), bundle.txt
@@ -18,11 +19,12 @@ set -euo pipefail
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 die() { printf 'error: %s\n' "$*" >&2 && exit 2; }
-DIR="" TORCH=cpu DEV=0
+DIR="" TORCH=cpu DEV=0 VISION=0
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 0 ;;
-    --dev) DEV=1 ;;
+    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    --dev) DEV=1 VISION=1 ;;
+    --vision) VISION=1 ;;
     --torch) TORCH="${2:-}" && shift $(($# > 1)) ;;
     -*) die "unknown option $1; see: bash scripts/bundle.sh --help" ;;
     *) [ -z "$DIR" ] || die "two folders given, $DIR and $1; give one" && DIR="$1" ;;
@@ -70,6 +72,12 @@ say 2 "the requirements, and fairseq's source"
 echo "$WHICH" >"$DIR/.constraints"
 REQUIREMENTS=(-r requirements/core.txt -r requirements/recipes.txt -r requirements/build.txt -r requirements/cluster.txt)
 if [ "$DEV" = 1 ]; then REQUIREMENTS+=(-r requirements/dev.txt); fi
+if [ "$VISION" = 1 ]; then
+  REQUIREMENTS+=(-r requirements/vision.txt)
+  MINOR="${WHICH#torch==*.}" && VISION_WHICH="torchvision==0.$((${MINOR%%.*} + 15))" # the one for this torch, as in setup.sh
+  { [ "$TORCH" = cpu ] && download --no-deps "$VISION_WHICH.0+cpu"; } || download --no-deps "$VISION_WHICH.*" ||
+    die "$VISION_WHICH could not be downloaded; check the network and pip's settings"
+fi
 download --find-links "$DIR/packages" -c "$DIR/.constraints" --no-build-isolation "${REQUIREMENTS[@]}" "$(pinned fairseq-fixed)" ||
   die "a package could not be downloaded (above); check the network and pip's settings"
 
@@ -89,7 +97,7 @@ fi
 say 4 "hashes"
 rm -rf "$DIR/.build" "$DIR/.constraints"
 MACHINE="$("$PYTHON" -c 'import platform, sys; print(f"{sys.platform}-{platform.machine()}")')"
-printf 'python=%s\ntorch=%s\nmachine=%s\ndev=%s\n' "$VERSION" "$WHICH" "$MACHINE" "$DEV" >"$DIR/bundle.txt"
+printf 'python=%s\ntorch=%s\nmachine=%s\ndev=%s\nvision=%s\n' "$VERSION" "$WHICH" "$MACHINE" "$DEV" "$VISION" >"$DIR/bundle.txt"
 (cd "$DIR" && find packages source.tar.gz bundle.txt -type f -print0 | sort -z | xargs -0 sha256sum >SHA256SUMS)
 rm "$DIR/.unfinished"
 echo "ready: $DIR ($(find "$DIR/packages" -type f | wc -l) packages, $(du -sm "$DIR" | cut -f1) MB, Python $VERSION, $WHICH)"

@@ -1,6 +1,6 @@
 """Whether a bundle of scripts/bundle.sh is whole and made for this machine: one line on a fault, exit code 2.
 
-    python scripts/check_bundle.py DIR [--dev]
+    python scripts/check_bundle.py DIR [--dev] [--vision]
 
 Every file is compared with its SHA-256 in DIR/SHA256SUMS, and a package that is not listed there is refused: pip would
 take it. Runs on the standard library alone. Prints the version of torch that is in it.
@@ -44,7 +44,7 @@ def check_files(bundle: Path) -> int:
     return len(listed)
 
 
-def check_fit(facts: dict[str, str], dev: bool) -> None:
+def check_fit(facts: dict[str, str], extras: list[str]) -> None:
     """Raise BundleError where the bundle is for another Python or machine, or lacks what is asked for."""
     here = {"python": "{}.{}".format(*sys.version_info[:2]), "machine": f"{sys.platform}-{platform.machine()}"}
     if facts.get("python") != here["python"]:
@@ -56,10 +56,9 @@ def check_fit(facts: dict[str, str], dev: bool) -> None:
         raise BundleError(
             f"the bundle is for {facts.get('machine')}, and this is {here['machine']}; make it on one like this"
         )
-    if dev and facts.get("dev") != "1":
-        raise BundleError(
-            "the bundle has no tools for the tests; leave out --dev, or make it with scripts/bundle.sh --dev"
-        )
+    for extra in extras:
+        if facts.get(extra.removeprefix("--")) != "1":
+            raise BundleError(f"the bundle was made without {extra}; leave it out, or give it to scripts/bundle.sh too")
 
 
 def _sha256(path: Path) -> str:
@@ -75,7 +74,7 @@ def main() -> int:
     bundle = Path(sys.argv[1])
     try:
         facts = facts_of(bundle)
-        check_fit(facts, "--dev" in sys.argv[2:])
+        check_fit(facts, sys.argv[2:])
         check_files(bundle)
     except (BundleError, OSError, ValueError) as fault:
         print(f"error: {fault}", file=sys.stderr)

@@ -113,7 +113,7 @@ make_venv() {
 make_venv
 # With a bundle, pip sees nothing else: no index, no settings of the machine, none of the user.
 if [ -n "$BUNDLE" ]; then
-  BUNDLED_TORCH="$("$VENV/bin/python" scripts/check_bundle.py "$BUNDLE" $([ "$DEV" -eq 0 ] || echo --dev))"
+  BUNDLED_TORCH="$("$VENV/bin/python" scripts/check_bundle.py "$BUNDLE" $([ "$DEV" -eq 0 ] || echo --dev) $([ "$VISION" -eq 0 ] || echo --vision))"
   export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS="$BUNDLE/packages"
   unset PIP_CONSTRAINT PIP_INDEX_URL PIP_EXTRA_INDEX_URL
 fi

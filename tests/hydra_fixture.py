@@ -43,6 +43,9 @@ TINY = {
     "max_tokens": 256,
     "num_workers": 0,
     "fp16": False,
+    "amp": False,
+    "image_size": 32,
+    "depth": 0.1,
     "max_update": 1,
 }
 

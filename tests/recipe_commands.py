@@ -33,7 +33,7 @@ def commands(folder: Path, script: str, **environment: object) -> list[list[str]
     record, stand_ins = folder / "record", folder / "stand_ins.sh"
     stand_ins.write_text(STAND_INS)
     record.unlink(missing_ok=True)
-    for name in ("pre.pt", "data/dict.txt", "data/input0/dict.txt"):
+    for name in ("pre.pt", "data/dict.txt", "data/input0/dict.txt", "data/train.de-en.de.bin", "data/train/classes"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     values = {"BASH_ENV": stand_ins, "RECORD": record, "REPO": ROOT, "PATH": "/usr/bin:/bin", **environment}

@@ -6,7 +6,8 @@ import pytest
 from hydra_fixture import NAMES, composed, filled
 from recipe_commands import commands, parsed
 
-RUN = {task: f'bash "$REPO/recipes/{task}/run.sh" data out' for task in ("wikitext", "roberta")}
+TASKS = ("wikitext", "roberta", "translation", "imagenet")
+RUN = {task: f'bash "$REPO/recipes/{task}/run.sh" data out' for task in TASKS}
 RUN["mnli"] = 'bash "$REPO/recipes/mnli/run.sh" data out pre.pt'
 QUICKSTART = """
 . "$REPO/recipes/lib.sh"
@@ -30,6 +31,14 @@ RECIPES = {
     "sentence_prediction/mnli_base_ipq": (RUN["mnli"], {}, 1),
     "sentence_prediction/mnli_small": (RUN["mnli"], CPU, 0),
     "sentence_prediction/mnli_small_ipq": (RUN["mnli"], CPU, 1),
+    "translation/iwslt14": (RUN["translation"], {}, 0),
+    "translation/iwslt14_ipq": (RUN["translation"], {}, 1),
+    "translation/small": (RUN["translation"], CPU, 0),
+    "translation/small_ipq": (RUN["translation"], CPU, 1),
+    "image_classification/cifar10_small": (RUN["imagenet"], CPU, 0),
+    "image_classification/cifar10_small_ipq": (RUN["imagenet"], CPU, 1),
+    "image_classification/imagenet_b3": (RUN["imagenet"], {}, 0),
+    "image_classification/imagenet_b3_ipq": (RUN["imagenet"], {}, 1),
 }
 #: What the user gives, in both.
 PLACES = {
@@ -49,6 +58,8 @@ DIFFERENCES = {
 OF_ONE = {
     "language_modeling/small": {"distributed_training.ddp_backend": "the recipe trains in one process"},
     "language_modeling/small_ipq": {"distributed_training.ddp_backend": "the recipe trains in one process"},
+    "image_classification/cifar10_small": {"distributed_training.ddp_backend": "the recipe trains in one process"},
+    "image_classification/cifar10_small_ipq": {"distributed_training.ddp_backend": "the recipe trains in one process"},
     "sentence_prediction/mnli_base_ipq": {"checkpoint.save_interval_updates": "a third, which is an epoch here"},
 }
 
