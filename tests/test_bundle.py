@@ -85,7 +85,7 @@ def test_a_bundle_for_another_python_or_machine_is_refused(bundle, old, new, par
 
 
 def test_tools_for_the_tests_must_have_been_bundled(bundle):
-    refused(check(bundle, "--dev"), "leave out --dev")
+    refused(check(bundle, "--dev"), "without --dev; leave it out")
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
