@@ -9,10 +9,12 @@ import pickletools
 import re
 import zipfile
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import DamagedFileError, UserError
 from .pickled_config import RefusedError, allowed, check_no_placeholder, placeholder, plain_config
@@ -42,6 +44,13 @@ _ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 _TAR = slice(257, 262)  # where a tar file says so
 
 
+def clear_unwritten(tensors: Mapping[str, Tensor]) -> None:
+    """Set to zero, in place, what fairseq keeps for its dtype alone and never writes: stray memory, perhaps NaN."""
+    for name, tensor in tensors.items():
+        if name.endswith("_float_tensor") and tensor.numel() == 1 and tensor.device.type != "meta":
+            tensor.zero_()
+
+
 def safe_load(path: str | Path) -> dict[str, Any]:
     """The content of a fairseq checkpoint, on the CPU.
 
@@ -66,6 +75,7 @@ def safe_load(path: str | Path) -> dict[str, Any]:
     try:
         plain = _plain(state)
         _check_weights(plain["model"])
+        clear_unwritten(plain["model"])
         return plain
     except RefusedError as error:
         raise DamagedFileError(f"checkpoint {path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None

@@ -60,7 +60,7 @@ def test_the_configuration_for_hydra_trains(tmp_path):
     keys = [f"task.data={tmp_path / 'data'}", f"common.user_dir={ROOT / 'fairseq_quant_noise'}"]
     keys += ["optimization.max_update=1", "dataset.batch_size=8", f"hydra.run.dir={tmp_path}"]
     keys += [f"checkpoint.save_dir={tmp_path}", "model.width=0.1"]
-    config = ["--config-dir", ROOT / "configs/image_classification", "--config-name", "cifar10_small"]
+    config = ["--config-dir", ROOT / "configs", "--config-name", "image_classification/cifar10_small"]
     done = python("-m", "fairseq_cli.hydra_train", *config, *keys)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "distortion_conv_dw_weight" in done.stdout + done.stderr

@@ -3,6 +3,7 @@
 loss = (1 - w) * criterion + w * KL(teacher || student)        w = --ipq-distillation-weight, 0 without a teacher
 """
 
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -160,7 +161,8 @@ def _load_teacher(path: str, task: Any) -> nn.Module:
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
     _check_head(path, state["model"], task)  # before loading, which makes up a head that is missing
     try:
-        models, _ = checkpoint_utils.load_model_ensemble([path], task=task, state=state)
+        load = inspect.unwrap(checkpoint_utils.load_model_ensemble_and_task)  # what goes wrong is said here
+        models, *_ = load([path], task=task, state=state)
     except (AttributeError, RuntimeError) as error:
         name = getattr(state["cfg"].model, "_name", None) if state.get("cfg") else state["args"].arch
         line = str(error).strip().splitlines()[-1].strip()

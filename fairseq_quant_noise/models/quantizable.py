@@ -17,6 +17,7 @@ from ..layers import adopt_quantized, quantize_inputs_, to_int_
 from ..monitor import probe_next_forward
 from ..noise import attach_rules, detach_noise, fitted_rules, noise_of
 from ..plan import Activations, NoiseRule, Structure
+from ..safe_load import clear_unwritten
 from ..trained import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
 from ..weights import find_weights
 from .options import SCALAR_BITS, noise_rules
@@ -69,7 +70,7 @@ class Quantizable:
             with without_fairseq_noise(args, embedding_layer):
                 model: nn.Module = super().build_model(args, task)  # type: ignore[misc]
             _take_off_fairseq_noise(model)
-            _clear_uninitialised(model)
+            clear_unwritten(dict(model.named_buffers()))
             share(model, layers)
             model.quant_noise_layers = layers  # type: ignore[assignment]
             model.quant_noise_options = _measurements(args)  # type: ignore[assignment]
@@ -153,10 +154,3 @@ def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:
     activations = Activations(bits=SCALAR_BITS)
     names = [weight.name for weight in weights]
     quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)
-
-
-def _clear_uninitialised(model: nn.Module) -> None:
-    """fairseq keeps one-number buffers for their dtype alone, never written: checkpoints would hold stray memory."""
-    for name, buffer in model.named_buffers():
-        if name.endswith("_float_tensor"):
-            buffer.zero_()
