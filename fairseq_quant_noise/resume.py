@@ -7,13 +7,20 @@ What fairseq's checkpoints leave out is kept beside its own position:
 - the position counts the batches of one process. On another number of processes it is counted anew, so that the epoch
   goes on where it was.
 - --patience counts validations without a gain.
+
+And a run that is complete gets no update more: fairseq does one before it looks, so that a command that is given again
+after the last checkpoint, by a scheduler say, would end elsewhere.
 """
 
+import logging
 import sys
 from typing import Any
 
 import fairseq.trainer
 
+logger = logging.getLogger(__name__)
+
+_BEFORE_ALL_EPOCHS = -1  # 0 means without end
 KEY = "quant_noise_position"  # in a checkpoint's extra_state
 
 _get_train_iterator = fairseq.trainer.Trainer.get_train_iterator
@@ -54,6 +61,17 @@ def load(trainer: Any, extra_state: dict[str, Any]) -> None:
         every = trainer.cfg.optimization.update_freq
         together = every[min(iterator["epoch"], len(every)) - 1]
         iterator["iterations_in_epoch"] = recount(iterator["iterations_in_epoch"], kept["world_size"], now, together)
+
+
+def end_if_complete(trainer: Any) -> None:
+    """Leave nothing to train where --max-update or --patience had ended the run of a checkpoint."""
+    most, patience = trainer.cfg.optimization.max_update, trainer.cfg.checkpoint.patience
+    waited = getattr(_should_stop_early(), "num_runs", 0)
+    if 0 < most <= trainer.get_num_updates() or 0 < patience <= waited:
+        logger.info(
+            f"the run is complete, {trainer.get_num_updates()} updates; to go on, raise --max-update or --patience"
+        )
+        trainer.cfg.optimization.max_epoch = _BEFORE_ALL_EPOCHS
 
 
 def recount(done: int, before: int, now: int, together: int) -> int:

@@ -85,6 +85,8 @@ def load_checkpoint(trainer: Any, filename: str, reset_optimizer: bool = False, 
     noise = noise_of(trainer.get_model())
     if noise is not None and STATE_KEY in extra_state:
         noise.load_state_dict(extra_state[STATE_KEY])
+    if own:
+        resume.end_if_complete(trainer)
     return extra_state
 
 

@@ -193,6 +193,19 @@ def test_a_position_counted_on_other_processes(done, before, now, together, expe
     assert resume.recount(done, before, now, together) == expected
 
 
+@pytest.mark.parametrize("flags", ["", "--patience 2 --validate-interval-updates 1 --save-interval-updates 1 --lr 0"])
+def test_a_run_that_is_complete_gets_no_update_more(lab, flags):
+    """A scheduler may give a command again that has just ended; fairseq does an update before it looks."""
+    folder, updates = lab.new(), 9 if flags else 3
+    done = lab.train(*split(flags), save=folder, updates=updates)
+    before = shutil.copy(done.path, lab.new("before.pt"))
+    again = lab.train(*split(flags), save=folder, updates=updates)
+    assert again.updates == []
+    assert differences(before, done.path) == []
+    if not flags:
+        assert [log["num_updates"] for log in lab.train(save=folder, updates=4).updates] == [4]
+
+
 def test_patience_counts_on_over_a_resume(lab):
     flags = split("--patience 4 --validate-interval-updates 1 --save-interval-updates 1 --lr 0")
     folder, stop = lab.new(), fairseq_cli.train.should_stop_early

@@ -44,7 +44,7 @@ PLAN = {
 SIZE = split("--decoder-embed-dim 128 --decoder-input-dim 128 --decoder-output-dim 128 --decoder-ffn-embed-dim 512")
 FLAGS = split("--decoder-layerdrop 0.2 --batch-size 8 --save-interval-updates 4 --log-format json --log-interval 1")
 MOMENTS = ("any time", "any time", "k-means", "checkpoint", "export")
-TIMED = re.compile(r"wps|ups|wall|train_wall")
+TIMED = re.compile(r"wps|ups|wall|minutes_left")
 
 
 def commands(lab: Lab, teacher: Path, plan: str, folder: Path) -> list[list[str]]:
