@@ -25,9 +25,7 @@ esac
 SEEDS="${SEEDS:-1 2 3}" ONLY="${ONLY:-$NETWORKS}" JOBS="${JOBS:-2}"
 UPDATES="${UPDATES:-3000}" IPQ_UPDATES="${IPQ_UPDATES:-300}"
 export VOCAB_SIZE="${VOCAB_SIZE:-4000}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-for name in JOBS UPDATES IPQ_UPDATES VOCAB_SIZE; do
-  [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || die "$name is '${!name}'; give a whole number from 1 up"
-done
+whole_numbers JOBS UPDATES IPQ_UPDATES VOCAB_SIZE
 for name in $ONLY; do
   [[ " $NETWORKS " == *" $name "* ]] || die "ONLY names a network '$name'; there are: $NETWORKS"
 done
@@ -80,11 +78,7 @@ mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
 DATA="$OUT/data-bin"
 lock "$OUT"
-SETTINGS="UPDATES=$UPDATES IPQ_UPDATES=$IPQ_UPDATES VOCAB_SIZE=$VOCAB_SIZE"
-if [ -f "$OUT/.settings" ] && [ "$(cat "$OUT/.settings")" != "$SETTINGS" ]; then
-  die "$OUT holds runs of $(cat "$OUT/.settings"), not of $SETTINGS; give another OUT or remove it"
-fi
-printf '%s' "$SETTINGS" >"$OUT/.settings"
+one_set_of UPDATES IPQ_UPDATES VOCAB_SIZE
 bash recipes/quickstart/prepare.sh "$OUT"
 for seed in $SEEDS; do
   module recipes.evidence.grid "$OUT/seed-$seed"

@@ -36,6 +36,24 @@ need() {
   done
 }
 
+# whole_numbers NAME...: stops unless each of these variables is a whole number from 1 up.
+whole_numbers() {
+  local name
+  for name in "$@"; do
+    [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || die "$name is '${!name}'; give a whole number from 1 up"
+  done
+}
+
+# one_set_of NAME...: stops where the runs in OUT were made with other values of these variables.
+one_set_of() {
+  local name settings=""
+  for name in "$@"; do settings="$settings${settings:+ }$name=${!name}"; done
+  if [ -f "$OUT/.settings" ] && [ "$(cat "$OUT/.settings")" != "$settings" ]; then
+    die "$OUT holds runs of $(cat "$OUT/.settings"), not of $settings; give another OUT or remove it"
+  fi
+  printf '%s' "$settings" >"$OUT/.settings"
+}
+
 # free_dir DIR: stops before a recipe would replace a folder that no recipe made (a recipe's own has a .done).
 free_dir() {
   if [ -e "$1" ] && [ ! -f "$1/.done" ] && [ -n "$(ls -A "$1")" ]; then

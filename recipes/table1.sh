@@ -45,9 +45,7 @@ IPQ_UPDATES="${IPQ_UPDATES:-300}"   # of fine-tuning, a third for each of the pl
 SEED="${SEED:-1}"
 export VOCAB_SIZE="${VOCAB_SIZE:-4000}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a core for each run
-for name in JOBS UPDATES IPQ_UPDATES SEED VOCAB_SIZE; do
-  [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || die "$name is '${!name}'; give a whole number from 1 up"
-done
+whole_numbers JOBS UPDATES IPQ_UPDATES SEED VOCAB_SIZE
 for name in $ONLY; do
   [[ " $RUNS " == *" $name "* ]] || die "ONLY names a run '$name'; there are: $RUNS"
 done
@@ -105,11 +103,7 @@ mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
 DATA="$OUT/data-bin"
 lock "$OUT"
-SETTINGS="UPDATES=$UPDATES IPQ_UPDATES=$IPQ_UPDATES SEED=$SEED VOCAB_SIZE=$VOCAB_SIZE"
-if [ -f "$OUT/.settings" ] && [ "$(cat "$OUT/.settings")" != "$SETTINGS" ]; then
-  die "$OUT holds runs of $(cat "$OUT/.settings"), not of $SETTINGS; give another OUT or remove it"
-fi
-printf '%s' "$SETTINGS" >"$OUT/.settings"
+one_set_of UPDATES IPQ_UPDATES SEED VOCAB_SIZE
 bash recipes/quickstart/prepare.sh "$OUT"
 python -m recipes.table1.plans "$OUT"
 lm_flags

@@ -19,7 +19,7 @@ table_arguments "$0" "$@"
 export SIZE=cpu LAYERDROP="${LAYERDROP:-0.2}" SEED="${SEED:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ONLY="${ONLY:-lm${GLUE:+ mnli}}"
 JOBS="${JOBS:-2}"
-[[ "$JOBS" =~ ^[1-9][0-9]*$ ]] || die "JOBS is '$JOBS'; give a whole number from 1 up"
+whole_numbers JOBS
 mkdir -p "$OUT/lm"
 lock "$OUT"
 
