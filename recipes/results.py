@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,18 @@ def result(run: Path, noise: float) -> dict[str, Any]:
         "ppl_ipq": perplexity(run / "eval-packed.log"),
         **{key: packed[key] for key in ("dense_bytes", "file_bytes", "paper_bytes", "ratio")},
     }
+
+
+def print_result(doc: str | None, result: Callable[[Path, float, str], dict[str, Any]]) -> None:
+    """The program of a recipe's result: `result` of a run, its noise and a packed file, printed and written as JSON."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--noise", type=float, required=True)
+    parser.add_argument("--file", default="ipq")
+    args = parser.parse_args()
+    line = json.dumps(result(args.run, args.noise, args.file))
+    (args.run / ("result.json" if args.file == "ipq" else f"{args.file}.json")).write_text(line + "\n")
+    print(line)
 
 
 def main() -> None:

@@ -6,8 +6,6 @@ reads RUN_DIR/eval-{dense,one-shot,FILE}.log and FILE.safetensors, prints the li
 (RUN_DIR/FILE.json for another FILE than ipq). Accuracy is in percent, with one decimal as fairseq rounds it.
 """
 
-import argparse
-import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.cli_print import inspection
+from recipes.results import print_result
 
 
 def accuracies(log: Path) -> dict[str, float]:
@@ -37,17 +36,5 @@ def result(run: Path, noise: float, file: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Print and write the result of one run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--noise", type=float, required=True)
-    parser.add_argument("--file", default="ipq")
-    args = parser.parse_args()
-    line = json.dumps(result(args.run, args.noise, args.file))
-    (args.run / ("result.json" if args.file == "ipq" else f"{args.file}.json")).write_text(line + "\n")
-    print(line)
-
-
 if __name__ == "__main__":
-    main()
+    print_result(__doc__, result)
