@@ -81,7 +81,7 @@ lock "$OUT"
 one_set_of UPDATES IPQ_UPDATES VOCAB_SIZE
 bash recipes/quickstart/prepare.sh "$OUT"
 for seed in $SEEDS; do
-  module recipes.evidence.grid "$OUT/seed-$seed"
+  module recipes.evidence.grid "$OUT/seed-$seed" --updates "$UPDATES"
   # A network that goes on from another one waits for it: first those that start from nothing, then the others.
   FIRST=() THEN=()
   for name in $ONLY; do

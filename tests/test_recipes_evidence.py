@@ -28,7 +28,7 @@ def _recipes_on_the_path(monkeypatch):
 def test_every_plan_of_the_grid_quantizes_the_same_weights(tmp_path):
     from recipes.evidence.grid import FILES, write
 
-    write(tmp_path)
+    write(tmp_path, 900)
     model = build("quant_noise_transformer_lm", SMALL, 500)
     targets = {file: {t.weight.name for t in resolve_stages(Plan.of(FILES[file].plan), model)} for file in FILES}
     assert len(targets["ipq"]) == 4 * 6 + 1
@@ -40,12 +40,15 @@ def test_every_plan_of_the_grid_quantizes_the_same_weights(tmp_path):
         assert {t.weight.name for t in resolve_stages(plan, model)} in (set(), targets["ipq"])
     attach_rules(model, Plan.of(tmp_path / "proxy-0.05/noise.yaml").noise)
     assert plan.noise or plan.stages
+    rising = Plan.of(tmp_path / "proxy-schedule/noise.yaml").noise
+    assert {rule.schedule.updates for rule in rising} == {600}
+    assert all(rule.schedule is None for rule in Plan.of(tmp_path / "proxy-schedule/ipq.yaml").noise)
 
 
 def test_the_shell_reads_what_the_grid_writes(tmp_path):
     from recipes.evidence.grid import write
 
-    write(tmp_path)
+    write(tmp_path, 900)
     say = 'printf "%s|" "$START" "$KEEP" "${FLAGS[@]}" "${FILES[*]}" "${STAGED[*]}"'
     done = subprocess.run(
         ["bash", "-c", f". shared-pruned/settings && {say}"], cwd=tmp_path, capture_output=True, text=True

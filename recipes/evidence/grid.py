@@ -1,7 +1,7 @@
 """The runs of recipes/evidence.sh: which networks are trained, and which packed files are made of each.
 
-    python -m recipes.evidence.grid --list           a network a line, with its files
-    python -m recipes.evidence.grid OUT/seed-1       writes NETWORK/settings for the shell, and every plan
+    python -m recipes.evidence.grid --list                           a network a line, with its files
+    python -m recipes.evidence.grid OUT/seed-1 --updates 3000        writes NETWORK/settings for the shell, and every plan
 
 The corpus, the network and the trainings are those of the quickstart (recipes/lib.sh).
 """
@@ -75,13 +75,21 @@ class Network:
     start: str = ""  # the network that it goes on from, for a third of the updates
     keep: str = ""  # layers that are kept of `start`, which is not trained further
 
+    def noise_for(self, updates: int | None = None) -> dict[str, Any]:
+        """The noise of a training of so many updates, of which a schedule takes two thirds; None: the final p throughout."""
+        rules = [dict(rule) for rule in (self.noise or {"noise": []})["noise"]]
+        for rule in rules:
+            if (schedule := rule.pop("schedule", None)) and updates is not None:
+                rule["schedule"] = schedule | {"updates": updates * 2 // 3}
+        return {"noise": rules} if rules else {}
+
 
 SHARED = ("--share-layers", "2", "--decoder-layerdrop", "0.2")
 NETWORKS = {
     "none": Network((*FILES,)),
     **{f"proxy-{p}": Network(IPQ, noise("proxy", p)) for p in (0.02, 0.1, 0.2, 0.5)},
     "proxy-0.05": Network((*IPQ, "ipq-teacher", "ipq-int8", *CURVES), noise("proxy", 0.05)),
-    "proxy-schedule": Network(IPQ, noise("proxy", 0.1, schedule={"kind": "linear", "from": 0.0, "updates": 2000})),
+    "proxy-schedule": Network(IPQ, noise("proxy", 0.1, schedule={"kind": "linear", "from": 0.0})),
     "pq-0.05": Network(IPQ, noise("pq", 0.05)),
     "pq-1": Network(IPQ, noise("pq", 1.0)),
     "int4-0.5": Network(("int4",), noise("int4", 0.5)),
@@ -96,18 +104,18 @@ NETWORKS = {
 }
 
 
-def write(folder: Path) -> None:
-    """The plans and the settings of every network, below `folder`."""
+def write(folder: Path, updates: int) -> None:
+    """The plans and the settings of every network, below `folder`, for trainings of so many updates."""
     for name, network in NETWORKS.items():
         of = folder / name
         of.mkdir(parents=True, exist_ok=True)
         settings = {"START": network.start, "KEEP": network.keep}
         lists = {"FLAGS": network.flags, "FILES": network.files}
-        plans = {file: (network.noise or {}) | FILES[file].plan for file in network.files}
+        plans = {file: network.noise_for() | FILES[file].plan for file in network.files}
         lists["STAGED"] = tuple(file for file in network.files if FILES[file].staged)
         lists["TAUGHT"] = tuple(file for file in network.files if FILES[file].teacher)
         if network.noise:
-            plans["noise"] = network.noise
+            plans["noise"] = network.noise_for(updates)
         for plan, content in plans.items():
             (of / f"{plan}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         lines = [f"{key}={shlex.quote(value)}" for key, value in settings.items()]
@@ -119,10 +127,11 @@ def main() -> None:
     """Print or write the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--updates", type=int, default=3000)
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if args.out is not None:
-        write(args.out)
+        write(args.out, args.updates)
     if args.list:
         print("\n".join(f"{name}: {' '.join(network.files)}" for name, network in NETWORKS.items()))
 
