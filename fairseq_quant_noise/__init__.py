@@ -6,7 +6,17 @@ Imported where fairseq is not, it is the core alone: noise, product quantization
 
 import sys
 
-from .api import attach_noise, detach_noise, keep_layers_, load, noise_of, quantize_, save, share_layers_
+from .api import (
+    attach_noise,
+    detach_noise,
+    keep_layers_,
+    load,
+    noise_of,
+    quantize_,
+    save,
+    second_moments,
+    share_layers_,
+)
 from .errors import DamagedFileError, UserError
 from .plan import Plan
 
@@ -23,6 +33,7 @@ __all__ = [
     "quantize_",
     "register",
     "save",
+    "second_moments",
     "share_layers_",
 ]
 

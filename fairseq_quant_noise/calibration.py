@@ -1,11 +1,15 @@
-"""Ranges of activations from a data set, by fairseq: its task reads the data and its criterion runs the model."""
+"""What a network does with data, by fairseq: its task reads them and its criterion runs the model.
+
+The ranges of activations, and the squared gradients that stand for Adam's second moments where there are none.
+"""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .errors import UserError
 from .layers import adopt_quantized, calibrating, input_quantizers
@@ -17,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 SUBSET = "train"
 SENTENCES = 8  # of a batch
+GRADIENT_BATCHES = 16
 
 
 def calibration_on(
@@ -40,10 +45,7 @@ def calibration_on(
     Raises:
         UserError: there is no such data.
     """
-    dictionaries = (file for pattern in ("dict*.txt", "*/dict*.txt") for file in Path(data).glob(pattern))
-    if not any(dictionaries) and not (Path(data) / SUBSET).is_dir():  # of text, of images
-        cure = "give the folder that fairseq-train reads"
-        raise UserError(f"--calibration-data {data}: no such folder with a dictionary (dict.txt) in it; {cure}")
+    _check_data(data)
 
     def calibrate(model: nn.Module) -> None:
         theirs, criterion, samples = _prepared(model, str(path), str(data), batches, structure)
@@ -55,6 +57,65 @@ def calibration_on(
             ours[name].load_state_dict(quantizer.state_dict())
 
     return calibrate
+
+
+def _check_data(data: str | Path) -> None:
+    dictionaries = (file for pattern in ("dict*.txt", "*/dict*.txt") for file in Path(data).glob(pattern))
+    if not any(dictionaries) and not (Path(data) / SUBSET).is_dir():  # of text, of images
+        cure = "give the folder that fairseq-train reads"
+        raise UserError(f"--calibration-data {data}: no such folder with a dictionary (dict.txt) in it; {cure}")
+
+
+def gradients_on(
+    model: nn.Module,
+    path: str | Path,
+    data: str | Path,
+    structure: Structure | None = None,
+    progress: Callable[[str], None] = logger.info,
+) -> dict[str, Tensor]:
+    """`squared_gradients` of the dense network of a checkpoint over the first batches of the training split of `data`.
+
+    Args:
+        model: the network without fairseq, with the checkpoint's weights.
+        path, data, structure, progress: as in `calibration_on`.
+    Raises:
+        UserError: there is no such data.
+    """
+    _check_data(data)
+    theirs, criterion, samples = _prepared(model, str(path), str(data), GRADIENT_BATCHES, structure)
+    watching = watched(samples, GRADIENT_BATCHES, "measuring gradients", progress)
+    return squared_gradients(theirs, criterion, watching)
+
+
+def squared_gradients(
+    model: nn.Module, criterion: Any, samples: Iterable[Any], scale: float = 1.0
+) -> dict[str, Tensor]:
+    """The sum over batches of the squared gradient of their mean loss, for each number of each weight, in bfloat16.
+
+    It stands for the diagonal of the Fisher matrix up to a factor (`importance.py`). The model's gradients are gone
+    then; its noise and dropout are off meanwhile.
+
+    Args:
+        model: of fairseq.
+        criterion: fairseq's; called with the model and a batch.
+        samples: batches, on the model's device.
+        scale: of the loss, for gradients in half precision.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sums = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in parameters.values() if p.requires_grad}
+    training = model.training
+    model.eval()
+    for sample in samples:
+        model.zero_grad()
+        with torch.enable_grad():
+            loss, size, _ = criterion(model, sample)
+            (loss * (scale / max(float(size), 1.0))).backward()
+        for p in {id(p): p for p in parameters.values() if p.grad is not None}.values():
+            sums[id(p)] += p.grad.float().square().nan_to_num(0.0, 0.0)  # type: ignore[union-attr]
+    model.zero_grad()
+    model.train(training)
+    found = {name: sums[id(p)].bfloat16() for name, p in parameters.items() if id(p) in sums}
+    return {name: tensor for name, tensor in found.items() if bool(tensor.any())}
 
 
 def _prepared(

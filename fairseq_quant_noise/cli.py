@@ -84,7 +84,25 @@ def quantize(args: argparse.Namespace) -> None:
     _check_out(args.out, args.path, args.plan, packed=True)
     trained = load_structured(args.path, the_plan.structure)
     stages = replace(the_plan, structure=None)  # which the model has had
-    quantize_(trained.model, stages, seed=args.seed, calibration=calibration, progress=_progress)
+    importance = trained.importance
+    if the_plan.weighs and not importance:
+        note = f"note: {args.path} holds no second moments of Adam"
+        if args.calibration_data is None:
+            _progress(
+                f"{note}, so all errors count alike in k-means; --calibration-data DATA measures gradients instead"
+            )
+        else:
+            from .calibration import gradients_on
+
+            _progress(f"{note}: gradients on {args.calibration_data} stand for them")
+            importance = gradients_on(trained.model, args.path, args.calibration_data, the_plan.structure, _progress)
+    quantize_(
+        *(trained.model, stages),
+        seed=args.seed,
+        importance=importance,
+        calibration=calibration,
+        progress=_progress,
+    )
     packed = pack(trained.model, the_plan, trained.config)
     write(packed, args.out)
     print_inspection(args.out, packed)
@@ -275,7 +293,8 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _option(
                 "--calibration-data",
                 metavar="DATA",
-                help="binarized data whose training split gives the ranges of activations, for a plan that has them",
+                help="binarized data whose training split gives the ranges of activations, for a plan that has them, "
+                "and the gradients that errors are weighed by, of a checkpoint without Adam's second moments",
             ),
         ],
     ),
@@ -344,6 +363,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
 }
 
 
+_BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE has ended
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line: a subcommand for each verb, each with an example."""
     parser = argparse.ArgumentParser(prog="fairseq-quant-noise", description="Quant-Noise and iPQ for fairseq.")
@@ -362,4 +384,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING)
     args = make_parser().parse_args(argv)
     with exits_on_user_error():
-        args.run(args)
+        try:
+            args.run(args)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads, as `head`, has read enough; Python would say so once more as it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(_BROKEN_PIPE) from None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import Packed
-from .artifact.manifest import FORMAT_VERSION
 from .table import MIB, Table, rest_bits
 
 
@@ -66,7 +65,7 @@ def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
     file_bytes = Path(path).stat().st_size
     dense_bytes = sum(4 * math.prod(r["shape"]) for r in rows if r["tied_to"] is None)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": manifest.format_version,
         "file_bytes": file_bytes,
         "paper_bytes": sum(r["paper_bytes"] for r in rows),
         "dense_bytes": dense_bytes,

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .importance import MOMENTS
+
 
 def _torch_optimizer(fairseq_optimizer: Any) -> torch.optim.Optimizer:
     """The innermost torch optimizer of a fairseq optimizer (which fp16 and amp wrap)."""
@@ -38,6 +40,13 @@ def _slices(optimizer: Any) -> dict[int, tuple[Tensor, slice | None]]:
         found[id(p)] = (masters[key], slice(offsets[key], offsets[key] + p.numel()))
         offsets[key] += p.numel()
     return found
+
+
+def second_moments(optimizer: Any) -> dict[int, Tensor]:
+    """Adam's second moments in a fairseq optimizer, by the id of the parameter; none of an optimizer without."""
+    states = _torch_optimizer(optimizer).state
+    moments = {key: (states.get(stepped, {}).get(MOMENTS), cut) for key, (stepped, cut) in _slices(optimizer).items()}
+    return {key: _part(tensor, cut) for key, (tensor, cut) in moments.items() if tensor is not None}
 
 
 def _part(value: Tensor, cut: slice | None) -> Tensor:

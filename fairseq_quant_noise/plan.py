@@ -35,6 +35,7 @@ D = TypeVar("D")
 SCHEDULES = ("constant", "linear", "cosine", "step")
 _CENTROID_BITS = {"fp16": 16, "int8": 8}
 CHOICES = ("subvectors", "clusters")
+CODEBOOKS = ("own", "shared")
 EPOCH = "epoch"
 
 
@@ -136,6 +137,7 @@ class StageRule:
     scheme: str = "pq"  # pq (product quantization), or int2 … int8
     block_size: Setting = 8  # d, of pq
     n_centroids: Setting = 256  # K of pq, 256 at most: a code is a byte
+    codebook: str = "own"  # of pq: each weight has its own, or those of one d share one: shared
     range: str = "tensor"  # of intN: tensor, channel, histogram (scalar/ranges.py)
     updates: int | None = None  # of fine-tuning in this stage; without it, the stages share --max-update
 
@@ -146,8 +148,9 @@ class StageRule:
             raise UserError(
                 f"stage '{self.match}': unknown scheme {self.scheme!r}; known schemes: {', '.join(schemes)}"
             )
-        if self.range not in RANGES:
-            raise UserError(f"stage '{self.match}': unknown range {self.range!r}; known: {', '.join(RANGES)}")
+        for name, value, known in (("range", self.range, RANGES), ("codebook", self.codebook, CODEBOOKS)):
+            if value not in known:
+                raise UserError(f"stage '{self.match}': unknown {name} {value!r}; known: {', '.join(known)}")
         if self.updates is not None:
             check_positive(f"stage '{self.match}': updates", self.updates)
 
@@ -170,13 +173,16 @@ class StageRule:
 
 @dataclass(frozen=True)
 class Centroids:
-    """How centroids are stored."""
+    """How centroids are found and stored."""
 
     dtype: str = "fp16"  # of the centroids in the file, and of the centroids that evaluation uses: fp16 or int8
+    weighted: bool = True  # k-means weighs errors by squared gradients, which Adam has or data give (importance.py)
 
     def __post_init__(self) -> None:
         if self.dtype not in _CENTROID_BITS:
             raise UserError(f"centroids: unknown dtype {self.dtype!r}; known dtypes: {', '.join(_CENTROID_BITS)}")
+        if type(self.weighted) is not bool:
+            raise UserError(f"centroids: weighted is {self.weighted!r}; give true or false")
 
     @property
     def bits(self) -> int:
@@ -239,6 +245,11 @@ class Plan:
     activations: Activations | None = None  # left as they are without it
     structure: Structure | None = None  # left as it is without it
 
+    @property
+    def weighs(self) -> bool:
+        """Whether k-means takes place and weighs errors."""
+        return self.centroids.weighted and any(rule.bits is None for rule in self.stages)
+
     @classmethod
     def of(cls, source: "str | Path | Mapping[str, Any] | Plan") -> "Plan":
         """The plan of a YAML file, a mapping, or a Plan (returned as it is).
@@ -266,7 +277,7 @@ class Plan:
         return {
             "noise": [rule.to_dict() for rule in self.noise],
             "stages": [_given(rule) for rule in self.stages],
-            "centroids": asdict(self.centroids),
+            "centroids": {"dtype": self.centroids.dtype, **_given(self.centroids)},
             "activations": None if self.activations is None else asdict(self.activations),
             **({} if self.structure is None else {"structure": _given(self.structure)}),
         }

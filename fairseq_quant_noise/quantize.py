@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from . import ranks
 from .errors import UserError
-from .layers import calibrating, quantize_inputs_, quantize_weight_, quantized_weights, to_int_
+from .importance import check_importance
+from .layers import calibrating, quantize_inputs_, quantize_weight_, quantized_weights, share_codebooks_, to_int_
 from .plan import Activations, Plan
-from .pq.encode import encode
+from .pq.encode import encode_together
 from .scalar import fake_quantize, fit_affine
 from .structure.modules import apply_structure
 from .table import Target, resolve_stages
@@ -29,6 +30,7 @@ def quantize_(
     plan: Plan | Mapping[str, Any] | str | Path,
     *,
     seed: int = 0,
+    importance: Mapping[str, Tensor] | None = None,
     calibration: Iterable[Any] | Callable[[nn.Module], object] | None = None,
     progress: Callable[[str], None] = logger.info,
 ) -> nn.Module:
@@ -37,7 +39,10 @@ def quantize_(
     Args:
         model: any nn.Module; its Linear, Embedding and Conv2d weights are what a plan can name.
         plan: a path, a mapping or a Plan. Its `structure` comes first: layers are shared, then pruned.
-        seed: of k-means; the same model, plan and seed give the same codes.
+        seed: of k-means; the same model, plan, importance and seed give the same codes.
+        importance: by a tensor's name, how much the squared error of each of its numbers counts in k-means: squared
+            gradients (`second_moments(model, optimizer)` of its Adam), or squared inputs. A tensor that is not named,
+            and a plan with `centroids: {weighted: false}`, counts all alike.
         calibration: where the plan has `activations`, the inputs of a few forwards: of each a tensor, a tuple of
             arguments or a dict of them; or a function that runs the model on inputs of its own.
         progress: called with a line for each weight.
@@ -54,8 +59,10 @@ def quantize_(
         raise UserError("the plan quantizes activations, whose ranges need data; give calibration inputs")
     if plan.structure is not None:
         apply_structure(model, plan.structure)
+    given = (importance or {}) if plan.centroids.weighted else {}
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
-    quantize_targets(targets, seed=seed, progress=progress)
+    check_importance(given, {t.weight.tensor_name: t.weight.shape for t in targets})
+    quantize_targets(targets, seed=seed, importance=given, progress=progress)
     ranks.check_same(quantized_state(model), "after the encoding")
     if plan.activations is not None:
         quantize_inputs(model, plan.activations, targets)
@@ -82,9 +89,14 @@ def _run(model: nn.Module, calibration: Any, batches: int, progress: Callable[[s
 
 
 def quantize_targets(
-    targets: Sequence[Target], *, seed: int, where: str = "", progress: Callable[[str], None] = logger.info
+    targets: Sequence[Target],
+    *,
+    seed: int,
+    importance: Mapping[str, Tensor] | None = None,
+    where: str = "",
+    progress: Callable[[str], None] = logger.info,
 ) -> None:
-    """Codes for each target, in the model, the same bits on every rank.
+    """Codes for each target, in the model, the same bits on every rank; `importance` as in `quantize_`.
 
     k-means of the weights with scheme pq; in a distributed run each rank encodes its share of them and sends the result
     to the others. Weights with scheme intN are seen through their codes from now on, and stay trainable.
@@ -98,12 +110,14 @@ def quantize_targets(
             raise UserError(f"{target.weight.name} is quantized already; start from a dense model")
         dense[target.weight.name] = target.weight.stored
     ranks.check_same(dense, f"before {where or 'the encoding'}".strip())
-    found = _encode_together(targets, seed, where, progress)
+    found = _encode_together(targets, importance or {}, seed, where, progress)
+    quantized = []
     for target, pair in zip(targets, found, strict=True):
         if pair is not None:
-            quantize_weight_(target.weight, *pair, target.centroid_bits)
+            quantized.append(quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook))
         else:
             to_int_(target.weight, target.rule.bits or 0, target.rule.range)
+    share_codebooks_(quantized)
 
 
 def quantized_state(model: nn.Module) -> dict[str, Tensor]:
@@ -113,7 +127,11 @@ def quantized_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _encode_together(
-    targets: Sequence[Target], seed: int, where: str, progress: Callable[[str], None]
+    targets: Sequence[Target],
+    importance: Mapping[str, Tensor],
+    seed: int,
+    where: str,
+    progress: Callable[[str], None],
 ) -> list[tuple[Tensor, Tensor] | None]:
     """Codes and centroids of each weight with scheme pq, None for the others; each rank encodes its share.
 
@@ -121,25 +139,28 @@ def _encode_together(
         UserError: of any rank, in all of them: else the others would wait for ever.
     """
     rank, world = ranks.rank_and_world()
-    owners = ranks.divide([0 if t.rule.bits else math.prod(t.weight.shape) for t in targets], world)
-    mine = {i: t for i, t in enumerate(targets) if t.rule.bits is not None or owners[i] == rank}
+    groups = _by_codebook(targets)
+    by_all = [targets[of[0]].rule.bits is not None for of in groups]  # intN takes no time
+    owners = ranks.divide([0 if b else _numbers(targets, of) for b, of in zip(by_all, groups, strict=True)], world)
+    mine = [of for b, of, owner in zip(by_all, groups, owners, strict=True) if b or owner == rank]
     found: dict[int, tuple[Tensor, Tensor] | UserError] = {}
-    left, began = sum(math.prod(t.weight.shape) for t in mine.values()), time.perf_counter()
+    left, began = sum(_numbers(targets, of) for of in mine), time.perf_counter()
     all_numbers = left
-    for i, target in mine.items():
+    for of in mine:
         try:
-            pair, how = _encode(target, seed)
+            pairs, how = _encode([targets[i] for i in of], importance, seed)
         except UserError as error:
-            found[i] = error
+            found[of[0]] = error
             break
-        if pair is not None:
-            found[i] = pair if world == 1 else (pair[0].cpu(), pair[1].cpu())
-        left -= math.prod(target.weight.shape)
+        left -= _numbers(targets, of)
         seconds = (time.perf_counter() - began) * left / max(all_numbers - left, 1)
-        progress(
-            f"{where}[{i + 1}/{len(targets)}] {target.weight.name} {tuple(target.weight.shape)} {how}"
-            + (f", {seconds:.0f} s left" if left else "")
-        )
+        for i, pair, line in zip(of, pairs, how, strict=True):
+            if pair is not None:
+                found[i] = pair if world == 1 else (pair[0].cpu(), pair[1].cpu())
+            progress(
+                f"{where}[{i + 1}/{len(targets)}] {targets[i].weight.name} {tuple(targets[i].weight.shape)} {line}"
+                + (f", {seconds:.0f} s left" if left else "")
+            )
     together = {i: pair for part in ranks.gather(found) for i, pair in part.items()}
     for _, pair in sorted(together.items()):
         if isinstance(pair, UserError):
@@ -147,13 +168,36 @@ def _encode_together(
     return [together.get(i) for i in range(len(targets))]
 
 
-def _encode(target: Target, seed: int) -> tuple[tuple[Tensor, Tensor] | None, str]:
-    """A weight's codes and centroids, None with scheme intN; and a line about them."""
-    weight, d, k = target.weight, target.block_size, target.n_centroids
+def _numbers(targets: Sequence[Target], of: Sequence[int]) -> int:
+    return sum(math.prod(targets[i].weight.shape) for i in of)
+
+
+def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
+    """Which targets are encoded together: those of a shared codebook, and every other one by itself."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, target in enumerate(targets):
+        key = ("own", i) if target.codebook is None else ("shared", target.codebook)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _encode(
+    targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int
+) -> tuple[Sequence[tuple[Tensor, Tensor] | None], list[str]]:
+    """Codes and centroids of weights with one codebook, None with scheme intN; and a line about each."""
+    rule, d, k = targets[0].rule, targets[0].block_size, targets[0].n_centroids
     if d is None or k is None:
-        return None, f"{target.rule.scheme} range {target.rule.range} relative error {_int_error(target):.4f}"
-    found = encode(weight.name, weight.stored, d, k, seed=seed)  # type: ignore[arg-type]
-    return (found.codes, found.centroids), f"d {d} K {k} relative error {found.relative_error:.4f}"
+        error = _int_error(targets[0])
+        return [None], [f"{rule.scheme} range {rule.range} relative error {error:.4f}"]
+    names, counts = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
+    stored: list[Tensor] = [t.weight.stored for t in targets]  # type: ignore[misc]
+    found = encode_together(names, stored, d, k, seed=seed, importance=counts)
+    how = "" if None in counts else "weighted, "
+    how += "" if len(targets) == 1 else f"a codebook of {len(targets)} weights, "
+    return (
+        [(one.codes, one.centroids) for one in found],
+        [f"{how}d {d} K {k} relative error {one.relative_error:.4f}" for one in found],
+    )
 
 
 def _int_error(target: Target) -> float:

@@ -2,7 +2,8 @@
 
 The paper counts (arXiv 2004.07320, section 7.4 and table 1; MiB = bytes / 2^20), for a weight of n blocks:
 
-    pq          n * log2(K) / 8 bytes of codes, K * d * 2 bytes of centroids (fp16; K * d for int8 ones)
+    pq          n * log2(K) / 8 bytes of codes, K * d * 2 bytes of centroids (fp16; K * d for int8 ones); the
+                centroids of a shared codebook once, with its first weight
     intN        N / 8 bytes a number; scales apart
     the rest    4 bytes a number (fp32), biases and norms included; but where every weight is of one scheme intN,
                 the rest counts N / 8 bytes a number too (its 236 and 118 MB are the dense model's 942 by 4 and by 8)
@@ -12,12 +13,12 @@ It works on the meta device, so that the sizes of a model cost nothing.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from .blocks import check_block_size, code_shape
+from .blocks import check_block_size
 from .errors import UserError
 from .layers.pq import pq_bytes
 from .layers.scalar import int_bytes
@@ -37,8 +38,10 @@ class Target:
     stage: int  # index into the plan's stages
     rule: StageRule
     block_size: int | None = None  # d, of pq
-    n_centroids: int | None = None  # K of pq: the rule's, or less for a weight with fewer than 4 K blocks
+    n_centroids: int | None = None  # K of pq: the rule's, or less where a codebook has fewer than 4 K blocks
     centroid_bits: int = 16
+    codebook: int | None = None  # number of a shared one
+    brings_codebook: bool = True  # the first weight of a shared one, or one with its own
 
     @property
     def paper_bytes(self) -> float:
@@ -46,7 +49,8 @@ class Target:
         numbers = math.prod(self.weight.shape)
         if self.block_size is None or self.n_centroids is None:
             return int_bytes(numbers, self.rule.bits or 32)
-        return pq_bytes(numbers // self.block_size, self.block_size, self.n_centroids, self.centroid_bits)
+        bits = self.centroid_bits if self.brings_codebook else 0
+        return pq_bytes(numbers // self.block_size, self.block_size, self.n_centroids, bits)
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
             )
         if rules:
             targets.append(_target(weight, plan.stages.index(rules[0]), rules[0], plan.centroids.bits))
-    return targets
+    return _with_codebooks(targets, [id(weight) for weight in weights])
 
 
 def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> Target:
@@ -131,9 +135,27 @@ def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> 
         return Target(weight, stage, rule)
     block_size = rule.block_size_of(weight.name, weight.module)
     check_block_size(weight.name, weight.module, block_size)
-    n_blocks = math.prod(code_shape(weight.shape, block_size))
-    n_centroids = effective_centroids(n_blocks, rule.n_centroids_of(weight.name, weight.module))
-    return Target(weight, stage, rule, block_size, n_centroids, centroid_bits)
+    return Target(weight, stage, rule, block_size, rule.n_centroids_of(weight.name, weight.module), centroid_bits)
+
+
+def _with_codebooks(targets: Sequence[Target], order: Sequence[int]) -> list[Target]:
+    """The targets with K, and with the codebooks that are shared: by the weights of a stage that have the same d and K.
+
+    A shared codebook's number is the place of its first weight in the model, so that no two have the same.
+    """
+    groups: dict[tuple[int, ...], list[Target]] = {}
+    for target in targets:
+        one_for_all = target.block_size is not None and target.rule.codebook == "shared"
+        key = (target.stage, target.block_size, target.n_centroids) if one_for_all else (id(target),)
+        groups.setdefault(key, []).append(target)  # type: ignore[arg-type]
+    found: dict[int, Target] = {}
+    for group in groups.values():
+        number = order.index(id(group[0].weight)) if len(group) > 1 else None
+        n_blocks = sum(math.prod(t.weight.shape) // (t.block_size or 1) for t in group)
+        for i, target in enumerate(group):
+            k = None if target.n_centroids is None else effective_centroids(n_blocks, target.n_centroids)
+            found[id(target)] = replace(target, n_centroids=k, codebook=number, brings_codebook=i == 0)
+    return [found[id(target)] for target in targets]
 
 
 def rest_bits(schemes: Iterable[str]) -> int:

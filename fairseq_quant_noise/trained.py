@@ -7,7 +7,7 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .importance import moments_in
 from .layers import adopt_quantized
 from .layers.pq import CODES
 from .networks import build
@@ -28,6 +29,7 @@ PREFIX = "quant_noise_"  # of this package's names for fairseq's models
 MODELS = ("transformer_lm", "roberta", "transformer", "efficientnet")
 OF_IMAGES = ("efficientnet",)  # those of them that fairseq does not have, and that have no words
 STAGES = "quant_noise_stages"  # in a checkpoint's extra_state: the stages done
+IMPORTANCE = "quant_noise_importance"  # beside it: of the weights that are dense, where the optimizer cannot tell it
 
 PADDING = 1  # fairseq's index of the padding word
 _SIDE = r"(decoder|encoder|encoder\.sentence_encoder)"  # that embeds words
@@ -73,6 +75,7 @@ class Trained:
     state: dict[str, Any]  # as fairseq wrote it, but for the names of old weights
     model: nn.Module  # in plain PyTorch, under fairseq's names, with its weights; eval mode
     config: dict[str, Any]  # what a packed file records (`Manifest.model`)
+    importance: dict[str, Tensor] = field(default_factory=dict)  # see `importance_in`, where it was asked for
 
 
 def load_trained(path: str | Path) -> Trained:
@@ -94,8 +97,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def as_trained(path: str | Path, state: dict[str, Any]) -> Trained:
     """`load_trained` of a checkpoint that has been read; `path` is for messages."""
     config = packed_config(path, state)
-    with torch.device("meta"):
-        model = build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
+    model = _bare_network(config)
     weights: dict[str, Tensor] = state["model"]
     adopt_quantized(model, weights)
     _check_finite(path, weights)
@@ -104,6 +106,25 @@ def as_trained(path: str | Path, state: dict[str, Any]) -> Trained:
     except RuntimeError as error:
         raise UserError(f"checkpoint {path}: does not fit its own configuration ({_first_line(error)})") from None
     return Trained(state, model.eval(), config)
+
+
+def _bare_network(config: Mapping[str, Any]) -> nn.Module:
+    with torch.device("meta"):
+        return build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
+
+
+def importance_in(path: str | Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Adam's second moments in a checkpoint that has been read, by the name of the weight; empty where it has none.
+
+    Those that pruning, sharing or a stage left in it, or else those of its optimizer, if its network is known here.
+    """
+    kept: dict[str, Tensor] | None = (state.get("extra_state") or {}).get(IMPORTANCE)
+    if kept is not None:
+        return dict(kept)
+    try:
+        return moments_in(state, _bare_network(packed_config(path, state)))
+    except UserError:
+        return {}
 
 
 def _check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:

@@ -8,20 +8,29 @@ the state is in the checkpoint, ties stay tied, and the k-means of the weights i
 
 import logging
 import time
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import fairseq.quantization_utils
+import fairseq.utils
+import torch
+from fairseq.file_io import PathManager
+from torch import Tensor
 
+from .calibration import GRADIENT_BATCHES, squared_gradients
+from .checkpoints import is_packed
 from .cli_errors import exits_on_user_error
 from .errors import UserError
+from .importance import follow
 from .models.quantizable import Quantizable
 from .noise import attach_rules
-from .optimizer_carry import carry_over
+from .optimizer_carry import carry_over, second_moments
 from .plan import Plan
 from .quantize import quantize_inputs, quantize_targets, quantized_state
-from .ranks import check_same
+from .ranks import check_same, gather, rank_and_world
 from .table import MIB, Table, make_table, resolve_stages
-from .trained import STAGES
+from .trained import IMPORTANCE, STAGES, importance_in, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +64,9 @@ class StageController:
             self.starts = stage_starts(self.plan, self.total)
         self.done = 0  # stages quantized so far
         self.origin: int | None = None  # the update (or epoch, from 0) at which the first stage started
+        self.importance: dict[str, Tensor] = {}  # of the weights of the stages to come, in bfloat16 on the CPU
+        self.weighed = False  # whether it is there, or was for stages that are done
+        self.epoch = 1
         self.loading = False
 
     def set_trainer(self, trainer: Any) -> None:
@@ -79,6 +91,7 @@ class StageController:
 
     def begin_epoch(self, epoch: int) -> None:
         """Called by the Trainer as an epoch (from 1) begins."""
+        self.epoch = epoch
         now = epoch - 1 if self.by_epoch else self.trainer.get_num_updates()
         if self.origin is None:  # a run that goes on from a dense checkpoint shares what is left
             self.origin = now
@@ -99,15 +112,30 @@ class StageController:
 
     def _quantize_stage(self, stage: int) -> None:
         targets = [t for t in self.targets if t.stage == stage]
+        if not self.weighed and self.plan.weighs:
+            self._weigh_by(second_moments_of(self.trainer), "the second moments of Adam in this training")
+        if not self.weighed and self.plan.weighs:
+            self._weigh_by(_gradients(self.trainer, self.epoch), f"the gradients of {GRADIENT_BATCHES} batches")
         where = f"stage {stage + 1} of {len(self.starts)}"
         logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
         started = time.perf_counter()
-        quantize_targets(targets, seed=self.trainer.cfg.common.seed, where=f"{where} ")
+        quantize_targets(targets, seed=self.trainer.cfg.common.seed, importance=self.importance, where=f"{where} ")
+        for target in targets:
+            self.importance.pop(target.weight.tensor_name, None)
         check_same(quantized_state(self.trainer.get_model()), f"after {where}")
         if self.plan.activations is not None:
             quantize_inputs(self.trainer.get_model(), self.plan.activations, targets)
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
         self._rebuild_optimizer()
+
+    def _weigh_by(self, moments: Mapping[str, Tensor], what: str) -> None:
+        """Keep what k-means needs of the moments, if there are any: the dense network's, for all stages."""
+        names = [t.weight.tensor_name for t in self.targets if t.block_size is not None]
+        found = {name: moments[name] for name in names if name in moments}
+        if found:
+            self.importance = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in found.items()}
+            self.weighed = True
+            logger.info(f"k-means weighs errors by {what}")
 
     def _rebuild_optimizer(self) -> None:
         """A new optimizer for the new parameters, with the old one's memory and the schedule where it was."""
@@ -125,6 +153,8 @@ class StageController:
     def _save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
         if self.plan.stages:
             extra_state = {**extra_state, STAGES: self.state_dict()}
+        if self.importance:
+            extra_state = {**extra_state, IMPORTANCE: self.importance}
         return self._save(filename, extra_state)
 
     def _load_checkpoint(self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
@@ -134,9 +164,13 @@ class StageController:
         finally:
             self.loading = False
         state = (extra_state or {}).get(STAGES)
-        if state is not None and state["plan"]["stages"]:  # else a plan of noise alone trained it
-            with exits_on_user_error():
+        with exits_on_user_error():
+            if state is not None and state["plan"]["stages"]:  # else a plan of noise alone trained it
                 self._resume(filename, state, reset_optimizer)
+                self.importance, self.weighed = dict(extra_state.get(IMPORTANCE, {})), self.done > 0
+            elif extra_state is not None and reset_optimizer and self.plan.weighs:
+                moments = _moments_in_file(filename, self.trainer.get_model())
+                self._weigh_by(moments, f"the second moments of Adam in {filename}")
         return extra_state
 
     def _resume(self, filename: str, state: dict[str, Any], reset: bool) -> None:
@@ -151,6 +185,45 @@ class StageController:
         if reset and self.done:  # updates count from 0 again: the stage in progress begins now
             self.origin = -self.starts[self.done - 1]
         self.trainer._wrapped_model = None  # a DDP wrapper from before holds the dense parameters
+
+
+def second_moments_of(trainer: Any) -> dict[str, Tensor]:
+    """Adam's second moments in the optimizer of a training, by the parameter's name."""
+    moments = second_moments(trainer.optimizer)
+    named = trainer.get_model().named_parameters(remove_duplicate=False)
+    return {name: moments[id(parameter)] for name, parameter in named if id(parameter) in moments}
+
+
+def _moments_in_file(filename: str, model: Any) -> dict[str, Tensor]:
+    """Those that the checkpoint holds from which the model was loaded; rank 0 reads it, as for the loading."""
+    found: dict[str, Tensor] = {}
+    if rank_and_world()[0] == 0 and not is_packed(filename):
+        state = read_checkpoint(PathManager.get_local_path(filename))
+        taken = model.quant_noise_layers.taken(model, state["model"])
+        found = follow(importance_in(filename, state), state["model"], taken)
+    of_rank: list[dict[str, Tensor]] = gather(found)
+    return of_rank[0]
+
+
+def _gradients(trainer: Any, epoch: int) -> dict[str, Tensor]:
+    """Squared gradients on the first batches of the training data; a rank's own, which encodes its own share."""
+    data, cfg = trainer.task.dataset(trainer.cfg.dataset.train_subset), trainer.cfg.dataset
+    batches = trainer.task.get_batch_iterator(
+        data,
+        max_tokens=cfg.max_tokens,
+        max_sentences=cfg.batch_size,
+        max_positions=fairseq.utils.resolve_max_positions(
+            trainer.task.max_positions(), trainer.get_model().max_positions()
+        ),
+        ignore_invalid_inputs=True,
+        required_batch_size_multiple=cfg.required_batch_size_multiple,
+        seed=trainer.cfg.common.seed,
+        epoch=epoch,
+        disable_iterator_cache=True,  # or the training would go on behind these batches
+    ).next_epoch_itr(shuffle=True)
+    samples = (trainer._prepare_sample(sample)[0] for sample in islice(batches, GRADIENT_BATCHES))
+    scale = getattr(getattr(trainer.optimizer, "scaler", None), "loss_scale", 1.0)
+    return squared_gradients(trainer.get_model(), trainer.get_criterion(), samples, scale)
 
 
 def _check_trainer(trainer: Any, plan: Plan) -> None:

@@ -7,7 +7,7 @@
 #     bash recipes/evidence.sh --page     the page from what is there so far: evidence.md, evidence.png, evidence.jsonl
 #
 #     OUT=runs/evidence      where everything goes
-#     SEEDS="1 2 3"          ONLY="none proxy-0.05"    only these networks
+#     SEEDS="1 2 3"          ONLY="none proxy-0.05"    only these networks      ONLY_FILES="one-shot ipq"    only these files
 #     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
 #     UPDATES=3000  IPQ_UPDATES=300  VOCAB_SIZE=4000    one set of them for one OUT
 set -euo pipefail
@@ -28,6 +28,10 @@ export VOCAB_SIZE="${VOCAB_SIZE:-4000}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 whole_numbers JOBS UPDATES IPQ_UPDATES VOCAB_SIZE
 for name in $ONLY; do
   [[ " $NETWORKS " == *" $name "* ]] || die "ONLY names a network '$name'; there are: $NETWORKS"
+done
+MADE="$(module recipes.evidence.grid --list | cut -d: -f2 | tr '\n' ' ')"
+for name in ${ONLY_FILES:-}; do
+  [[ " $MADE " == *" $name "* ]] || die "ONLY_FILES names a file '$name'; --list shows what there is"
 done
 need python fairseq-train fairseq-eval-lm fairseq-quant-noise
 
@@ -69,6 +73,7 @@ network() {
   step "$1 $2: train" "$run/.trained" quietly "$run/train.log" train "$run"
   step "$1 $2: evaluate" "$run/.eval-dense" lm_evaluate "$run/dense/checkpoint_best.pt" "$run/eval-dense.log"
   for file in "${FILES[@]}"; do
+    if [ -n "${ONLY_FILES:-}" ] && [[ " $ONLY_FILES " != *" $file "* ]]; then continue; fi
     step "$1 $2: $file" "$run/.$file" quietly "$run/$file.log" pack "$run" "$file"
     step "$1 $2: evaluate $file" "$run/.eval-$file" lm_evaluate "$run/$file.safetensors" "$run/eval-$file.log"
   done

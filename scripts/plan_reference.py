@@ -59,12 +59,14 @@ def default_of(field: Field) -> str:
     """As in YAML."""
     if field.default is MISSING:
         return "required" if field.default_factory is MISSING else ""
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
     return "none" if field.default is None else f"`{field.default}`"
 
 
 def type_of(field: Field) -> str:
     """In words of YAML."""
-    names: dict[Any, str] = {str: "text", int: "whole number", float: "number"}
+    names: dict[Any, str] = {str: "text", int: "whole number", float: "number", bool: "true or false"}
     known = {
         str | tuple[str, ...]: "text or list",
         source.Setting: "whole number or mapping",

@@ -12,7 +12,9 @@ from lm_fixture import PLANS, split, state_of
 import fairseq_quant_noise.quantize
 from fairseq_quant_noise import quantize_, ranks
 from fairseq_quant_noise.errors import UserError
-from fairseq_quant_noise.quantize import encode
+from fairseq_quant_noise.quantize import encode_together
+from fairseq_quant_noise.safe_load import safe_load
+from fairseq_quant_noise.trained import importance_in
 from fairseq_quant_noise.training import StageController
 
 STAGES = PLANS["adaptive"]["stages"]
@@ -44,12 +46,12 @@ def train_rank(rank, lab, jobs, outs):
     for job, out in zip(jobs, outs, strict=True):
         encoded = []
 
-        def spy(name, *args, encoded=encoded, **kwargs):
-            encoded.append(name)
-            return encode(name, *args, **kwargs)
+        def spy(names, *args, encoded=encoded, **kwargs):
+            encoded.extend(names)
+            return encode_together(names, *args, **kwargs)
 
         with (
-            mock.patch.object(fairseq_quant_noise.quantize, "encode", spy),
+            mock.patch.object(fairseq_quant_noise.quantize, "encode_together", spy),
             astray(rank) if job.get("astray") else contextlib.nullcontext(),
             open(f"{out}-{rank}.err", "w") as errors,
             contextlib.redirect_stderr(errors),
@@ -120,7 +122,9 @@ def test_two_processes_train_the_stages_together(lab, runs, cluster, name, struc
     assert saved["extra_state"]["quant_noise_stages"]["done"] == 3
     assert all(torch.equal(t, first["model"][name]) for name, t in saved["model"].items())
     first_stage = {"stages": STAGES[:1], "structure": structure}
-    alone = quantize_(lab.load(runs.stock("adaptive").path), first_stage, seed=3).state_dict()
+    dense = runs.stock("adaptive").path
+    importance = importance_in(dense, safe_load(dense))
+    alone = quantize_(lab.load(dense), first_stage, seed=3, importance=importance).state_dict()
     codes = {name: t for name, t in alone.items() if name.endswith(".codes")}
     assert len(codes) == 4
     assert all(torch.equal(t, saved["model"][name]) for name, t in codes.items())

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 from stacks import net
-from toys import INPUTS_PLAN, INT_PLANS, TOKENS, ZOO_PLAN, quiet, zoo
+from toys import INPUTS_PLAN, INT_PLANS, SHARED_PLAN, TOKENS, ZOO_PLAN, quiet, zoo
 
 from fairseq_quant_noise import load, quantize_, save, share_layers_
 from fairseq_quant_noise.artifact.manifest import FORMAT_VERSION, Manifest, QuantizedTensor
 
 SPEC = Path(__file__).parents[1] / "docs/file_format.md"
 FEW = {"stages": [{"match": "fc|emb", "block_size": 4, "n_centroids": 3}]}
-PLANS = {"pq": ZOO_PLAN, "pq of 3 centroids": FEW, "inputs": INPUTS_PLAN, **INT_PLANS}
+PLANS = {"pq": ZOO_PLAN, "pq of 3 centroids": FEW, "shared codebooks": SHARED_PLAN, "inputs": INPUTS_PLAN, **INT_PLANS}
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ UNKNOWN = [
     ({"noises": []}, "plan: unknown key 'noises'; known keys: noise, stages, centroids"),
     ({"noise": [NOISE | {"size": 8}]}, r"plan: noise\[0\]: unknown key 'size'; known keys: match, p, kind, block_size"),
     ({"stages": [{"match": "a"}, {"match": "b", "k": 8}]}, r"plan: stages\[1\]: unknown key 'k'"),
-    ({"centroids": {"bits": 8}}, "plan: centroids: unknown key 'bits'; known keys: dtype"),
+    ({"centroids": {"bits": 8}}, "plan: centroids: unknown key 'bits'; known keys: dtype, weighted"),
     ({1: 2}, "unknown key '1'"),
 ]
 MISSING = [
@@ -201,6 +201,7 @@ STAGE_VALUES = [
     ({"updates": True}, "updates is True"),
 ]
 CENTROIDS = [({"centroids": {"dtype": d}}, "unknown dtype .*; known dtypes: fp16") for d in ("int4", "fp32", 16, None)]
+CENTROIDS += [({"centroids": {"weighted": w}}, "weighted is .*; give true or false") for w in ("no", 1, None)]
 ACTIVATIONS = [
     ("int8", "activations must be a mapping of keys to values, not str"),
     ({"bit": 8}, "activations: unknown key 'bit'; known keys: bits, range, calibration_batches"),

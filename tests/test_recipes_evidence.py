@@ -55,7 +55,7 @@ def test_the_shell_reads_what_the_grid_writes(tmp_path):
     )
     assert done.stdout.split("|")[:-1] == [
         *("shared", "every-other", "--share-layers", "2", "--decoder-layerdrop", "0.2"),
-        *("one-shot ipq", "ipq"),
+        *("one-shot ipq ipq-k64", "ipq ipq-k64"),
     ]
 
 
@@ -115,3 +115,9 @@ def test_a_network_that_is_not_there_is_named(tmp_path):
     done = recipe("evidence.sh", cwd=tmp_path, ONLY="none proxi", OUT=str(tmp_path / "out"))
     assert done.returncode == 2
     assert done.stderr.startswith("error: ONLY names a network 'proxi'; there are: none proxy-0.02")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    done = recipe("evidence.sh", cwd=tmp_path, ONLY_FILES="ipq ipq-d5", OUT=str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stderr == "error: ONLY_FILES names a file 'ipq-d5'; --list shows what there is\n"

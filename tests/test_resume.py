@@ -63,7 +63,7 @@ def copy_half(source, target):
 
 
 MOMENTS = {  # in the order in which one run meets them
-    "inside the first k-means": lambda: at_call(fairseq_quant_noise.quantize, "encode", 3),
+    "inside the first k-means": lambda: at_call(fairseq_quant_noise.quantize, "encode_together", 3),
     "while a checkpoint is written": lambda: at_call(checkpoint_files.torch, "save", 2, save_half),
     "while it is copied to checkpoint_last.pt": lambda: at_call(
         checkpoint_files.shutil, "copyfile", 1, copy_half, lambda source, target: "last" in target

@@ -100,6 +100,14 @@ ZOO_PLAN = {
         {"match": "conv", "block_size": 9},
     ]
 }
+#: The same with a codebook for fc and attn together.
+SHARED_PLAN = {
+    "stages": [
+        {"match": r"fc|attn\..*", "block_size": 4, "codebook": "shared"},
+        {"match": "emb", "block_size": 8},
+        {"match": "conv", "block_size": 9},
+    ]
+}
 #: The same in N bits, by the kinds of range, and in two schemes.
 INT_PLANS = {
     "int8": {"stages": [{"match": ".*", "scheme": "int8"}]},

@@ -11,7 +11,8 @@
 
 `tensors` lists the quantized tensors. Tensor NAME is stored, codes packed as `bits.py` says, as
 
-    scheme pq     NAME.codes (U8), NAME.centroids (F16); with centroid_bits 8: U8, and NAME.affine (F32, (2, 1))
+    scheme pq     NAME.codes (U8), NAME.centroids (F16); with centroid_bits 8: U8, and NAME.affine (F32, (2, 1));
+                  with "codebook": OTHER, the codes alone: centroids and affine are those of the tensor OTHER
     scheme intN   NAME.codes (U8), NAME.affine (F32, (2, channels)): scales, then zero points
 
 and every other tensor under its own name, as it was. `ties` are tensors that another one stores; `layers` are stacks
@@ -31,7 +32,8 @@ from ..layers.scalar import int_bytes
 from ..scalar import BITS, SCHEMES, bits_of
 from .bits import code_bits
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4  # that of a file with shared codebooks
+_WITHOUT_SHARED = 3  # that of any other file, as before there were any
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
 _MOST_DIMENSIONS = 5  # of a weight: those of a Conv3d
@@ -48,6 +50,7 @@ class QuantizedTensor:
     n_centroids: int | None = None  # K, of pq
     centroid_bits: int = 16  # of pq: 16 (fp16) or 8
     channels: int = 1  # of intN: how many scales
+    codebook: str | None = None  # of pq: the tensor whose centroids it uses; None: its own
 
     @property
     def bits(self) -> int | None:
@@ -69,7 +72,7 @@ class QuantizedTensor:
         """By the paper's accounting (`table.py`)."""
         if self.block_size is None or self.n_centroids is None:
             return int_bytes(math.prod(self.shape), self.bits or 32)
-        return pq_bytes(self.n_codes, self.block_size, self.n_centroids, self.centroid_bits)
+        return pq_bytes(self.n_codes, self.block_size, self.n_centroids, 0 if self.codebook else self.centroid_bits)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not the default."""
@@ -82,8 +85,8 @@ class QuantizedTensor:
             fits = self.block_size is not None and self.n_centroids in range(257) and self.centroid_bits in (8, 16)
             numbers += (self.block_size, self.n_centroids)  # type: ignore[operator]
         else:
-            fits = self.scheme in SCHEMES and self.block_size is None and self.n_centroids is None
-        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS
+            fits = self.scheme in SCHEMES and self.block_size is None and self.n_centroids is self.codebook is None
+        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS and isinstance(self.codebook, str | None)
         if not fits or not all(type(n) is int and n > 0 for n in numbers):
             raise DamagedFileError(f"its manifest is damaged (a tensor entry {self!r} that no version writes)")
 
@@ -101,6 +104,11 @@ class Manifest:
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by module: bits and range of its input
 
     @property
+    def format_version(self) -> int:
+        """The lowest that has all that the file needs."""
+        return FORMAT_VERSION if any(entry.codebook for entry in self.tensors.values()) else _WITHOUT_SHARED
+
+    @property
     def is_pruned(self) -> bool:
         """Whether the plan took layers out."""
         structure = self.plan.get("structure")
@@ -109,7 +117,7 @@ class Manifest:
     def to_json(self, sha256: str = ZERO_HASH) -> str:
         """One line, sorted keys: the same manifest gives the same bytes."""
         tensors = {name: entry.to_dict() for name, entry in self.tensors.items()}
-        content = asdict(self) | {"tensors": tensors, "format_version": FORMAT_VERSION, "sha256": sha256}
+        content = asdict(self) | {"tensors": tensors, "format_version": self.format_version, "sha256": sha256}
         return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
     @classmethod
@@ -123,10 +131,10 @@ class Manifest:
             content = parse_json(text)
             version = content.pop("format_version")
             sha256 = content.pop("sha256")
-            if version != FORMAT_VERSION:
+            if type(version) is not int or version not in (_WITHOUT_SHARED, FORMAT_VERSION):
                 raise DamagedFileError(
-                    f"format version {version!r} is unknown here (this package reads {FORMAT_VERSION}); "
-                    "update fairseq_quant_noise"
+                    f"format version {version!r} is unknown here (this package reads {_WITHOUT_SHARED} and "
+                    f"{FORMAT_VERSION}); update fairseq_quant_noise"
                 )
             tensors = {name: _quantized_tensor(entry) for name, entry in content.pop("tensors").items()}
             manifest = cls(**{f.name: content.pop(f.name) for f in fields(cls) if f.name != "tensors"}, tensors=tensors)
@@ -135,6 +143,7 @@ class Manifest:
                 raise
             raise DamagedFileError(f"its manifest is damaged ({type(error).__name__}: {error})") from None
         _check_types(manifest, sha256)
+        _check_codebooks(manifest, version)
         return manifest, sha256
 
 
@@ -163,6 +172,19 @@ def _quantized_tensor(entry: Any) -> QuantizedTensor:
     tensor = QuantizedTensor(**(entry | {"shape": tuple(entry["shape"])}))
     tensor.check()
     return tensor
+
+
+def _check_codebooks(manifest: Manifest, version: int) -> None:
+    """A shared codebook is that of a tensor with its own, of the same blocks and centroids."""
+    if version != manifest.format_version:
+        raise DamagedFileError(f"its manifest is damaged (version {version}, which such a file does not have)")
+    for name, entry in manifest.tensors.items():
+        owner = manifest.tensors.get(entry.codebook or name)
+        if owner is None or owner.codebook is not None and entry.codebook is not None:
+            raise DamagedFileError(f"tensor {name}: damaged (its codebook {entry.codebook!r} is not in the file)")
+        same = ("block_size", "n_centroids", "centroid_bits")
+        if any(getattr(owner, key) != getattr(entry, key) for key in same):
+            raise DamagedFileError(f"tensor {name}: damaged (its codebook {entry.codebook!r} has other centroids)")
 
 
 def _check_types(manifest: Manifest, sha256: Any) -> None:

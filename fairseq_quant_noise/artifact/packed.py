@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layers import QuantizedWeight, input_quantizers, quantized_weights
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..layers.inputs import InputQuantizer
-from ..layers.pq import CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE
+from ..layers.pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight
 from ..layers.scalar import AFFINE, SPEC
 from ..plan import Plan
 from ..scalar import Affine
@@ -55,6 +55,12 @@ class Packed:
         return {**self.manifest.ties, **layer_ties(self.manifest.layers, stored)}
 
     @cached_property
+    def _shared(self) -> dict[str, int]:
+        """The number of each codebook that several tensors use, by the tensor that stores it."""
+        owners = {entry.codebook for entry in self.manifest.tensors.values()}
+        return {name: number for number, name in enumerate(self.manifest.tensors) if name in owners}
+
+    @cached_property
     def dense_names(self) -> list[str]:
         """The tensors that are stored as they are."""
         inside = {part for name in self.manifest.tensors for part in self.parts(name)}
@@ -67,7 +73,7 @@ class Packed:
         return [f"{name}.{part}" for part in PARTS if f"{name}.{part}" in self.tensors]
 
     def tensor_bytes(self, name: str) -> int:
-        """Bytes in the file of the tensor `name`: of codes and what they need, or of the dense tensor."""
+        """Bytes in the file of the tensor `name`: of codes and what they need of their own, or of the dense tensor."""
         return sum(self.tensors[part].numel() * self.tensors[part].element_size() for part in self.parts(name))
 
     def _quantized_state(self, name: str, entry: QuantizedTensor) -> Iterator[tuple[str, Tensor]]:
@@ -78,11 +84,14 @@ class Packed:
             yield SPEC, torch.tensor([entry.bits, 0], dtype=torch.uint8)
             return
         yield CODES, codes.view(entry.shape[0], -1)
-        centroids = self.tensors[f"{name}.{CENTROIDS}"]
+        owner = entry.codebook or name
+        centroids = self.tensors[f"{owner}.{CENTROIDS}"]
+        if owner in self._shared:
+            yield CODEBOOK, torch.tensor(self._shared[owner], dtype=torch.int32)
         if entry.centroid_bits == 16:
             yield CENTROIDS, centroids.float()
         else:
-            both = self.tensors[f"{name}.{AFFINE}"]
+            both = self.tensors[f"{owner}.{AFFINE}"]
             yield CENTROIDS, Affine.of_tensor(both, entry.centroid_bits).decode(centroids)
             yield FILE_AFFINE, both
             yield CENTROID_BITS, torch.tensor(entry.centroid_bits, dtype=torch.uint8)
@@ -99,7 +108,11 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     from .. import __version__
 
     quantized = {tensor_name(name): weight for name, weight in quantized_weights(model).items()}
-    entries = {n: QuantizedTensor(w.scheme, tuple(w.shape), **w.facts()) for n, w in quantized.items()}
+    codebooks = _codebooks(quantized)
+    entries = {
+        name: QuantizedTensor(weight.scheme, tuple(weight.shape), **weight.facts(), codebook=codebooks.get(name))
+        for name, weight in quantized.items()
+    }
     tensors, ties = _each_once(model)
     inputs = {
         name: {"bits": q.bits, "low": float(q.range[0]), "high": float(q.range[1])}
@@ -110,6 +123,8 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     for name, weight in quantized.items():
         parts = weight.parts()
         parts[CODES] = pack_bits(parts[CODES], entries[name].code_bits)
+        if name in codebooks:
+            parts = {CODES: parts[CODES]}
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     manifest = Manifest(
         producer=f"fairseq_quant_noise {__version__}",
@@ -121,6 +136,14 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
         inputs=inputs,
     )
     return Packed({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, manifest)
+
+
+def _codebooks(quantized: Mapping[str, QuantizedWeight]) -> dict[str, str]:
+    """For each tensor that uses the codebook of one before it: that one."""
+    first: dict[int, str] = {}
+    users = {name: weight for name, weight in quantized.items() if isinstance(weight, PQWeight)}
+    owners = {name: first.setdefault(id(weight.centroids), name) for name, weight in users.items()}
+    return {name: owner for name, owner in owners.items() if name != owner}
 
 
 def _each_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

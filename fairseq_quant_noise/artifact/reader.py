@@ -159,9 +159,9 @@ def _check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
 def _wrong(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
     """What is wrong with the stored parts of a quantized tensor, or None."""
     needed = {CODES: torch.uint8}
-    if entry.bits is None:
+    if entry.bits is None and entry.codebook is None:
         needed[CENTROIDS] = torch.float16 if entry.centroid_bits == 16 else torch.uint8
-    if entry.bits is not None or entry.centroid_bits == 8:
+    if entry.bits is not None or (entry.centroid_bits == 8 and entry.codebook is None):
         needed[AFFINE] = torch.float32
     if {part: tensor.dtype for part, tensor in parts.items()} != needed:
         return "its parts are not " + ", ".join(f"{part} ({dtype})" for part, dtype in needed.items())
@@ -176,12 +176,12 @@ def _wrong(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
 
 
 def _wrong_codebook(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
-    k, centroids = entry.n_centroids or 0, parts[CENTROIDS]
-    if tuple(centroids.shape) != (k, entry.block_size):
+    k, centroids = entry.n_centroids or 0, parts.get(CENTROIDS)
+    if centroids is not None and tuple(centroids.shape) != (k, entry.block_size):
         return "centroids' shape"
     if k < 2**entry.code_bits and largest_code(parts[CODES], entry.n_codes, entry.code_bits) >= k:
         return f"a code beyond its {k} centroids"
-    if centroids.is_floating_point() and not bool(torch.isfinite(centroids).all()):
+    if centroids is not None and centroids.is_floating_point() and not bool(torch.isfinite(centroids).all()):
         return "a centroid that is not finite"
     return None
 

@@ -1,7 +1,7 @@
 """The inner loops, each with one signature and several forms, of which one is chosen at run time: plain torch
 (`reference.py`), compiled for a CPU where there is a C++ compiler (`cpu.py`), in Triton on a GPU (`gpu.py`).
 
-    nearest(points, centroids)             the E-step of k-means
+    nearest(points, centroids, weights)    the E-step of k-means; the forms have its core, `least`
     decode(codes, centroids)               a weight out of its codes
     linear(x, codes, centroids, bias)      a product with a weight in codes, without decoding it
 
@@ -14,17 +14,25 @@ from torch import Tensor
 from . import cpu, gpu, reference
 
 
-def nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    """For each point the nearest centroid: argmin_k || c_k ||^2 - 2 b.c_k, the first one where several are least.
+def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
+    """For each point b the nearest centroid, the first one where several are.
+
+    argmin_k sum_j h_j (b_j - c_kj)^2 = argmin_k sum_j h_j c_kj^2 - 2 h_j b_j c_kj,   h the point's weights, 1 without.
 
     Args:
         points: (n, d) float32 or float64.
         centroids: (K, d), of the same dtype.
+        weights: (n, d), of the same dtype, 0 or more.
     Returns:
         (n,) int64.
     """
+    squares, slope = centroids.square(), centroids.t() * -2  # (K, d), (d, K)
+    bias = squares.sum(1)  # (K,)
+    if weights is not None:
+        points, slope = torch.cat([weights * points, weights], 1), torch.cat([slope, squares.t()])  # (n, 2 d), (2 d, K)
+        bias = torch.zeros_like(bias)
     form = cpu if cpu.takes(points) else reference
-    return form.nearest(points, centroids)
+    return form.least(points, slope, bias)
 
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:

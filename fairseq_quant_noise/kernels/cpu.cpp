@@ -60,7 +60,7 @@ struct Lanes<double> {
 // out[i] = argmin_k bias[k] + sum_j points[i][j] * slope[j][k], the first one where several are least.
 // D is d where it is known when compiled, else 0.
 template <typename T, int D>
-void nearest(const T* points, int64_t n, int64_t d, const T* slope, const T* bias, int64_t k, int64_t* out) {
+void least(const T* points, int64_t n, int64_t d, const T* slope, const T* bias, int64_t k, int64_t* out) {
   using V = typename Lanes<T>::values;
   using I = typename Lanes<T>::numbers;
   constexpr int size = Lanes<T>::size;
@@ -94,11 +94,13 @@ void nearest(const T* points, int64_t n, int64_t d, const T* slope, const T* bia
 template <typename T>
 void dispatch(const T* points, int64_t n, int64_t d, const T* slope, const T* bias, int64_t k, int64_t* out) {
   switch (d) {
-    case 4: return nearest<T, 4>(points, n, d, slope, bias, k, out);
-    case 8: return nearest<T, 8>(points, n, d, slope, bias, k, out);
-    case 9: return nearest<T, 9>(points, n, d, slope, bias, k, out);
-    case 16: return nearest<T, 16>(points, n, d, slope, bias, k, out);
-    default: return nearest<T, 0>(points, n, d, slope, bias, k, out);
+    case 4: return least<T, 4>(points, n, d, slope, bias, k, out);
+    case 8: return least<T, 8>(points, n, d, slope, bias, k, out);
+    case 9: return least<T, 9>(points, n, d, slope, bias, k, out);
+    case 16: return least<T, 16>(points, n, d, slope, bias, k, out);
+    case 18: return least<T, 18>(points, n, d, slope, bias, k, out);
+    case 32: return least<T, 32>(points, n, d, slope, bias, k, out);
+    default: return least<T, 0>(points, n, d, slope, bias, k, out);
   }
 }
 
@@ -203,7 +205,7 @@ extern "C" {
 
 void set_team(Team parallel) { team = parallel; }
 
-#define NEAREST(name, T)                                                                                             \
+#define LEAST(name, T)                                                                                               \
   void name(const T* points, int64_t n, int64_t d, const T* slope, const T* bias, int64_t k, int64_t* out,           \
             int64_t threads) {                                                                                       \
     constexpr int64_t part = 1 << 12;                                                                                \
@@ -212,8 +214,8 @@ void set_team(Team parallel) { team = parallel; }
       dispatch(points + start * d, count, d, slope, bias, k, out + start);                                           \
     });                                                                                                              \
   }
-NEAREST(nearest_float, float)
-NEAREST(nearest_double, double)
+LEAST(least_float, float)
+LEAST(least_double, double)
 
 // out (n, rows) += x (n, blocks * d) times the weight of the codes (blocks, rows), transposed.
 //   centroids  (d, 256): a column for each

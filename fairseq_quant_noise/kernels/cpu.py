@@ -34,7 +34,7 @@ _PIECE, _MANY, _LARGE_PIECE = 1 << 19, 256, 1 << 21  # numbers that are decoded 
 
 def takes(tensor: Tensor) -> bool:
     """Whether the compiled form is there for this tensor; never where torch compiles, which sees into torch alone."""
-    fits = tensor.device.type == "cpu" and tensor.dtype in _NEAREST and not torch.compiler.is_compiling()
+    fits = tensor.device.type == "cpu" and tensor.dtype in _LEAST and not torch.compiler.is_compiling()
     return fits and library() is not None
 
 
@@ -106,28 +106,28 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(found)) or f"{platform.machine()} {platform.processor()} {platform.node()}"
 
 
-_NEAREST = {torch.float32: "nearest_float", torch.float64: "nearest_double"}
+_LEAST = {torch.float32: "least_float", torch.float64: "least_double"}
 _AT, _N = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "set_team": [_AT],
-    "nearest_float": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
-    "nearest_double": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
+    "least_float": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
+    "least_double": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
     "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N, _N],
     "linear": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _N],
 }
 
 
-def nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    """See `kernels.nearest`."""
-    points, k = points.contiguous(), len(centroids)
-    d, padded = points.shape[1], -(-k // _LANES) * _LANES
-    slope = torch.zeros(d, padded, dtype=points.dtype)  # (d, K)
-    slope[:, :k] = centroids.t() * -2
-    bias = torch.full((padded,), torch.inf, dtype=points.dtype)  # (K,): what is padded is never least
-    bias[:k] = centroids.square().sum(1)
+def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
+    """See `reference.least`."""
+    points, (d, k) = points.contiguous(), slope.shape
+    padded = -(-k // _LANES) * _LANES
+    rows = torch.zeros(d, padded, dtype=points.dtype)  # (d, K)
+    rows[:, :k] = slope
+    ends = torch.full((padded,), torch.inf, dtype=points.dtype)  # (K,): what is padded is never least
+    ends[:k] = bias
     out = torch.empty(len(points), dtype=torch.long)
-    getattr(library(), _NEAREST[points.dtype])(
-        *(points.data_ptr(), len(points), d, slope.data_ptr(), bias.data_ptr(), padded, out.data_ptr()),
+    getattr(library(), _LEAST[points.dtype])(
+        *(points.data_ptr(), len(points), d, rows.data_ptr(), ends.data_ptr(), padded, out.data_ptr()),
         torch.get_num_threads(),
     )
     return out

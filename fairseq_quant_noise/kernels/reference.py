@@ -7,10 +7,9 @@ from torch import Tensor
 CPU_SCORES, GPU_SCORES = 1 << 20, 1 << 24  # distances at a time: on a CPU they stay in its cache
 
 
-def nearest(points: Tensor, centroids: Tensor) -> Tensor:
-    """See `kernels.nearest`."""
-    bias, slope = centroids.square().sum(1), centroids.t() * -2  # (K,), (d, K)
-    rank = torch.arange(len(centroids), 0, -1, device=points.device, dtype=points.dtype)  # (K,)
+def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
+    """argmin_k bias_k + points_i . slope_k for (n, d), (d, K) and (K,), the first one where several are least: (n,)."""
+    rank = torch.arange(len(bias), 0, -1, device=points.device, dtype=points.dtype)  # (K,)
     rows = min(len(points), (CPU_SCORES if points.device.type == "cpu" else GPU_SCORES) // len(rank))
     buffer, best = points.new_empty(rows, len(rank)), points.new_empty(len(points))  # (rows, K), (n,)
     for chunk, out in zip(points.split(rows), best.split(rows), strict=True):

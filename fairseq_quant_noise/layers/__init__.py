@@ -2,7 +2,7 @@
 
 from .adopt import adopt_quantized
 from .inputs import calibrating, input_quantizers, quantize_inputs_
-from .pq import PQWeight, quantize_weight_
+from .pq import PQWeight, quantize_weight_, share_codebooks_
 from .quantized import QuantizedWeight, quantized_weights
 from .scalar import IntWeight, LatentIntWeight, to_int_
 
@@ -17,5 +17,6 @@ __all__ = [
     "quantize_inputs_",
     "quantize_weight_",
     "quantized_weights",
+    "share_codebooks_",
     "to_int_",
 ]

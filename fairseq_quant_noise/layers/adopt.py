@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..weights import Weight, find_weights
 from .inputs import adopt_input_quantizers
-from .pq import CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE, PQWeight
-from .quantized import QuantizedWeight, parts_of, swap_in
+from .pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight, share_codebooks_
+from .quantized import QuantizedWeight, parts_of, quantized_weights, swap_in
 from .scalar import AFFINE, SPEC, IntWeight, LatentIntWeight, set_spec, spec_of, to_int_
 
 #: What a state holds of a quantized weight, by the last part of the name.
-STATE_PARTS = (CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE, AFFINE, SPEC, "age")
+STATE_PARTS = (CODES, CENTROIDS, CENTROID_BITS, CODEBOOK, FILE_AFFINE, AFFINE, SPEC, "age")
 
 
 def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -36,6 +36,7 @@ def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
             adopted = SPEC in parts and _adopt_latent(weight, parts)
         if adopted:
             changed.append(weight.name)
+    share_codebooks_(quantized_weights(model).values())
     adopt_input_quantizers(model, state)
     return changed
 
@@ -48,9 +49,12 @@ def _adopt_pq(weight: Weight, parts: Mapping[str, Tensor]) -> bool:
             f"do not fit a weight of shape {weight.shape}; the file is of another architecture or dictionary"
         )
     bits, affine = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)
+    codebook = int(parts[CODEBOOK]) if CODEBOOK in parts else None
     stored = weight.stored
-    if isinstance(stored, PQWeight) and (stored.bits, stored.file_affine is None) == (bits, affine is None):
-        return False
+    if isinstance(stored, PQWeight):
+        there = stored.bits, stored.file_affine is None, stored.codebook_number
+        if there == (bits, affine is None, codebook):
+            return False
     on = _device(stored)
     new = PQWeight(
         torch.empty_like(codes, device=on),
@@ -58,6 +62,7 @@ def _adopt_pq(weight: Weight, parts: Mapping[str, Tensor]) -> bool:
         weight.shape,
         bits,
         None if affine is None else torch.empty_like(affine, device=on),
+        codebook,
     )
     swap_in(weight, new)
     return True

@@ -1,40 +1,45 @@
-"""A weight as a codebook and codes:  W_hat[block i] = centroids[codes[i]]     (arXiv 2004.07320, equation 3)."""
+"""A weight as a codebook and codes:  W_hat[block i] = centroids[codes[i]]     (arXiv 2004.07320, equation 3).
+
+Several weights may share one codebook: they hold the same Parameter, and the number of the codebook says so in a state.
+"""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..kernels import decode, linear, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine
 from ..weights import Weight
 from .quantized import QuantizedWeight, dense_weight, swap_in
 
 CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE = "codes", "centroids", "centroid_bits", "file_affine"
+CODEBOOK = "codebook"  # the number of a shared codebook
 
 
 class _Lookup(torch.autograd.Function):
-    """centroids[codes], with the gradient of a centroid averaged over the blocks that use it.
+    """centroids[codes], with the gradient of a centroid averaged over the blocks that use it, in all weights.
 
     The sum that autograd would give grows with a cluster's size, so that one learning rate cannot fit all clusters
     (kill-the-bits averages too, arXiv 1907.05686 section 3.4).
     """
 
     @staticmethod
-    def forward(ctx: Any, centroids: Tensor, seen: Tensor, codes: Tensor) -> Tensor:
-        """`seen` is what the lookup reads: the centroids, or what their 8-bit codes make of them."""
-        ctx.save_for_backward(codes)
+    def forward(ctx: Any, centroids: Tensor, seen: Tensor, codes: Tensor, count: Tensor) -> Tensor:
+        """`seen` is what the lookup reads: the centroids, or what their 8-bit codes make of them; `count` is (K, 1)."""
+        ctx.save_for_backward(codes, count)
         ctx.n_centroids = centroids.shape[0]
         return seen.index_select(0, codes)  # (n, d)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (codes,) = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        codes, count = ctx.saved_tensors
         gradient = gradients[0].float()  # sums over thousands of blocks overflow or drown in half precision
         total = gradient.new_zeros(ctx.n_centroids, gradient.shape[1]).index_add_(0, codes, gradient)  # (K, d)
-        count = torch.bincount(codes, minlength=ctx.n_centroids).clamp_(min=1).unsqueeze(1)  # (K, 1)
-        return (total / count).to(gradients[0].dtype), None, None
+        return (total / count).to(gradients[0].dtype), None, None, None
 
 
 def pq_bytes(n_blocks: int, block_size: int, n_centroids: int, centroid_bits: int = 16) -> float:
@@ -51,6 +56,7 @@ class PQWeight(QuantizedWeight):
         shape: of the dense weight.
         centroid_bits: 16 for fp16 centroids, 8 for int8 ones.
         affine: (2, 1), scale and zero point of the int8 centroids of a file, which `centroids` has been decoded from.
+        codebook: the number of a shared codebook; `share_codebook_` makes it one.
     """
 
     scheme = "pq"
@@ -63,8 +69,14 @@ class PQWeight(QuantizedWeight):
         shape: tuple[int, ...],
         centroid_bits: int = 16,
         affine: Tensor | None = None,
+        codebook: int | None = None,
     ) -> None:
         super().__init__()
+        if codebook is not None:
+            self.register_buffer(CODEBOOK, torch.tensor(codebook, dtype=torch.int32))
+        self.codebook_number = codebook
+        self.users: tuple[PQWeight, ...] = (self,)  # of the codebook, this weight among them
+        self._counted: tuple[Tensor, int, Tensor] | None = None
         self.register_buffer(FILE_AFFINE, affine)
         self.register_buffer(CODES, codes)
         self.centroids = nn.Parameter(centroids)
@@ -129,8 +141,17 @@ class PQWeight(QuantizedWeight):
         codes = self.codes.flatten().long()
         if self.training:
             seen = self.centroids.detach() if self.bits == 16 else self.stored_centroids()
-            return _Lookup.apply(self.centroids, seen, codes).view(self.shape)
+            count = torch.stack([user.count() for user in self.users]).sum(0).clamp_(min=1)  # (K, 1)
+            return _Lookup.apply(self.centroids, seen, codes, count).view(self.shape)
         return self.stored_centroids().index_select(0, codes).view(self.shape)
+
+    def count(self) -> Tensor:
+        """Blocks of each centroid in this weight: (K, 1)."""
+        codes, kept = self.codes, self._counted
+        if kept is None or kept[0] is not codes or kept[1] != codes._version:
+            count = torch.bincount(codes.flatten().long(), minlength=self.n_centroids).unsqueeze(1)  # (K, 1)
+            self._counted = kept = codes, codes._version, count
+        return kept[2]
 
     def multiplies(self, x: Tensor) -> bool:
         """In evaluation without gradients (`kernels.linear`)."""
@@ -165,8 +186,9 @@ class PQWeight(QuantizedWeight):
 
     @property
     def paper_bytes(self) -> float:
-        """log2 K bits a code, fp16 or int8 centroids."""
-        return pq_bytes(self.codes.numel(), self.block_size, self.n_centroids, self.bits)
+        """log2 K bits a code, fp16 or int8 centroids; those of a shared codebook with its first user."""
+        bits = self.bits if self.users[0] is self else 0
+        return pq_bytes(self.codes.numel(), self.block_size, self.n_centroids, bits)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,7 +208,9 @@ class PQWeight(QuantizedWeight):
         return f"shape={tuple(self.shape)}, block_size={self.block_size}, n_centroids={self.n_centroids}"
 
 
-def quantize_weight_(weight: Weight, codes: Tensor, centroids: Tensor, centroid_bits: int = 16) -> PQWeight:
+def quantize_weight_(
+    weight: Weight, codes: Tensor, centroids: Tensor, centroid_bits: int = 16, codebook: int | None = None
+) -> PQWeight:
     """Put codes and centroids in the place of a stored weight, for its owner and every alias; returns the new weight.
 
     Args:
@@ -194,8 +218,28 @@ def quantize_weight_(weight: Weight, codes: Tensor, centroids: Tensor, centroid_
         codes: (rows, blocks a row) uint8.
         centroids: (K, d), taken in the dtype of the stored weight.
         centroid_bits: 16 (fp16) or 8 (int8).
+        codebook: the number of a shared one.
     """
     stored = dense_weight(weight)
-    quantized = PQWeight(codes.to(stored.device), centroids.to(stored), tuple(stored.shape), centroid_bits)
+    parts = codes.to(stored.device), centroids.to(stored)
+    quantized = PQWeight(*parts, tuple(stored.shape), centroid_bits, codebook=codebook)
     swap_in(weight, quantized)
     return quantized
+
+
+def share_codebooks_(weights: Iterable[QuantizedWeight]) -> None:
+    """Let weights whose codebook has the same number hold the first one's centroids, in place.
+
+    Raises:
+        UserError: centroids of different shapes or bits under one number.
+    """
+    users: dict[int, list[PQWeight]] = {}
+    for weight in weights:
+        if isinstance(weight, PQWeight) and weight.codebook_number is not None:
+            users.setdefault(weight.codebook_number, []).append(weight)
+    for number, of in users.items():
+        first = of[0]
+        if any((w.centroids.shape, w.bits) != (first.centroids.shape, first.bits) for w in of):
+            raise UserError(f"codebook {number}: weights with other blocks or centroids share it; the state is damaged")
+        for weight in of:
+            weight.centroids, weight.users = first.centroids, tuple(of)

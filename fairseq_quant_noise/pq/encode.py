@@ -1,6 +1,7 @@
 """A weight to codes and centroids."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from .kmeans import kmeans
 
 ITERATIONS = 20  # of k-means, the paper's setting
 FP16_MAX = 65504.0
+FLOOR = 1e-4  # of a number's importance, as a share of the mean: a number without gradient is near nothing still
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Encoded:
     relative_error: float  # ||W - W_hat|| / ||W||, Frobenius norms
 
 
-def encode(name: str, weight: Tensor, block_size: int, n_centroids: int, *, seed: int = 0) -> Encoded:
+def encode(
+    name: str, weight: Tensor, block_size: int, n_centroids: int, *, seed: int = 0, importance: Tensor | None = None
+) -> Encoded:
     """Quantize `weight` by k-means over all its blocks.
 
     Args:
@@ -32,20 +36,59 @@ def encode(name: str, weight: Tensor, block_size: int, n_centroids: int, *, seed
         weight: of any shape that `block_size` divides (see `blocks.check_block_size`).
         block_size: d.
         n_centroids: K, at most 256 and at most the number of blocks.
-        seed: of k-means; with the same weight it gives the same bits.
+        seed: of k-means; with the same weight and importance it gives the same bits.
+        importance: of the numbers' squared errors (`importance.py`), of the weight's shape; all alike without.
     Raises:
         UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold.
     """
-    weight = weight.detach()
+    return encode_together([name], [weight], block_size, n_centroids, seed=seed, importance=[importance])[0]
+
+
+def encode_together(
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    block_size: int,
+    n_centroids: int,
+    *,
+    seed: int,
+    importance: Sequence[Tensor | None],
+) -> list[Encoded]:
+    """`encode` of several weights with one codebook, by k-means over the blocks of all.
+
+    Importance counts across the weights too; where one of them has none, all errors of all count alike.
+    """
+    weights = [weight.detach() for weight in weights]
+    for name, weight in zip(names, weights, strict=True):
+        _check(name, weight)
+    blocks = torch.cat([as_blocks(weight, block_size) for weight in weights])  # (n, d)
+    given = [tensor for tensor in importance if tensor is not None]
+    counts = None
+    if len(given) == len(weights):
+        counts = _normalized(torch.cat([as_blocks(tensor.to(blocks.device), block_size) for tensor in given]))
+    found = kmeans(blocks, n_centroids, iterations=ITERATIONS, seed=seed, weights=counts)
+    parts = found.codes.split([weight.numel() // block_size for weight in weights])
+    encoded = []
+    for weight, codes in zip(weights, parts, strict=True):
+        exact = as_blocks(weight, block_size).double()
+        away = torch.linalg.vector_norm(exact - found.centroids.double()[codes.long()]).item()
+        norm = torch.linalg.vector_norm(exact).item()
+        shaped = codes.view(code_shape(tuple(weight.shape), block_size))
+        encoded.append(Encoded(shaped, found.centroids, away / norm if norm else 0.0))
+    return encoded
+
+
+def _check(name: str, weight: Tensor) -> None:
     largest = weight.abs().max().item()
     if not math.isfinite(largest):
         raise UserError(f"{name}: the weight holds NaN or infinity; quantize a checkpoint from before it diverged")
     if largest > FP16_MAX:
         raise UserError(f"{name}: a weight of {largest:.3g} does not fit fp16 centroids (at most {FP16_MAX:.0f})")
-    found = kmeans(as_blocks(weight, block_size), n_centroids, iterations=ITERATIONS, seed=seed)
-    norm = torch.linalg.vector_norm(weight.double()).item()
-    error = math.sqrt(found.sse) / norm if norm else 0.0
-    return Encoded(found.codes.view(code_shape(tuple(weight.shape), block_size)), found.centroids, error)
+
+
+def _normalized(importance: Tensor) -> Tensor | None:
+    """Weights for k-means, their mean 1; None where all are 0."""
+    mean = importance.double().mean()
+    return (importance.double() / mean).clamp(min=FLOOR).float() if mean > 0 else None
 
 
 def nearest(blocks: Tensor, centroids: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Pruning and sharing of a fairseq checkpoint: its weights, and the options that say how many layers there are.
 
-What comes out starts a new training from these weights, evaluates and quantizes; the optimizer's memory is left out.
+What comes out starts a new training from these weights, evaluates and quantizes; of the optimizer's memory only what
+k-means weighs errors by is kept.
 """
 
 from argparse import Namespace
@@ -8,9 +9,12 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import UserError
+from ..importance import follow
 from ..stock import no_training
-from ..trained import PREFIX, STAGES, Trained, as_trained, read_checkpoint, stock_name
+from ..trained import IMPORTANCE, PREFIX, STAGES, Trained, as_trained, importance_in, read_checkpoint, stock_name
 from .layer_map import kept_layers, side_of
 from .modules import keep_by_stack
 from .state import keep_state, share_state, stack_sizes
@@ -26,8 +30,9 @@ def kept_checkpoint(path: str | Path, keep: object) -> dict[str, Any]:
         UserError: a layer that there is not, the same one twice, none at all, or a part of a chunk.
     """
     state = _read(path)
+    importance, weights = importance_in(path, state), state["model"]
     keep_in(state, "--keep", keep)
-    return _begun_anew(state)
+    return _begun_anew(state, follow(importance, weights, state["model"]))
 
 
 def shared_checkpoint(path: str | Path, chunk: int, start: str) -> dict[str, Any]:
@@ -41,24 +46,28 @@ def shared_checkpoint(path: str | Path, chunk: int, start: str) -> dict[str, Any
         UserError: N does not divide the layers, the weights are quantized, or a model that this package does not know.
     """
     state = _read(path)
+    importance, weights = importance_in(path, state), state["model"]
     share_in(path, state, chunk, start)
-    return _begun_anew(state)
+    return _begun_anew(state, follow(importance, weights, state["model"]))
 
 
 def load_structured(path: str | Path, structure: Any) -> Trained:
     """The network of a checkpoint after what a plan's `structure` (or None) asks for: sharing, then pruning.
 
+    With its `importance`.
+
     Raises:
         UserError: as `load_trained`; or `structure` does not fit the checkpoint.
     """
-    if structure is None:
-        return as_trained(path, read_checkpoint(path))
-    state = _read(path)
-    if structure.share_layers > 1:
+    state = read_checkpoint(path) if structure is None else _read(path)
+    importance, weights = importance_in(path, state), state["model"]
+    if structure is not None and structure.share_layers > 1:
         share_in(path, state, structure.share_layers, structure.share_from)
-    if structure.keep_layers is not None:
+    if structure is not None and structure.keep_layers is not None:
         keep_in(state, "structure: keep_layers", structure.keep_layers)
-    return as_trained(path, state)
+    trained = as_trained(path, state)
+    trained.importance = follow(importance, weights, state["model"])
+    return trained
 
 
 def keep_in(state: dict[str, Any], where: str, keep: object) -> None:
@@ -103,10 +112,12 @@ def _options(state: Mapping[str, Any]) -> Iterator[MutableMapping[str, Any]]:
             yield vars(found) if isinstance(found, Namespace) else found
 
 
-def _begun_anew(state: dict[str, Any]) -> dict[str, Any]:
+def _begun_anew(state: Mapping[str, Any], importance: Mapping[str, Tensor]) -> dict[str, Any]:
     fresh = no_training()
     stages = (state.get("extra_state") or {}).get(STAGES)
     if stages is not None:  # which stages are done; updates count from 0 again
         origin = -stages["starts"][stages["done"] - 1] if stages["done"] else None
         fresh["extra_state"][STAGES] = {**stages, "origin": origin}
+    if importance:
+        fresh["extra_state"][IMPORTANCE] = dict(importance)
     return {**state, "last_optimizer_state": None, **fresh}

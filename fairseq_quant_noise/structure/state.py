@@ -13,7 +13,7 @@ _LAYER = re.compile(r"((?:[^.]+\.)*?layers)\.(\d+)\.(.+)")  # the stack, the num
 #: What a use of a layer has for itself, whoever stores its weights: the range of its input, the statistics of its batch
 #: normalisation.
 _OF_A_USE = re.compile(r"(.+\.)?(input_quantizer\..+|running_mean|running_var|num_batches_tracked)")
-_CODES = ("codes", "centroids", "affine", "scalar", "file_affine", "centroid_bits")
+_CODES = ("codes", "centroids", "affine", "scalar", "file_affine", "centroid_bits", "codebook")
 
 
 def stack_sizes(state: Mapping[str, object]) -> dict[str, int]:

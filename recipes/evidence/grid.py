@@ -1,7 +1,7 @@
 """The runs of recipes/evidence.sh: which networks are trained, and which packed files are made of each.
 
-    python -m recipes.evidence.grid --list                           a network a line, with its files
-    python -m recipes.evidence.grid OUT/seed-1 --updates 3000        writes NETWORK/settings for the shell, and every plan
+    python -m recipes.evidence.grid --list                       a network a line, with its files
+    python -m recipes.evidence.grid OUT/seed-1 --updates 3000    NETWORK/settings for the shell, and every plan
 
 The corpus, the network and the trainings are those of the quickstart (recipes/lib.sh).
 """
@@ -18,11 +18,19 @@ LAYERS = r"decoder\.layers\.\d+\."
 #: Feed-forward, embedding (and softmax), attention: the order of iPQ's stages.
 WEIGHTS = (LAYERS + "fc[12]", r"decoder\.embed_tokens", LAYERS + r"self_attn\.(q|k|v|out)_proj")
 BLOCKS = (8, 8, 4)
+SHARED_BLOCKS = (4, 8, 4)  # with one codebook a stage: the same bytes, for codebooks are a quarter of so small a file
 
 
-def stages(blocks: tuple[int, ...] = BLOCKS, k: int = 256, order: tuple[int, ...] = (0, 1, 2)) -> dict[str, Any]:
-    """A plan for iPQ: block sizes by WEIGHTS, K, and the order of the stages."""
-    return {"stages": [{"match": WEIGHTS[i], "block_size": blocks[i], "n_centroids": k} for i in order]}
+def stages(
+    blocks: tuple[int, ...] = BLOCKS,
+    k: int = 256,
+    order: tuple[int, ...] = (0, 1, 2),
+    codebook: str = "own",
+    **centroids: Any,
+) -> dict[str, Any]:
+    """A plan for iPQ: block sizes by WEIGHTS, K, the order of the stages. As in the paper, all errors count alike."""
+    rules = [{"match": WEIGHTS[i], "block_size": blocks[i], "n_centroids": k, "codebook": codebook} for i in order]
+    return {"stages": rules, "centroids": {"weighted": False, **centroids}}
 
 
 def rounded(scheme: str, by: str = "tensor") -> dict[str, Any]:
@@ -49,7 +57,12 @@ FILES = {
     "one-shot": File(stages(), staged=False),
     "ipq": File(stages()),
     "ipq-teacher": File(stages(), teacher=True),
-    "ipq-int8": File({**stages(), "centroids": {"dtype": "int8"}}),
+    "one-shot-weighted": File(stages(weighted=True), staged=False),
+    "ipq-weighted": File(stages(weighted=True)),
+    "one-shot-shared": File(stages(SHARED_BLOCKS, codebook="shared"), staged=False),
+    "ipq-shared": File(stages(SHARED_BLOCKS, codebook="shared")),
+    "ipq-shared-weighted": File(stages(SHARED_BLOCKS, codebook="shared", weighted=True)),
+    "ipq-int8": File(stages(dtype="int8")),
     "ipq-attention-first": File(stages(order=(2, 1, 0))),
     "ipq-embedding-first": File(stages(order=(1, 0, 2))),
     "ipq-d4": File(stages((4, 4, 4))),
@@ -61,8 +74,13 @@ FILES = {
     "int4-channel": File(rounded("int4", "channel"), staged=False),
     "int8-channel": File(rounded("int8", "channel"), staged=False),
 }
-IPQ = ("one-shot", "ipq")
-CURVES = ("ipq-d4", "ipq-d16", "ipq-k64", "ipq-k16")
+IPQ = (
+    "one-shot",
+    "ipq",
+    "ipq-k64",
+)  # the last one is as extreme as the paper's files: a twentieth of the dense network
+OURS = ("one-shot-weighted", "ipq-weighted", "one-shot-shared", "ipq-shared", "ipq-shared-weighted")
+CURVES = ("ipq-d4", "ipq-d16", "ipq-k16")
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class Network:
     keep: str = ""  # layers that are kept of `start`, which is not trained further
 
     def noise_for(self, updates: int | None = None) -> dict[str, Any]:
-        """The noise of a training of so many updates, of which a schedule takes two thirds; None: the final p throughout."""
+        """The noise of a training of so many updates, of which a schedule takes two thirds; without, the final p."""
         rules = [dict(rule) for rule in (self.noise or {"noise": []})["noise"]]
         for rule in rules:
             if (schedule := rule.pop("schedule", None)) and updates is not None:
@@ -88,7 +106,7 @@ SHARED = ("--share-layers", "2", "--decoder-layerdrop", "0.2")
 NETWORKS = {
     "none": Network((*FILES,)),
     **{f"proxy-{p}": Network(IPQ, noise("proxy", p)) for p in (0.02, 0.1, 0.2, 0.5)},
-    "proxy-0.05": Network((*IPQ, "ipq-teacher", "ipq-int8", *CURVES), noise("proxy", 0.05)),
+    "proxy-0.05": Network((*IPQ, *OURS, "ipq-teacher", "ipq-int8", *CURVES), noise("proxy", 0.05)),
     "proxy-schedule": Network(IPQ, noise("proxy", 0.1, schedule={"kind": "linear", "from": 0.0})),
     "pq-0.05": Network(IPQ, noise("pq", 0.05)),
     "pq-1": Network(IPQ, noise("pq", 1.0)),

@@ -104,7 +104,7 @@ def draw(lines: list[Line], path: Path) -> None:
 
     runs = by_run(lines)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for file in ("dense", "one-shot", "ipq"):
+    for file in ("dense", "one-shot", "ipq", "ipq-k64"):
         points = [(p, runs[run]) for run in runs if (p := noise_p(run, file)) is not None]
         errors(left, [(p, [e["ppl"] for e in of]) for p, of in sorted(points, key=lambda point: point[0])], file)
     left.set(xlabel="p of the proxy noise", ylabel="test perplexity", title="How much noise")

@@ -24,6 +24,11 @@ def random(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def nearest(form, points, centroids):
+    """As `kernels.nearest` calls a form."""
+    return form.least(points, centroids.t() * -2, centroids.square().sum(1))
+
+
 def test_the_compiled_form_is_there():
     """fairseq is built here, so there is a compiler."""
     assert cpu.library() is not None
@@ -35,8 +40,21 @@ def test_the_compiled_form_is_there():
 @settings(max_examples=25, deadline=None)
 def test_the_nearest_centroid_is_the_nearest(form, dtype, n, d, k, seed):
     points, centroids = random(n, d, seed=seed, dtype=dtype), random(k, d, seed=seed + 1, dtype=dtype)
-    found = form.nearest(points, centroids)
+    found = nearest(form, points, centroids)
     distances = torch.cdist(points.double(), centroids.double()).square()
+    chosen = distances.gather(1, found[:, None])[:, 0]
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(chosen, distances.min(1).values, rtol=tolerance, atol=tolerance)
+
+
+@dtypes
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(1, 256), st.integers(0, 2**20))
+@settings(max_examples=25, deadline=None)
+def test_the_nearest_centroid_by_weights_of_each_number(dtype, n, d, k, seed):
+    points, centroids = random(n, d, seed=seed, dtype=dtype), random(k, d, seed=seed + 1, dtype=dtype)
+    weights = random(n, d, seed=seed + 2, dtype=dtype).exp()
+    found = kernels.nearest(points, centroids, weights)
+    distances = (weights[:, None] * (points[:, None] - centroids).square()).sum(2).double()
     chosen = distances.gather(1, found[:, None])[:, 0]
     tolerance = 1e-4 if dtype == torch.float32 else 1e-11
     torch.testing.assert_close(chosen, distances.min(1).values, rtol=tolerance, atol=tolerance)
@@ -46,14 +64,14 @@ def test_the_nearest_centroid_is_the_nearest(form, dtype, n, d, k, seed):
 @dtypes
 def test_of_equal_distances_the_first_counts(form, dtype):
     centroids = torch.tensor([[3.0], [1.0], [1.0], [-1.0]], dtype=dtype).repeat(8, 1)
-    assert form.nearest(torch.tensor([[1.0], [0.0], [3.0], [-9.0]], dtype=dtype), centroids).tolist() == [1, 1, 0, 3]
+    assert nearest(form, torch.tensor([[1.0], [0.0], [3.0], [-9.0]], dtype=dtype), centroids).tolist() == [1, 1, 0, 3]
 
 
 @FORMS
 def test_points_that_are_not_contiguous(form):
     points = random(8, 500).t()
     assert torch.equal(
-        form.nearest(points, random(64, 8, seed=1)), form.nearest(points.contiguous(), random(64, 8, seed=1))
+        nearest(form, points, random(64, 8, seed=1)), nearest(form, points.contiguous(), random(64, 8, seed=1))
     )
 
 
@@ -66,7 +84,7 @@ def test_the_number_of_threads_changes_nothing():
         found = []
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results = [cpu.nearest(points, centroids), cpu.decode(codes, centroids)]
+            results = [nearest(cpu, points, centroids), cpu.decode(codes, centroids)]
             found.append([*results, *(cpu.linear(x, laid_out, centroids) for laid_out in (codes, narrow))])
     finally:
         torch.set_num_threads(before)

@@ -28,6 +28,31 @@ def test_the_relative_error_is_that_of_the_decoded_weight():
     assert 0.2 < found.relative_error < 0.8
 
 
+def test_importance_lowers_the_error_it_weighs_and_the_relative_error_is_still_that_of_the_decoded_weight():
+    weight, importance = normal(64, 64), (2 * normal(64, 64)).exp() * 1e-12
+    errors = {}
+    for weighs in (None, importance):
+        found = encode("fc", weight, 4, 16, importance=weighs)
+        away = weight - found.centroids[found.codes.long()].view(64, 64)
+        assert found.relative_error == pytest.approx((away.norm() / weight.norm()).item(), rel=1e-5)
+        errors[weighs is None] = float((importance * away.square()).sum())
+    assert errors[False] < 0.9 * errors[True]
+
+
+@pytest.mark.parametrize("importance", [torch.zeros(32, 16), torch.full((32, 16), 3e-30)])
+def test_importance_that_tells_nothing_apart_changes_no_code(importance):
+    plain, same = (encode("fc", normal(32, 16), 4, 16, importance=weighs) for weighs in (None, importance))
+    assert torch.equal(plain.codes, same.codes)
+
+
+def test_a_number_without_gradient_is_near_nothing_still():
+    importance = torch.ones(32, 16)
+    importance[16:] = 0
+    found = encode("fc", normal(32, 16), 4, 16, importance=importance)
+    away = normal(32, 16) - found.centroids[found.codes.long()].view(32, 16)
+    assert away[:16].norm() < away[16:].norm() < 0.95 * normal(32, 16)[16:].norm()
+
+
 def test_a_zero_weight_has_no_error():
     found = encode("fc", torch.zeros(8, 8), 4, 4)
     assert found.relative_error == 0.0

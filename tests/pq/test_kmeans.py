@@ -106,6 +106,41 @@ def test_more_iterations_lower_the_error():
     assert errors[0] > errors[2]
 
 
+@given(n=st.integers(1, 300), d=st.integers(1, 9), k=st.integers(1, 64), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_by_weights_of_the_numbers(n, d, k, seed):
+    """Nearest by the weights, and an honest error."""
+    vectors, weights = (normal(n, d, seed) * 3).round(), normal(n, d, seed + 10).exp()
+    found = kmeans(vectors, k, iterations=5, seed=seed, weights=weights)
+    errors = (weights.double()[:, None] * (vectors.double()[:, None] - found.centroids.double()).square()).sum(2)
+    chosen = errors.gather(1, found.codes.long()[:, None])[:, 0]  # (n,)
+    assert torch.allclose(chosen, errors.min(1).values, rtol=1e-9, atol=1e-9)
+    assert found.sse == pytest.approx(chosen.sum().item(), rel=1e-9, abs=1e-300)
+
+
+def test_at_a_fixed_point_each_centroid_is_the_weighted_mean_of_its_vectors():
+    vectors, weights = normal(20000, 2), normal(20000, 2, seed=1).exp()
+    found = kmeans(vectors, 4, iterations=500, weights=weights)
+    for k, centroid in enumerate(found.centroids):
+        mine = found.codes == k
+        mean = (weights[mine] * vectors[mine]).sum(0) / weights[mine].sum(0)
+        assert torch.allclose(mean, centroid, atol=1e-5)
+
+
+def test_weights_that_are_all_one_change_nothing_but_the_last_digits():
+    vectors = normal(8000, 4)
+    plain, ones = kmeans(vectors, 64), kmeans(vectors, 64, weights=torch.ones(8000, 4))
+    assert ones.sse == pytest.approx(plain.sse, rel=1e-3)
+
+
+def test_weights_lower_the_error_that_they_weigh():
+    vectors, weights = normal(8000, 4), (2 * normal(8000, 4, seed=1)).exp()
+    errors = []
+    for found in (kmeans(vectors, 64, weights=weights), kmeans(vectors, 64)):
+        errors.append(float((weights * (vectors - found.centroids[found.codes.long()]).square()).sum()))
+    assert errors[0] < 0.8 * errors[1]
+
+
 def test_codes_are_the_argmin():
     vectors = normal(4000, 4)
     check(vectors, kmeans(vectors, 256), 256)
