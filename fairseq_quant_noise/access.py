@@ -45,12 +45,13 @@ class WeightAccess:
 class _Linear(WeightAccess):
     """A Linear whose quantized weight may multiply without being decoded; nn.Linear, or a TiedLinear."""
 
+    transpose = False  # of a TiedLinear, which sets its own
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """As the class's own."""
         quantized = self._modules.get("weight")
-        transposed = getattr(self, "transpose", False)
-        if quantized is not None and not quantized.training and not transposed and quantized.multiplies(input):
-            return quantized.linear(input, getattr(self, "bias", None))
+        if quantized is not None and not (quantized.training or self.transpose) and quantized.multiplies(input):
+            return quantized.linear(input, self._parameters.get("bias"))
         return super().forward(input)  # type: ignore[misc]
 
 

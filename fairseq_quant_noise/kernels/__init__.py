@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from . import cpu, gpu, reference
+from .cpu import SETTLED
+
+__all__ = ["SETTLED", "decode", "linear", "nearest", "takes_linear"]
 
 
 def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -52,7 +55,7 @@ def takes_linear(x: Tensor, centroids: Tensor) -> bool:
     """Whether `linear` has a form for this input that is faster than decoding the weight."""
     if x.numel() == 0 or x.dtype != centroids.dtype or len(centroids) > 256:
         return False
-    return gpu.takes(x) or (x.dtype == torch.float32 and cpu.takes(x))
+    return (x.dtype == torch.float32 and cpu.takes(x)) or gpu.takes(x)
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,5 +69,5 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     Returns:
         (..., O).
     """
-    form = gpu if gpu.takes(x) else cpu if cpu.takes(x) else reference
+    form = cpu if cpu.takes(x) else gpu if gpu.takes(x) else reference
     return form.linear(x, codes, centroids, bias)

@@ -217,11 +217,11 @@ void set_team(Team parallel) { team = parallel; }
 LEAST(least_float, float)
 LEAST(least_double, double)
 
-// out (n, rows) += x (n, blocks * d) times the weight of the codes (blocks, rows), transposed.
+// out (n, rows) = x (n, blocks * d) times the weight of the codes (blocks, rows), transposed, plus the bias (rows), if any.
 //   centroids  (d, 256): a column for each
 // In parts whose bounds do not depend on the threads, and are added up in one order.
 void linear(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids, const uint8_t* codes,
-            int64_t rows, float* out, int64_t threads) {
+            int64_t rows, const float* bias, float* out, int64_t threads) {
   constexpr int64_t tile = 1 << 12, lookups = 1 << 16;  // a tile of the sums fits the nearest cache
   const int64_t tiles = parts(rows, tile);
   int64_t splits = parts(rows * blocks, lookups) / tiles;  // of the blocks, where there are few rows
@@ -234,9 +234,11 @@ void linear(const float* x, int64_t n, int64_t blocks, int64_t d, const float* c
     const int64_t i = task / (tiles * splits), split = task / tiles % splits, row = task % tiles * tile;
     const int64_t first = split * share, count = blocks - first < share ? blocks - first : share;
     float* to = split == 0 ? out + i * rows + row : sums.data() + ((split - 1) * n + i) * rows + row;
+    const int64_t width = rows - row < tile ? rows - row : tile;
+    if (split == 0 && bias != nullptr) std::memcpy(to, bias + row, width * sizeof(float));
+    if (split == 0 && bias == nullptr) std::memset(to, 0, width * sizeof(float));
     const auto run = d == 4 ? lookup<4> : d == 8 ? lookup<8> : lookup<0>;
-    run(x + (i * blocks + first) * d, count, d, centroids, codes + first * rows + row, rows,
-        rows - row < tile ? rows - row : tile, to);
+    run(x + (i * blocks + first) * d, count, d, centroids, codes + first * rows + row, rows, width, to);
   });
   for (int64_t split = 1; split < splits; ++split) {
     const float* from = sums.data() + (split - 1) * n * rows;

@@ -24,6 +24,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
+SETTLED = "_settled"  # an attribute of centroids that nobody will change
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
@@ -113,7 +114,7 @@ _ARGUMENTS = {
     "least_float": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
     "least_double": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
     "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N, _N],
-    "linear": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _N],
+    "linear": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
 }
 
 
@@ -179,21 +180,22 @@ def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None)
     d, (blocks, rows) = centroids.shape[1], codes.shape
     x, columns = x.contiguous(), _all_codes(centroids)[1]
     n = x.numel() // (blocks * d)
-    out = x.new_zeros(n, rows) if bias is None else bias.repeat(n, 1)
+    out, added = x.new_empty(*x.shape[:-1], rows), None if bias is None else bias.contiguous()
     library().linear(
-        *(x.data_ptr(), n, blocks, d, columns.data_ptr(), codes.data_ptr(), rows, out.data_ptr()),
-        torch.get_num_threads(),
+        *(x.data_ptr(), n, blocks, d, columns.data_ptr(), codes.data_ptr(), rows),
+        *(None if added is None else added.data_ptr(), out.data_ptr(), torch.get_num_threads()),
     )
-    return out.view(*x.shape[:-1], rows)
+    return out
 
 
 def _all_codes(centroids: Tensor) -> tuple[Tensor, Tensor]:
     """(256, d) and (d, 256): a centroid for every code that a byte can be, zeros beyond K.
 
-    So no code reads past the end. Kept on the tensor while its numbers are what they were.
+    So no code reads past the end. Kept on the tensor while its numbers are what they were, or for ever (`SETTLED`).
     """
     kept: tuple[Tensor, Tensor] | None = getattr(centroids, "_all_codes", None)
-    if kept is None or not torch.equal(kept[0][: len(centroids)], centroids):
+    settled = getattr(centroids, SETTLED, False)
+    if kept is None or not (settled or torch.equal(kept[0][: len(centroids)], centroids)):
         rows = torch.zeros(256, centroids.shape[1], dtype=centroids.dtype)
         rows[: len(centroids)] = centroids
         kept = rows, rows.t().contiguous()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..kernels import decode, linear, takes_linear
+from ..kernels import SETTLED, decode, linear, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine
 from ..weights import Weight
 from .quantized import QuantizedWeight, dense_weight, swap_in
@@ -76,6 +76,7 @@ class PQWeight(QuantizedWeight):
             self.register_buffer(CODEBOOK, torch.tensor(codebook, dtype=torch.int32))
         self.codebook_number = codebook
         self.users: tuple[PQWeight, ...] = (self,)  # of the codebook, this weight among them
+        self._turned: tuple[Tensor, Tensor] | None = None  # the codes of before, and transposed
         self._counted: tuple[Tensor, int, Tensor] | None = None
         self.register_buffer(FILE_AFFINE, affine)
         self.register_buffer(CODES, codes)
@@ -112,12 +113,15 @@ class PQWeight(QuantizedWeight):
 
     def stored_centroids(self) -> Tensor:
         """The centroids as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""
-        if torch.is_grad_enabled() or self.centroids.device.type != "cpu":  # a GPU would have to wait for a comparison
+        # From `_parameters` at once: nn.Module finds an attribute there in half a microsecond.
+        centroids: Tensor = self._parameters[CENTROIDS]  # type: ignore[assignment]
+        if torch.is_grad_enabled() or centroids.device.type != "cpu":  # a GPU would have to wait for a comparison
             return self._rounded()
         # A generation asks for them at every token. By value: optimizers write to `.data`, which no version counts.
         kept = self._stored
-        if kept is None or kept[0].dtype != self.dtype or not torch.equal(kept[0], self.centroids):
-            self._stored = kept = self.centroids.detach().clone(), self._rounded()
+        if kept is None or kept[0].dtype != centroids.dtype or not torch.equal(kept[0], centroids):
+            self._stored = kept = centroids.detach().clone(), self._rounded().detach().clone()
+            setattr(kept[1], SETTLED, True)
         return kept[1]
 
     def kept(self) -> list[Tensor]:
@@ -155,13 +159,17 @@ class PQWeight(QuantizedWeight):
 
     def multiplies(self, x: Tensor) -> bool:
         """In evaluation without gradients (`kernels.linear`)."""
-        return not torch.is_grad_enabled() and len(self.shape) == 2 and takes_linear(x, self.centroids)
+        centroids: Tensor = self._parameters[CENTROIDS]  # type: ignore[assignment]
+        return not torch.is_grad_enabled() and len(self.shape) == 2 and takes_linear(x, centroids)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
-        if not self.codes.t().is_contiguous():  # the kernel's order, once and for all; the shape stays
-            self.codes = self.codes.t().contiguous().t()
-        return linear(x, self.codes.t(), self.stored_centroids(), bias)
+        codes, kept = self.codes, self._turned
+        if kept is None or kept[0] is not codes:
+            if not codes.t().is_contiguous():  # the kernel's order, once and for all; the shape stays
+                self.codes = codes = codes.t().contiguous().t()
+            self._turned = kept = codes, codes.t()
+        return linear(x, kept[1], self.stored_centroids(), bias)
 
     def has_rows(self) -> bool:
         """In evaluation without gradients."""
