@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The claims of the Quant-Noise paper, tested over seeds at the size of the quickstart: twenty networks a seed, and packed
-# files of each. By the times of its parts two hours of two cores a seed; it prints every step, and goes on when killed.
+# The claims of the Quant-Noise paper, tested over seeds at the size of the quickstart: eighteen networks a seed, and packed
+# files of each. By the times of its parts 45 minutes of two cores a seed; it prints every step, and goes on when killed.
 #
 #     bash recipes/evidence.sh            everything
 #     bash recipes/evidence.sh --list     the networks, each with the packed files that are made of it
@@ -9,7 +9,7 @@
 #     OUT=runs/evidence      where everything goes
 #     SEEDS="1 2 3"          ONLY="none proxy-0.05"    only these networks      ONLY_FILES="one-shot ipq"    only these files
 #     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
-#     UPDATES=3000  IPQ_UPDATES=300  VOCAB_SIZE=4000    one set of them for one OUT
+#     UPDATES=1800  IPQ_UPDATES=150  VOCAB_SIZE=1000    one set of them for one OUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/lib.sh
@@ -23,8 +23,8 @@ case "${1:-}" in
   *) die "unknown argument $1; run: bash recipes/evidence.sh --help" ;;
 esac
 SEEDS="${SEEDS:-1 2 3}" ONLY="${ONLY:-$NETWORKS}" JOBS="${JOBS:-2}"
-UPDATES="${UPDATES:-3000}" IPQ_UPDATES="${IPQ_UPDATES:-300}"
-export VOCAB_SIZE="${VOCAB_SIZE:-4000}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+UPDATES="${UPDATES:-1800}" IPQ_UPDATES="${IPQ_UPDATES:-150}"
+export VOCAB_SIZE="${VOCAB_SIZE:-1000}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 whole_numbers JOBS UPDATES IPQ_UPDATES VOCAB_SIZE
 for name in $ONLY; do
   [[ " $NETWORKS " == *" $name "* ]] || die "ONLY names a network '$name'; there are: $NETWORKS"

@@ -1,9 +1,9 @@
 """The runs of recipes/evidence.sh: which networks are trained, and which packed files are made of each.
 
     python -m recipes.evidence.grid --list                       a network a line, with its files
-    python -m recipes.evidence.grid OUT/seed-1 --updates 3000    NETWORK/settings for the shell, and every plan
+    python -m recipes.evidence.grid OUT/seed-1 --updates 1800    NETWORK/settings for the shell, and every plan
 
-The corpus, the network and the trainings are those of the quickstart (recipes/lib.sh).
+The corpus, the network and the trainings are those of the quickstart (recipes/lib.sh), with fewer words and updates.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def main() -> None:
     """Print or write the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("--updates", type=int, default=3000)
+    parser.add_argument("--updates", type=int, default=1800)
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
     if args.out is not None:
