@@ -55,7 +55,7 @@ def test_the_shell_reads_what_the_grid_writes(tmp_path):
     )
     assert done.stdout.split("|")[:-1] == [
         *("shared", "every-other", "--share-layers", "2", "--decoder-layerdrop", "0.2"),
-        *("one-shot ipq ipq-k64", "ipq ipq-k64"),
+        *("one-shot ipq ipq-k64 ipq-k16 ipq-shared-weighted", "ipq ipq-k64 ipq-k16 ipq-shared-weighted"),
     ]
 
 

@@ -80,6 +80,7 @@ IPQ = (
     "ipq-k64",
 )  # the last one is as extreme as the paper's files: a twentieth of the dense network
 OURS = ("one-shot-weighted", "ipq-weighted", "one-shot-shared", "ipq-shared", "ipq-shared-weighted")
+SMALLEST = ("ipq-k16", "ipq-shared-weighted")
 CURVES = ("ipq-d4", "ipq-d16", "ipq-k16")
 
 
@@ -117,8 +118,8 @@ NETWORKS = {
     "int8-1": Network(("int8",), noise("int8", 1.0)),
     "longer": Network(IPQ, start="none"),
     "posthoc": Network(IPQ, noise("proxy", 0.05), start="none"),
-    "shared": Network(IPQ, noise("proxy", 0.05), SHARED),
-    "shared-pruned": Network(IPQ, noise("proxy", 0.05), SHARED, start="shared", keep="every-other"),
+    "shared": Network((*IPQ, *SMALLEST), noise("proxy", 0.05), SHARED),
+    "shared-pruned": Network((*IPQ, *SMALLEST), noise("proxy", 0.05), SHARED, start="shared", keep="every-other"),
 }
 
 
