@@ -76,6 +76,19 @@ def follow(
     return {name: by_weight[id(tensor)] for name, tensor in after.items() if id(tensor) in by_weight}
 
 
+def sound(moments: object, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the moments, from a file or a training, that fit their weights and are finite and not negative."""
+    given = moments if isinstance(moments, Mapping) else {}
+    return {
+        name: tensor
+        for name, tensor in given.items()
+        if isinstance(tensor, Tensor)
+        and name in weights
+        and tensor.shape == weights[name].shape
+        and bool(((tensor >= 0) & tensor.isfinite()).all())
+    }
+
+
 def check_importance(importance: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse what does not fit the weights.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .importance import moments_in
+from .importance import moments_in, sound
 from .layers import adopt_quantized
 from .layers.pq import CODES
 from .networks import build
@@ -118,13 +118,13 @@ def importance_in(path: str | Path, state: Mapping[str, Any]) -> dict[str, Tenso
 
     Those that pruning, sharing or a stage left in it, or else those of its optimizer, if its network is known here.
     """
-    kept: dict[str, Tensor] | None = (state.get("extra_state") or {}).get(IMPORTANCE)
-    if kept is not None:
-        return dict(kept)
-    try:
-        return moments_in(state, _bare_network(packed_config(path, state)))
-    except UserError:
-        return {}
+    found: object = (state.get("extra_state") or {}).get(IMPORTANCE)
+    if found is None:
+        try:
+            found = moments_in(state, _bare_network(packed_config(path, state)))
+        except UserError:
+            return {}
+    return sound(found, state["model"])
 
 
 def _check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from .calibration import GRADIENT_BATCHES, squared_gradients
 from .checkpoints import is_packed
 from .cli_errors import exits_on_user_error
 from .errors import UserError
-from .importance import follow
+from .importance import follow, sound
 from .models.quantizable import Quantizable
 from .noise import attach_rules
 from .optimizer_carry import carry_over, second_moments
@@ -130,12 +130,16 @@ class StageController:
 
     def _weigh_by(self, moments: Mapping[str, Tensor], what: str) -> None:
         """Keep what k-means needs of the moments, if there are any: the dense network's, for all stages."""
-        names = [t.weight.tensor_name for t in self.targets if t.block_size is not None]
-        found = {name: moments[name] for name in names if name in moments}
+        found = sound(moments, self._dense())
         if found:
             self.importance = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in found.items()}
             self.weighed = True
             logger.info(f"k-means weighs errors by {what}")
+
+    def _dense(self) -> dict[str, Tensor]:
+        """The weights that k-means will quantize, by name."""
+        stored = {t.weight.tensor_name: t.weight.stored for t in self.targets if t.block_size is not None}
+        return {name: weight for name, weight in stored.items() if isinstance(weight, Tensor)}
 
     def _rebuild_optimizer(self) -> None:
         """A new optimizer for the new parameters, with the old one's memory and the schedule where it was."""
@@ -167,7 +171,7 @@ class StageController:
         with exits_on_user_error():
             if state is not None and state["plan"]["stages"]:  # else a plan of noise alone trained it
                 self._resume(filename, state, reset_optimizer)
-                self.importance, self.weighed = dict(extra_state.get(IMPORTANCE, {})), self.done > 0
+                self.importance, self.weighed = sound(extra_state.get(IMPORTANCE), self._dense()), self.done > 0
             elif extra_state is not None and reset_optimizer and self.plan.weighs:
                 moments = _moments_in_file(filename, self.trainer.get_model())
                 self._weigh_by(moments, f"the second moments of Adam in {filename}")

@@ -148,6 +148,26 @@ def test_a_checkpoint_without_has_none(lab, change):
     assert importance_in(run.path, state) == {}
 
 
+@pytest.mark.parametrize(
+    "moments",
+    [
+        "text",
+        {FC1: "text"},
+        {FC1: torch.ones(3, 3)},
+        {FC1: torch.full((64, 32), -1.0)},
+        {FC1: torch.full((64, 32), torch.inf)},
+        {"decoder.layers.9.fc1.weight": torch.ones(64, 32)},
+    ],
+)
+def test_moments_that_are_no_moments_are_none(lab, runs, moments):
+    """A checkpoint may hold anything there; and an optimizer that overflowed, infinity."""
+    state = safe_load(runs.stock("plain").path)
+    state["extra_state"] = {**state["extra_state"], IMPORTANCE: moments}
+    assert importance_in("dense.pt", state) == {}
+    path, out = lab.checkpoint(state), lab.new("packed.safetensors")
+    main(["quantize", "--path", str(path), "--plan", lab.plan({"stages": [FFN]}), "--out", str(out)])
+
+
 def test_names_follow_pruning_and_sharing():
     weights = {f"decoder.layers.{i}.fc1.weight": torch.full((2, 2), float(i)) for i in range(4)}
     moments = {name: tensor + 10 for name, tensor in weights.items()}

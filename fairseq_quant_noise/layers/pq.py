@@ -56,7 +56,7 @@ class PQWeight(QuantizedWeight):
         shape: of the dense weight.
         centroid_bits: 16 for fp16 centroids, 8 for int8 ones.
         affine: (2, 1), scale and zero point of the int8 centroids of a file, which `centroids` has been decoded from.
-        codebook: the number of a shared codebook; `share_codebook_` makes it one.
+        codebook: the number of a shared codebook; `share_codebooks_` makes it one.
     """
 
     scheme = "pq"
