@@ -83,14 +83,18 @@ find_python() {
   return 2
 }
 
-# 1. The environment. One that somebody else made in .venv is used as it is. Ours, known by its stamp, is made anew
+# 1. The environment. One that somebody else made in .venv, or a link to one, is used as it is. Ours, known by its stamp, is made anew
 #    where the checkout has moved (its scripts name their interpreter by its full path), where PYTHON asks for
 #    another interpreter, and where it was left unfinished.
 make_venv() {
   local python stamp
   stamp="$VENV/.stamp-venv-$(hash_of "$REPO")"
   if [ -f "$stamp" ] && { [ -z "${PYTHON:-}" ] || [ "$(cat "$stamp")" = "$PYTHON" ]; }; then return 0; fi
-  if [ -x "$VENV/bin/python" ] && ! compgen -G "$VENV/.stamp-venv-*" >/dev/null; then
+  if [ -L "$VENV" ] && [ ! -x "$VENV/bin/python" ]; then
+    echo "error: .venv is a link to $(readlink "$VENV"), where there is no environment: remove the link" >&2
+    exit 2
+  fi
+  if [ -x "$VENV/bin/python" ] && { [ -L "$VENV" ] || ! compgen -G "$VENV/.stamp-venv-*" >/dev/null; }; then
     good_python "$VENV/bin/python" || {
       echo "error: .venv has $("$VENV/bin/python" --version 2>&1); fairseq needs Python 3.11 or 3.12: remove .venv" >&2
       exit 2
