@@ -66,7 +66,7 @@ CLAIMS = (
     Claim("iPQ, no noise: shared codebooks beat own ones", "", "none/ipq-shared", "none/ipq"),
     Claim("iPQ, noise: shared codebooks beat own ones", "", "proxy-0.05/ipq-shared", "proxy-0.05/ipq"),
     Claim("iPQ, no noise, shared: weighed errors beat all alike", "", "none/ipq-shared-weighted", "none/ipq-shared"),
-    Claim("iPQ, no noise: shared and weighed beat the paper", "", "none/ipq-shared-weighted", "none/ipq"),
+    Claim("iPQ, no noise: shared and weighed beat the paper's way", "", "none/ipq-shared-weighted", "none/ipq"),
     Claim(
         "iPQ, noise: shared and weighed beat the paper's way", "", "proxy-0.05/ipq-shared-weighted", "proxy-0.05/ipq"
     ),

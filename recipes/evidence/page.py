@@ -1,7 +1,7 @@
 """The page of recipes/evidence.sh: every claim with its verdict, every run over its seeds, and the curves.
 
     python -m recipes.evidence.page runs/evidence                     from the runs: evidence.{jsonl,md,png} there
-    python -m recipes.evidence.page OUT --from docs/evidence.jsonl    from the lines alone
+    python -m recipes.evidence.page docs --from docs/evidence.jsonl   from the lines alone: the page in docs/
 
 A line of evidence.jsonl is a run and a seed: `{"run", "seed", "ppl", "bytes"}`, of a packed file the bytes on disk, of
 a dense network 4 a number.
@@ -91,7 +91,13 @@ def text(lines: list[Line]) -> str:
         )
         for run, of in sorted(by_run(lines).items())
     ]
-    parts = ["## Claims", "", *markdown(CLAIM_HEADER, [claim_row(found) for found in findings])]
+    parts = [
+        "# The evidence, run by run",
+        "",
+        "## Claims",
+        "",
+        *markdown(CLAIM_HEADER, [claim_row(found) for found in findings]),
+    ]
     return "\n".join([*parts, "", NOTE, "", "## Runs", "", *markdown(RUN_HEADER, rows)])
 
 
