@@ -6,18 +6,9 @@ Imported where fairseq is not, it is the core alone: noise, product quantization
 
 import sys
 
-from .api import (
-    attach_noise,
-    detach_noise,
-    keep_layers_,
-    load,
-    noise_of,
-    quantize_,
-    save,
-    second_moments,
-    share_layers_,
-)
+from .api import attach_noise, detach_noise, keep_layers_, load, noise_of, quantize_, save, share_layers_
 from .errors import DamagedFileError, UserError
+from .importance import second_moments
 from .plan import Plan
 
 __version__ = "0.1.0"

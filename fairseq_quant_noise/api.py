@@ -15,7 +15,6 @@ from torch import nn
 
 from .artifact import Packed, pack, read, write
 from .errors import DamagedFileError, UserError
-from .importance import second_moments
 from .layers import adopt_quantized
 from .networks import build
 from .noise import attach_rules, detach_noise, noise_of
@@ -24,17 +23,7 @@ from .quantize import quantize_
 from .structure.modules import fit_stacks, keep_layers_, share_layers_, tie_layers_
 from .weights import load_without_copy
 
-__all__ = [
-    "attach_noise",
-    "detach_noise",
-    "keep_layers_",
-    "load",
-    "noise_of",
-    "quantize_",
-    "save",
-    "second_moments",
-    "share_layers_",
-]
+__all__ = ["attach_noise", "detach_noise", "keep_layers_", "load", "noise_of", "quantize_", "save", "share_layers_"]
 
 AnyPlan = Plan | Mapping[str, Any] | str | Path
 

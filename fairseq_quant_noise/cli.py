@@ -82,7 +82,7 @@ def quantize(args: argparse.Namespace) -> None:
         batches = the_plan.activations.calibration_batches
         calibration = calibration_on(args.path, args.calibration_data, batches, the_plan.structure, _progress)
     _check_out(args.out, args.path, args.plan, packed=True)
-    trained = load_structured(args.path, the_plan.structure)
+    trained = load_structured(args.path, the_plan.structure, the_plan.weighs)
     stages = replace(the_plan, structure=None)  # which the model has had
     importance = trained.importance
     if the_plan.weighs and not importance:

@@ -42,11 +42,16 @@ def _slices(optimizer: Any) -> dict[int, tuple[Tensor, slice | None]]:
     return found
 
 
-def second_moments(optimizer: Any) -> dict[int, Tensor]:
-    """Adam's second moments in a fairseq optimizer, by the id of the parameter; none of an optimizer without."""
-    states = _torch_optimizer(optimizer).state
-    moments = {key: (states.get(stepped, {}).get(MOMENTS), cut) for key, (stepped, cut) in _slices(optimizer).items()}
-    return {key: _part(tensor, cut) for key, (tensor, cut) in moments.items() if tensor is not None}
+def second_moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Adam's second moments of the model's parameters in a fairseq optimizer, by name; none of an optimizer without."""
+    states, found = _torch_optimizer(optimizer).state, {}
+    places = _slices(optimizer)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in places:
+            stepped, cut = places[id(parameter)]
+            if MOMENTS in states.get(stepped, {}):
+                found[name] = _part(states[stepped][MOMENTS], cut)
+    return found
 
 
 def _part(value: Tensor, cut: slice | None) -> Tensor:

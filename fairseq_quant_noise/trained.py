@@ -109,8 +109,7 @@ def as_trained(path: str | Path, state: dict[str, Any]) -> Trained:
 
 
 def _bare_network(config: Mapping[str, Any]) -> nn.Module:
-    with torch.device("meta"):
-        return build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
+    return meta_model(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
 
 
 def importance_in(path: str | Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -273,7 +272,7 @@ def _first_line(error: Exception) -> str:
     return lines[1] if len(lines) > 1 else lines[0]
 
 
-def meta_model(architecture: str, options: Mapping[str, Any], vocab_size: int) -> nn.Module:
+def meta_model(architecture: str, options: Mapping[str, Any], vocab_size: int, padding_idx: int = PADDING) -> nn.Module:
     """The network of an architecture without memory for its weights, for sizes.
 
     Raises:
@@ -281,7 +280,7 @@ def meta_model(architecture: str, options: Mapping[str, Any], vocab_size: int) -
     """
     try:
         with torch.device("meta"):
-            return build(architecture, options, vocab_size)
+            return build(architecture, options, vocab_size, padding_idx)
     except UserError:
         raise
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:

@@ -65,7 +65,6 @@ class StageController:
         self.done = 0  # stages quantized so far
         self.origin: int | None = None  # the update (or epoch, from 0) at which the first stage started
         self.importance: dict[str, Tensor] = {}  # of the weights of the stages to come, in bfloat16 on the CPU
-        self.weighed = False  # whether it is there, or was for stages that are done
         self.epoch = 1
         self.loading = False
 
@@ -112,9 +111,10 @@ class StageController:
 
     def _quantize_stage(self, stage: int) -> None:
         targets = [t for t in self.targets if t.stage == stage]
-        if not self.weighed and self.plan.weighs:
-            self._weigh_by(second_moments_of(self.trainer), "the second moments of Adam in this training")
-        if not self.weighed and self.plan.weighs:
+        if stage == 0 and self.plan.weighs and not self.importance:
+            moments = second_moments(self.trainer.get_model(), self.trainer.optimizer)
+            self._weigh_by(moments, "the second moments of Adam in this training")
+        if stage == 0 and self.plan.weighs and not self.importance:
             self._weigh_by(_gradients(self.trainer, self.epoch), f"the gradients of {GRADIENT_BATCHES} batches")
         where = f"stage {stage + 1} of {len(self.starts)}"
         logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
@@ -133,7 +133,6 @@ class StageController:
         found = sound(moments, self._dense())
         if found:
             self.importance = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in found.items()}
-            self.weighed = True
             logger.info(f"k-means weighs errors by {what}")
 
     def _dense(self) -> dict[str, Tensor]:
@@ -171,7 +170,7 @@ class StageController:
         with exits_on_user_error():
             if state is not None and state["plan"]["stages"]:  # else a plan of noise alone trained it
                 self._resume(filename, state, reset_optimizer)
-                self.importance, self.weighed = sound(extra_state.get(IMPORTANCE), self._dense()), self.done > 0
+                self.importance = sound(extra_state.get(IMPORTANCE), self._dense())
             elif extra_state is not None and reset_optimizer and self.plan.weighs:
                 moments = _moments_in_file(filename, self.trainer.get_model())
                 self._weigh_by(moments, f"the second moments of Adam in {filename}")
@@ -189,13 +188,6 @@ class StageController:
         if reset and self.done:  # updates count from 0 again: the stage in progress begins now
             self.origin = -self.starts[self.done - 1]
         self.trainer._wrapped_model = None  # a DDP wrapper from before holds the dense parameters
-
-
-def second_moments_of(trainer: Any) -> dict[str, Tensor]:
-    """Adam's second moments in the optimizer of a training, by the parameter's name."""
-    moments = second_moments(trainer.optimizer)
-    named = trainer.get_model().named_parameters(remove_duplicate=False)
-    return {name: moments[id(parameter)] for name, parameter in named if id(parameter) in moments}
 
 
 def _moments_in_file(filename: str, model: Any) -> dict[str, Tensor]:

@@ -51,16 +51,16 @@ def shared_checkpoint(path: str | Path, chunk: int, start: str) -> dict[str, Any
     return _begun_anew(state, follow(importance, weights, state["model"]))
 
 
-def load_structured(path: str | Path, structure: Any) -> Trained:
+def load_structured(path: str | Path, structure: Any, weigh: bool = False) -> Trained:
     """The network of a checkpoint after what a plan's `structure` (or None) asks for: sharing, then pruning.
 
-    With its `importance`, and without the rest of the optimizer's memory.
+    Without the optimizer's memory, but for its `importance` where k-means will `weigh` errors by it.
 
     Raises:
         UserError: as `load_trained`; or `structure` does not fit the checkpoint.
     """
     state = read_checkpoint(path) if structure is None else _read(path)
-    importance, weights = importance_in(path, state), state["model"]
+    importance, weights = importance_in(path, state) if weigh else {}, state["model"]
     state["last_optimizer_state"] = None  # twice the memory of the weights
     if structure is not None and structure.share_layers > 1:
         share_in(path, state, structure.share_layers, structure.share_from)
