@@ -39,7 +39,7 @@ setup(
     packages=find_packages(include=["fairseq_quant_noise*"]),
     package_data={
         "fairseq_quant_noise": ["py.typed"],
-        "fairseq_quant_noise.kernels": ["*.cpp"],
+        "fairseq_quant_noise.kernels": ["native/*"],
         "fairseq_quant_noise.report": ["*.css"],
     },
     install_requires=requirements("core"),

@@ -1,4 +1,4 @@
-"""The kernels of cpu.cpp: compiled once for a machine, kept in the user's cache, called through ctypes.
+"""The kernels in native/: compiled once for a machine, kept in the user's cache, called through ctypes.
 
 Nothing is compiled when the package is installed. Where there is no compiler, or it fails, `takes` says no and the
 reference serves; the log says why, once. Work is split among torch's own threads.
@@ -25,12 +25,10 @@ logger = logging.getLogger(__name__)
 
 SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
 SETTLED = "_settled"  # an attribute of centroids that nobody will change
-_SOURCE = Path(__file__).with_name("cpu.cpp")
+_NATIVE = Path(__file__).with_name("native")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
 _BY_TABLES = 2  # times d rows of x: with more, a table for each costs more than decoding the weight once
-_GAP = 16  # numbers between two rows of a piece
-_PIECE, _MANY, _LARGE_PIECE = 1 << 19, 256, 1 << 21  # numbers that are decoded at a time, the latter for MANY rows of x
 
 
 def takes(tensor: Tensor) -> bool:
@@ -73,8 +71,9 @@ def _compiled() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("there is no C++ compiler (c++, g++, clang++, or $CXX)")
-    source = _SOURCE.read_bytes()
-    key = hashlib.sha256(b"\0".join([source, repr(_FLAGS).encode(), compiler.encode(), _processor().encode()]))
+    sources, headers = sorted(_NATIVE.glob("*.cpp")), sorted(_NATIVE.glob("*.h"))
+    texts = [path.read_bytes() for path in sources + headers]
+    key = hashlib.sha256(b"\0".join([*texts, repr(_FLAGS).encode(), compiler.encode(), _processor().encode()]))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fairseq_quant_noise"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_own(folder.resolve(), stat.S_ISDIR):
@@ -83,7 +82,7 @@ def _compiled() -> Path:
     if not _is_own(path, stat.S_ISREG):
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             part = Path(beside) / path.name
-            command = [compiler, *_FLAGS, "-o", str(part), str(_SOURCE)]
+            command = [compiler, *_FLAGS, "-o", str(part), *map(str, sources)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
             os.chmod(part, 0o700)  # whatever the umask says
             os.replace(part, path)  # whole or not at all: other processes may be at the same
@@ -113,8 +112,9 @@ _ARGUMENTS = {
     "set_team": [_AT],
     "least_float": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
     "least_double": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
-    "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N, _N],
-    "linear": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
+    "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N],
+    "linear_by_tables": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
+    "linear_by_pieces": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
 }
 
 
@@ -136,53 +136,30 @@ def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
     """See `kernels.decode`."""
-    return _decode_into(centroids.new_empty(codes.shape[0], codes.shape[1] * centroids.shape[1]), codes, centroids)
-
-
-def _decode_into(out: Tensor, codes: Tensor, centroids: Tensor) -> Tensor:
-    """`out` (O, I) may have rows that are further apart than I."""
-    rows, blocks = codes.shape
+    (rows, blocks), d = codes.shape, centroids.shape[1]
+    out = centroids.new_empty(rows, blocks * d)
     library().decode(
-        *(codes.data_ptr(), *codes.stride(), _all_codes(centroids)[0].data_ptr(), centroids.shape[1]),
-        *(rows, blocks, out.data_ptr(), out.stride(0), torch.get_num_threads()),
+        *(codes.data_ptr(), *codes.stride(), _all_codes(centroids)[0].data_ptr(), d, rows, blocks, out.data_ptr()),
+        torch.get_num_threads(),
     )
     return out
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `kernels.linear`: by tables for a few rows, else by decoding a piece of the weight at a time."""
-    few = x.numel() <= _BY_TABLES * centroids.shape[1] * x.shape[-1]
-    return (_by_tables if few else _by_pieces)(x, codes, centroids, bias)
+    """See `kernels.linear`.
 
-
-def _by_pieces(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None) -> Tensor:
-    """A piece fits the cache, and there is never a dense copy of the weight."""
-    rows, flat = codes.shape[1], x.reshape(-1, x.shape[-1])
-    piece = max((_PIECE if len(flat) < _MANY else _LARGE_PIECE) // x.shape[-1], 64)
-    # Rows at a distance of a power of two would share few places of a cache.
-    buffer = x.new_empty(min(piece, rows), x.shape[-1] + _GAP)[:, : x.shape[-1]]
-    out = x.new_empty(len(flat), rows)
-    for start in range(0, rows, piece):
-        end = min(start + piece, rows)
-        weight = _decode_into(buffer[: end - start], codes[:, start:end].t(), centroids)
-        if bias is None:
-            torch.mm(flat, weight.t(), out=out[:, start:end])
-        else:
-            torch.addmm(bias[start:end], flat, weight.t(), out=out[:, start:end])
-    return out.view(*x.shape[:-1], rows)
-
-
-def _by_tables(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None) -> Tensor:
-    """For each row of x a table of its blocks' products with all centroids, then sums of entries.
-
-    With few centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I.
+    For a few rows of x by tables: the products of its blocks with all centroids, then sums of entries. With few
+    centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I. For more rows
+    by decoding a piece of the weight at a time. Neither makes a dense copy of it.
     """
     d, (blocks, rows) = centroids.shape[1], codes.shape
-    x, columns = x.contiguous(), _all_codes(centroids)[1]
+    x, all_codes = x.contiguous(), _all_codes(centroids)
     n = x.numel() // (blocks * d)
     out, added = x.new_empty(*x.shape[:-1], rows), None if bias is None else bias.contiguous()
-    library().linear(
-        *(x.data_ptr(), n, blocks, d, columns.data_ptr(), codes.data_ptr(), rows),
+    by_tables = n <= _BY_TABLES * d
+    product = library().linear_by_tables if by_tables else library().linear_by_pieces
+    product(
+        *(x.data_ptr(), n, blocks, d, all_codes[by_tables].data_ptr(), codes.data_ptr(), rows),
         *(None if added is None else added.data_ptr(), out.data_ptr(), torch.get_num_threads()),
     )
     return out

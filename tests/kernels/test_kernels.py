@@ -117,12 +117,15 @@ def test_a_product_with_codes_is_that_with_the_decoded_weight(form, n, blocks, r
 
 
 @FORMS
-def test_a_large_weight_is_decoded_in_pieces(form, monkeypatch):
-    monkeypatch.setattr(cpu, "_PIECE", 1 << 10)
-    x, centroids = random(7, 64), random(256, 8, seed=1)
-    codes = torch.randint(256, (8, 1000), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    expected = F.linear(x, centroids[codes.t().long()].reshape(1000, 64), random(1000, seed=3))
-    torch.testing.assert_close(form.linear(x, codes, centroids, random(1000, seed=3)), expected, rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("d", [4, 6, 8])
+@pytest.mark.parametrize(("n", "rows"), [(1, 1000), (70, 1000), (70, 39), (64, 96)])
+def test_a_large_weight_is_read_in_pieces(form, n, rows, d):
+    """Of 600 numbers of a row at most, and of some hundred rows: neither has to fit."""
+    x, centroids = random(n, 200 * d), random(256, d, seed=1)
+    codes = torch.randint(256, (200, rows), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    weight, bias = centroids[codes.t().long()].reshape(rows, 200 * d), random(rows, seed=3)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(form.linear(x, codes, centroids, bias).double(), expected, rtol=1e-5, atol=2e-4)
 
 
 @FORMS
