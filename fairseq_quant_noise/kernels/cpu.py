@@ -28,7 +28,6 @@ SETTLED = "_settled"  # an attribute of centroids that nobody will change
 _NATIVE = Path(__file__).with_name("native")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
-_BY_TABLES = 2  # times d rows of x: with more, a table for each costs more than decoding the weight once
 
 
 def takes(tensor: Tensor) -> bool:
@@ -156,13 +155,18 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     x, all_codes = x.contiguous(), _all_codes(centroids)
     n = x.numel() // (blocks * d)
     out, added = x.new_empty(*x.shape[:-1], rows), None if bias is None else bias.contiguous()
-    by_tables = n <= _BY_TABLES * d
+    by_tables = n < _rows_by_tables() * d
     product = library().linear_by_tables if by_tables else library().linear_by_pieces
     product(
         *(x.data_ptr(), n, blocks, d, all_codes[by_tables].data_ptr(), codes.data_ptr(), rows),
         *(None if added is None else added.data_ptr(), out.data_ptr(), torch.get_num_threads()),
     )
     return out
+
+
+@functools.cache
+def _rows_by_tables() -> float:
+    return ctypes.c_double.in_dll(library(), "rows_by_tables").value
 
 
 def _all_codes(centroids: Tensor) -> tuple[Tensor, Tensor]:

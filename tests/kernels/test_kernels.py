@@ -2,6 +2,8 @@
 
 import logging
 import os
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +128,48 @@ def test_a_large_weight_is_read_in_pieces(form, n, rows, d):
     weight, bias = centroids[codes.t().long()].reshape(rows, 200 * d), random(rows, seed=3)
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(form.linear(x, codes, centroids, bias).double(), expected, rtol=1e-5, atol=2e-4)
+
+
+@FORMS
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -1e20, 0.0])
+def test_numbers_that_have_no_common_scale(form, odd):
+    """A NaN stays one, wherever it is; zeros, infinities and far larger numbers give what float32 gives."""
+    x, centroids = random(1, 800), random(256, 8, seed=1)
+    codes = torch.randint(256, (100, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    for place in (slice(0, 1), slice(300, 301), slice(0, 800)):
+        changed = x.clone()
+        changed[:, place] = odd
+        expected = F.linear(changed, centroids[codes.t().long()].reshape(300, 800))
+        bound = 1e-5 * float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 0
+        torch.testing.assert_close(
+            form.linear(changed, codes, centroids), expected, rtol=1e-5, atol=bound, equal_nan=True
+        )
+    centroids[7] = odd
+    expected = F.linear(x, centroids[codes.t().long()].reshape(300, 800))
+    torch.testing.assert_close(form.linear(x, codes, centroids).isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "skylake-avx512", "icelake-server"])
+def test_every_processor_gets_the_same_products(processor, tmp_path):
+    """The forms for processors that are older than this one, as far as this one runs them."""
+    flags = {"x86-64": "sse2", "x86-64-v3": "avx2", "skylake-avx512": "avx512bw", "icelake-server": "avx512_vbmi2"}
+    if platform.machine() != "x86_64" or flags[processor] not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor does not run the instructions of {processor}")
+    code = f"""
+import torch
+from fairseq_quant_noise.kernels import cpu, reference
+cpu._FLAGS = (*cpu._FLAGS, "-march={processor}")
+for d in (4, 6, 8):
+    for n, rows in ((1, 700), (2, 70), (70, 700), (65, 39)):
+        x, centroids = torch.randn(n, 100 * d), torch.randn(256, d)
+        codes = torch.randint(256, (100, rows), dtype=torch.uint8)
+        found, expected = cpu.linear(x, codes, centroids), reference.linear(x.double(), codes, centroids.double())
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
+        assert torch.equal(cpu.decode(codes, centroids), reference.decode(codes, centroids))
+assert cpu.library() is not None
+"""
+    done = python("-c", code, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, fresh=False)
+    assert done.returncode == 0, done.stderr
 
 
 @FORMS

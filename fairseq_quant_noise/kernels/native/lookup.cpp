@@ -102,19 +102,24 @@ constexpr int32_t middle = 1 << 23;  // a byte has no sign: this stands for 0
 template <int D>
 bool tabulate(const float* x, int64_t blocks, int64_t d, const float* centroids, Tables& tables) {
   const int64_t dims = D ? D : d;
-  float longest = 0, squares[256] = {};
+  float squares[256] = {};
   for (int64_t j = 0; j < dims; ++j) {
     for (int k = 0; k < 256; ++k) squares[k] += centroids[j * 256 + k] * centroids[j * 256 + k];
   }
-  for (const float square : squares) longest = square > longest ? square : longest;
-  float largest = 0;
+  bool ordinary = true;
+  float longest[2] = {};  // of the centroids, of the blocks of x; squared
+  const auto measure = [&](float square, float& most) {
+    ordinary &= square < 1e36f;  // NaN is not
+    most = square > most ? square : most;
+  };
+  for (const float square : squares) measure(square, longest[0]);
   for (int64_t b = 0; b < blocks; ++b) {
     float square = 0;
     for (int64_t j = 0; j < dims; ++j) square += x[b * dims + j] * x[b * dims + j];
-    largest = !(square <= largest) ? square : largest;  // a NaN stays
+    measure(square, longest[1]);
   }
-  const float bound = std::sqrt(largest) * std::sqrt(longest);  // of any product, by Cauchy and Schwarz
-  if (!(bound > 1e-18f && bound < 1e18f)) return false;
+  const float bound = std::sqrt(longest[0]) * std::sqrt(longest[1]);  // of any product, by Cauchy and Schwarz
+  if (!ordinary || bound < 1e-18f || bound > 1e18f) return false;
   const float scale = 0.9999f * middle / bound;
   tables.unit = 1 / scale;
   for (int64_t b = 0; b < blocks; ++b) {
@@ -219,6 +224,15 @@ constexpr auto look_up = look_up_numbers<D>;
 }  // namespace
 
 extern "C" {
+
+// Tables are faster than `linear_by_pieces` for fewer rows of x than this times d.
+#if defined(__AVX512VBMI__)
+extern const double rows_by_tables = 1.5;
+#elif defined(__AVX512F__)
+extern const double rows_by_tables = 1;
+#else
+extern const double rows_by_tables = 0.75;
+#endif
 
 // out (n, rows) = x (n, blocks * d) times the weight of the codes (blocks, rows), transposed, plus the bias (rows), if any.
 //   centroids  (d, 256): a column for each
