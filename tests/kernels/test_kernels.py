@@ -150,8 +150,11 @@ def test_numbers_that_have_no_common_scale(form, odd):
 
 
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "skylake-avx512", "icelake-server"])
-def test_every_processor_gets_the_same_products(processor, tmp_path):
-    """The forms for processors that are older than this one, as far as this one runs them."""
+def test_every_processor_gets_the_same(processor, tmp_path):
+    """The forms for processors that are older than this one, as far as this one runs them.
+
+    Whole numbers, so that sums are exact and several centroids are nearest.
+    """
     flags = {"x86-64": "sse2", "x86-64-v3": "avx2", "skylake-avx512": "avx512bw", "icelake-server": "avx512_vbmi2"}
     if platform.machine() != "x86_64" or flags[processor] not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this processor does not run the instructions of {processor}")
@@ -166,6 +169,10 @@ for d in (4, 6, 8):
         found, expected = cpu.linear(x, codes, centroids), reference.linear(x.double(), codes, centroids.double())
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
         assert torch.equal(cpu.decode(codes, centroids), reference.decode(codes, centroids))
+for d in (2, 4, 8):
+    for dtype in (torch.float32, torch.float64):
+        points, slope, bias = (torch.randint(-3, 4, size).to(dtype) for size in ((900, d), (d, 100), (100,)))
+        assert torch.equal(cpu.least(points, slope, bias), reference.least(points, slope, bias))
 assert cpu.library() is not None
 """
     done = python("-c", code, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, fresh=False)
