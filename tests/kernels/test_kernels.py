@@ -149,6 +149,17 @@ def test_numbers_that_have_no_common_scale(form, odd):
     torch.testing.assert_close(form.linear(x, codes, centroids).isnan(), expected.isnan())
 
 
+@pytest.mark.parametrize("outlier", [1.0, 100.0, 10_000.0])
+def test_beside_an_outlier_other_numbers_keep_the_precision_that_float32_leaves_them(outlier):
+    x, centroids = random(1, 1024), random(256, 8, seed=1)
+    x[0, 5] = outlier
+    codes = torch.randint(256, (128, 4096), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    weight = centroids[codes.t().long()].reshape(4096, 1024)
+    expected = F.linear(x.double(), weight.double())
+    errors = [(found.double() - expected).norm() for found in (cpu.linear(x, codes, centroids), F.linear(x, weight))]
+    assert errors[0] < 6 * errors[1]
+
+
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "skylake-avx512", "icelake-server"])
 def test_every_processor_gets_the_same(processor, tmp_path):
     """The forms for processors that are older than this one, as far as this one runs them.
