@@ -4,9 +4,7 @@
 
 #include "threads.h"
 
-using kernels::parallel;
-using kernels::parts;
-
+namespace kernels {
 namespace {
 
 // out (rows, blocks * d) = the centroids (256, d) of the codes, for eight rows or fewer.
@@ -54,3 +52,5 @@ void decode(const uint8_t* codes, int64_t by_row, int64_t by_block, const float*
   });
 }
 }
+
+}  // namespace kernels

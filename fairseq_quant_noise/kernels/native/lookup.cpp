@@ -10,9 +10,7 @@
 #include <immintrin.h>
 #endif
 
-using kernels::parallel;
-using kernels::parts;
-
+namespace kernels {
 namespace {
 
 // out[r] += the entries of four tables that the codes of row r name.
@@ -263,3 +261,5 @@ void linear_by_tables(const float* x, int64_t n, int64_t blocks, int64_t d, cons
   }
 }
 }
+
+}  // namespace kernels

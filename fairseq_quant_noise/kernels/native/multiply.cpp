@@ -13,9 +13,7 @@
 #include <immintrin.h>
 #endif
 
-using kernels::parallel;
-using kernels::parts;
-
+namespace kernels {
 namespace {
 
 // The sums of a tile, `high` rows of x by `across` vectors of rows of the weight, take 24 of AVX-512's 32 registers, 12 of
@@ -59,6 +57,20 @@ void multiply(const float* x, int64_t x_pitch, const float* weight, int64_t k, c
       const Vector sum = load(start + i * start_pitch + a * lanes) + sums[i][a];
       std::memcpy(out + i * pitch + a * lanes, &sum, sizeof sum);
     }
+  }
+}
+
+// The same for `tall` rows of x and `wide` rows of the weight, which is padded to `width`; x has all of the tile's rows.
+void multiply_some(int64_t tall, int64_t wide, int64_t width, const float* x, int64_t x_pitch, const float* weight,
+                   int64_t k, const float* start, int64_t start_pitch, float* out, int64_t pitch) {
+  static const float zeros[panel] = {};
+  const auto run = width == panel ? multiply<3> : width == 2 * lanes ? multiply<2> : multiply<1>;
+  if (start == nullptr) start = zeros, start_pitch = 0;
+  if (tall == high && wide == width) return run(x, x_pitch, weight, k, start, start_pitch, out, pitch);
+  float whole[high * panel];
+  run(x, x_pitch, weight, k, zeros, 0, whole, panel);
+  for (int64_t i = 0; i < tall; ++i) {
+    for (int64_t r = 0; r < wide; ++r) out[i * pitch + r] = start[i * start_pitch + r] + whole[i * panel + r];
   }
 }
 
@@ -123,7 +135,6 @@ extern "C" {
 // Every sum is added up in one order, whatever the threads.
 void linear_by_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids, const uint8_t* codes,
                       int64_t rows, const float* bias, float* out, int64_t threads) {
-  static const float zeros[panel] = {};
   const int64_t inner = blocks * d, share = std::max<int64_t>(depth / d, 1);  // blocks of a piece
   const int64_t groups = parts(rows, lanes);
   const int64_t tasks = std::min(parts(parts(groups, across * panels), threads) * threads, groups);
@@ -143,27 +154,23 @@ void linear_by_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, cons
       }
       for (int64_t i = 0; i < n; i += high) {
         const int64_t tall = std::min<int64_t>(n - i, high);
-        const float* from = x + i * inner + block * d;
-        for (int64_t l = 0; tall < high && l < high; ++l) {
-          std::memcpy(last + l * k, from + std::min(l, tall - 1) * inner, k * sizeof(float));
+        const float* rows_of_x = x + i * inner + block * d;
+        if (tall < high) {
+          for (int64_t l = 0; l < high; ++l) {
+            std::memcpy(last + l * k, rows_of_x + std::min(l, tall - 1) * inner, k * sizeof(float));
+          }
+          rows_of_x = last;
         }
         for (int64_t row = 0; row < count; row += panel) {
           float* const to = out + i * rows + first + row;
-          const float* const start = block > 0 ? to : bias != nullptr ? bias + first + row : zeros;
-          const int64_t start_pitch = block > 0 ? rows : 0, wide = std::min(width(row), count - row);
-          const auto run = width(row) == panel ? multiply<3> : width(row) == 2 * lanes ? multiply<2> : multiply<1>;
-          if (tall == high && wide == width(row)) {
-            run(from, inner, piece + row * k, k, start, start_pitch, to, rows);
-            continue;
-          }
-          float edge[high * panel];
-          run(tall < high ? last : from, tall < high ? k : inner, piece + row * k, k, zeros, 0, edge, panel);
-          for (int64_t l = 0; l < tall; ++l) {
-            for (int64_t r = 0; r < wide; ++r) to[l * rows + r] = start[l * start_pitch + r] + edge[l * panel + r];
-          }
+          const float* const start = block > 0 ? to : bias != nullptr ? bias + first + row : nullptr;
+          multiply_some(tall, std::min(width(row), count - row), width(row), rows_of_x, tall < high ? k : inner,
+                        piece + row * k, k, start, block > 0 ? rows : 0, to, rows);
         }
       }
     }
   });
 }
 }
+
+}  // namespace kernels

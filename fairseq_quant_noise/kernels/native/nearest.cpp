@@ -11,9 +11,7 @@
 #include <immintrin.h>
 #endif
 
-using kernels::parallel;
-using kernels::parts;
-
+namespace kernels {
 namespace {
 
 #ifdef __AVX512F__
@@ -116,3 +114,5 @@ extern "C" {
 LEAST(least_float, float)
 LEAST(least_double, double)
 }
+
+}  // namespace kernels
