@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from side_by_side import Claim, at_least, at_most, parser, report, rounds
+from side_by_side import Claim, at_least, at_most, parser, positive, report, rounds
 from torch import Tensor
 
 from fairseq_quant_noise.pq.kmeans import kmeans
@@ -27,11 +27,11 @@ FAISS, FAIRSEQ = "faiss", "fairseq"
 def arguments() -> argparse.Namespace:
     """The command line; sizes are in weights, and a block is `--block-size` neighbours of one row."""
     options = parser(__doc__, repeats=5)
-    options.add_argument("--rows", type=int, default=768)
-    options.add_argument("--columns", type=int, default=768)
-    options.add_argument("--block-size", type=int, default=4, help="d, which divides the columns")
-    options.add_argument("--centroids", type=int, default=256, help="K")
-    options.add_argument("--iterations", type=int, default=20)
+    options.add_argument("--rows", type=positive, default=768)
+    options.add_argument("--columns", type=positive, default=768)
+    options.add_argument("--block-size", type=positive, default=4, help="d, which divides the columns")
+    options.add_argument("--centroids", type=positive, default=256, help="K")
+    options.add_argument("--iterations", type=positive, default=20)
     options.add_argument("--peers", nargs="*", choices=(FAIRSEQ, FAISS), default=[FAIRSEQ], help="to measure against")
     args = options.parse_args()
     if args.columns % args.block_size:

@@ -9,7 +9,7 @@ PQEmbedding on the same sizes is run in turn. One step is forward, cross entropy
 import torch
 from fairseq.modules.quantization.pq.modules import PQEmbedding, PQLinear
 from lm import OURS, STOCK, build, device, step
-from side_by_side import Claim, at_least, at_most, parser, report, rounds
+from side_by_side import Claim, at_least, at_most, parser, positive, report, rounds
 from torch import Tensor, nn
 
 from fairseq_quant_noise.layers import quantize_weight_
@@ -71,7 +71,7 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__, repeats=7)
     for name, default in (("layers", 6), ("dim", 512), ("words", 10_000), ("tokens", 2048)):
-        options.add_argument(f"--{name}", type=int, default=default)
+        options.add_argument(f"--{name}", type=positive, default=default)
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     report(measure(args.layers, args.dim, args.words, args.tokens, args.repeats), args.json)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
-from side_by_side import Claim, at_least, parser, report, rounds
+from side_by_side import Claim, at_least, parser, positive, report, rounds
 from torch import nn
 
 import fairseq_quant_noise
@@ -123,7 +123,7 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__, repeats=3)
     for name, default in (("--tokens", 16), ("--layers", 16), ("--dim", 1024), ("--words", 267_744)):
-        options.add_argument(name, type=int, default=default)
+        options.add_argument(name, type=positive, default=default)
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     fairseq_quant_noise.register()

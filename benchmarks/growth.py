@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lm import OURS, STOCK, build, step
-from side_by_side import machine, parser, rounds
+from side_by_side import machine, parser, positive, rounds
 
 from fairseq_quant_noise.pq.kmeans import kmeans
 
@@ -70,8 +70,10 @@ def table(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__, repeats=5)
-    options.add_argument("--largest", type=int, default=VARIED["numbers"][-1], help="numbers of the largest weight")
-    options.add_argument("--tokens", type=int, nargs="*", default=[512, 1024, 2048, 4096])
+    options.add_argument(
+        "--largest", type=positive, default=VARIED["numbers"][-1], help="numbers of the largest weight"
+    )
+    options.add_argument("--tokens", type=positive, nargs="*", default=[512, 1024, 2048, 4096])
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     products, copied = rates()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from fairseq.modules.quantization.pq.modules import PQLinear
-from side_by_side import Claim, at_least, parser, report, rounds
+from side_by_side import Claim, at_least, parser, positive, report, rounds
 from torch import nn
 
 from fairseq_quant_noise.layers import quantize_weight_
@@ -65,7 +65,7 @@ def measure(batches: list[int], repeats: int) -> list[Claim]:
 def main() -> None:
     """Measure and print."""
     options = parser(__doc__, repeats=15)
-    options.add_argument("--batches", type=int, nargs="+", default=[1, 64, 512])
+    options.add_argument("--batches", type=positive, nargs="+", default=[1, 64, 512])
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     report(measure(args.batches, args.repeats), args.json)

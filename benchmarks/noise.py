@@ -11,7 +11,7 @@ import time
 
 import torch
 from lm import OURS, STOCK, build, step
-from side_by_side import Claim, at_most, parser, report, rounds
+from side_by_side import Claim, at_most, parser, positive, report, rounds
 from torch import nn
 
 from fairseq_quant_noise.noise import noise_of
@@ -60,10 +60,10 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__, repeats=7)
     for name, default in (("layers", 6), ("dim", 512), ("words", 10_000), ("tokens", 2048)):
-        options.add_argument(f"--{name}", type=int, default=default)
+        options.add_argument(f"--{name}", type=positive, default=default)
     options.add_argument("--p", type=float, default=0.1, help="share of blocks hit (default 0.1)")
     options.add_argument(
-        "--steps-per-epoch", type=int, default=1000, help="steps between two refreshes of codebooks (default 1000)"
+        "--steps-per-epoch", type=positive, default=1000, help="steps between two refreshes of codebooks (default 1000)"
     )
     args = options.parse_args()
     torch.set_num_threads(args.threads)

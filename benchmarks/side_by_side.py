@@ -90,11 +90,18 @@ def machine() -> str:
     return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, 1 or more")
+    return int(text)
+
+
 def parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--repeats", type=int, default=repeats, help=f"rounds that are timed (default {repeats})")
-    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--repeats", type=positive, default=repeats, help=f"rounds that are timed (default {repeats})")
+    made.add_argument("--threads", type=positive, default=torch.get_num_threads())
     made.add_argument("--json", action="store_true", help="print a JSON list of the claims")
     return made
 

@@ -54,3 +54,13 @@ def test_growth_prints_what_was_measured_beside_the_floor():
     assert (encode["what"], encode["numbers"], noise["what"], noise["tokens"]) == ("encode", 294_912, "noise", 128)
     assert encode["floor"] > 0
     assert noise["floor"] > 0
+
+
+@pytest.mark.parametrize("option", ["--batches 0", "--threads -1", "--repeats x"])
+def test_a_count_that_counts_nothing_is_refused(option):
+    name, value = option.split()
+    done = python("benchmarks/infer.py", f"{name}={value}", fresh=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"infer.py: error: argument {name}: '{value}': give a whole number, 1 or more"
+    )
