@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from fairseq.modules.quant_noise import quant_noise
-from torch import nn
+from torch import Tensor, nn
 
 from ..cli_errors import exits_on_user_error
 from ..errors import UserError
@@ -106,6 +107,7 @@ class Quantizable:
             taken = self.quant_noise_layers.taken(self, state_dict)  # type: ignore[arg-type]
             if strict:
                 _check_embedding_layer(self, taken)  # type: ignore[arg-type]
+            _check_ties(self, taken)  # type: ignore[arg-type]
             adopt_quantized(self, taken)  # type: ignore[arg-type]
         return super().load_state_dict(taken, strict)  # type: ignore[misc]
 
@@ -122,6 +124,20 @@ def _check_embedding_layer(model: nn.Module, state: Mapping[str, Any]) -> None:
         raise UserError(
             f"{here}: --quant-noise-embedding-layer adds this layer, and the checkpoint has none; leave the option out"
         )
+
+
+def _check_ties(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError where the state has two values for one weight of the model: loading would keep the last one."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state:
+            other = first.setdefault(id(parameter), name)
+            one, two = state[other], state[name]
+            if one.shape == two.shape and one.data_ptr() != two.data_ptr() and not torch.equal(one, two):
+                raise UserError(
+                    f"{other} and {name}: are one weight in this model and two in the checkpoint; give the options "
+                    "it was trained with (--untie-weights-roberta, or no --share-… or --tie-… option)"
+                )
 
 
 def _measurements(args: Any) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """`quant_noise_roberta`: fairseq's RoBERTa, with Quant-Noise and iPQ that work."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from .published import hub_interface
 from .quantizable import Quantizable, add_noise, without_fairseq_noise
 from .roberta_config import QuantNoiseRobertaConfig
 
+logger = logging.getLogger(__name__)
+
+_WORDS, _OUTPUT = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
 _IN_A_HEAD = re.compile(rf"classification_heads\..+\.weight\.{CODES}")
 
 
@@ -94,7 +98,20 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
         """As fairseq's; names of old checkpoints and heads are settled before weights become quantized ones."""
         self.upgrade_state_dict(state_dict)
+        self._leave_out_own_output(state_dict)
         return super().load_state_dict(state_dict, strict, model_cfg, args)
+
+    def _leave_out_own_output(self, state: dict[str, Tensor]) -> None:
+        """Keep an untied masked language model's output from replacing the words of a classifier, which needs none.
+
+        Both are one weight in a model without --untie-weights-roberta, and the last one loaded would stay.
+        """
+        words, output = state.get(_WORDS), state.get(_OUTPUT)
+        if self.args.untie_weights_roberta or not len(self.classification_heads) or words is None or output is None:
+            return
+        if words.shape == output.shape and not torch.equal(words, output):
+            logger.info(f"{_OUTPUT}: left out, since a classifier does not use it (--untie-weights-roberta keeps it)")
+            state[_OUTPUT] = words
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
         """As fairseq's, which looks at the `weight` of every head; those in codes have one of no memory meanwhile."""
