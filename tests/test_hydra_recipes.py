@@ -60,7 +60,7 @@ OF_ONE = {
     "language_modeling/small_ipq": {"distributed_training.ddp_backend": "the recipe trains in one process"},
     "image_classification/cifar10_small": {"distributed_training.ddp_backend": "the recipe trains in one process"},
     "image_classification/cifar10_small_ipq": {"distributed_training.ddp_backend": "the recipe trains in one process"},
-    "sentence_prediction/mnli_base_ipq": {"checkpoint.save_interval_updates": "a third, which is an epoch here"},
+    "sentence_prediction/mnli_base_ipq": {"checkpoint.save_interval_updates": "a third, which is a stage"},
 }
 
 

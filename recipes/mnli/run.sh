@@ -34,11 +34,11 @@ need python fairseq-train fairseq-validate fairseq-quant-noise
 case "${SIZE:-paper}" in
   paper)
     NOISE="${NOISE:-0.2}" PLAN="${PLAN:-$REPO/configs/plans/roberta.yaml}"
-    UPDATES="${UPDATES:-123873}"       # 10 epochs
-    IPQ_UPDATES="${IPQ_UPDATES:-36816}" # three stages of an epoch each
+    UPDATES="${UPDATES:-123873}"         # 10 epochs
+    IPQ_UPDATES="${IPQ_UPDATES:-371619}" # three stages, each as long as the fine-tuning, as in fairseq's command for RTE
     MODEL=(--arch quant_noise_roberta_base --max-positions 512 --fp16)
     TRAIN=(--lr 1e-5 --warmup-updates 7432)
-    TUNE=(--lr 2e-5)
+    TUNE=(--lr 2e-5 --warmup-updates 7432)
     VALIDATE=()
     ;;
   cpu)

@@ -23,7 +23,7 @@ need fairseq-train
 case "${SIZE:-paper}" in
   paper)
     UPDATES="${UPDATES:-125000}" NOISE="${NOISE:-0.2}" LAYERDROP="${LAYERDROP:-0.2}"
-    FLAGS=(--arch quant_noise_roberta_base --tokens-per-sample 512 --sample-break-mode complete --fp16
+    FLAGS=(--arch quant_noise_roberta_base --untie-weights-roberta --tokens-per-sample 512 --sample-break-mode complete --fp16
       --skip-invalid-size-inputs-valid-test # of lines over 512 tokens, which training leaves out too
       --batch-size 16 --update-freq 2 --lr 5e-4 --warmup-updates 10000 --clip-norm 0.0 --log-interval 100)
     ;;

@@ -69,12 +69,12 @@ train() {
 }
 prune() { fairseq-quant-noise prune --path "$TRAINED" --keep "$KEEP" --out "$OUT/pruned.pt"; }
 
-# A pruned network has the layers that its checkpoint has, and needs them all.
+# LayerDrop is for the dense training alone. A pruned network has the layers that its checkpoint has.
 quantize_in_stages() {
-  local options=(--encoder-layerdrop "$LAYERDROP" --decoder-layerdrop "$LAYERDROP") counts
+  local options=(--encoder-layerdrop 0 --decoder-layerdrop 0) counts
   if [ -n "$KEEP" ]; then
     read -r -a counts <<<"$(module recipes.n_layers "$DENSE")"
-    options=(--encoder-layers "${counts[0]}" --decoder-layers "${counts[1]}")
+    options+=(--encoder-layers "${counts[0]}" --decoder-layers "${counts[1]}")
   fi
   if [ "$FILE" = ipq ]; then options+=(--ipq-teacher "$DENSE"); fi
   finished "$OUT/$FILE" "$IPQ_UPDATES" || fairseq-train "${COMMON[@]}" "${TUNE[@]}" "${options[@]}" \
