@@ -1,4 +1,4 @@
-"""Several processes that train one network: who encodes which weight, and whether all hold the same bits."""
+"""Several processes that train one network: their seeds, who encodes which weight, whether all hold the same bits."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,27 @@ from .errors import UserError
 def rank_and_world() -> tuple[int, int]:
     """This process's number, from 0, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def seed_of_rank(seed: int) -> int:
+    """This process's own seed, made from one that all processes have: independent between ranks, fixed for each.
+
+    Rank 0 keeps `seed`, so that a single process draws what it would draw without others. For rank r it is output
+    number r of SplitMix64 (Steele, Lea and Flood 2014) from `seed`: all its bits differ, of which torch's generator on
+    the CPU takes the lower 32. The number of processes does not count.
+
+    Args:
+        seed: 0 <= seed < 2^62.
+    Returns:
+        Another such number.
+    """
+    rank, _ = rank_and_world()
+    if rank == 0:
+        return seed
+    z = (seed + rank * 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return (z ^ (z >> 31)) % 2**62
 
 
 def divide(sizes: Sequence[int], world: int) -> list[int]:

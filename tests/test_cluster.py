@@ -6,12 +6,15 @@ from unittest import mock
 
 import pytest
 import torch
+from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
 from forked import start, train
-from lm_fixture import PLANS, split, state_of
+from lm_fixture import PLANS, same, split, state_of
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fairseq_quant_noise.quantize
-from fairseq_quant_noise import quantize_, ranks
+from fairseq_quant_noise import noise_of, quantize_, ranks
 from fairseq_quant_noise.errors import UserError
+from fairseq_quant_noise.noise import weight_noise
 from fairseq_quant_noise.quantize import encode_together
 from fairseq_quant_noise.safe_load import safe_load
 from fairseq_quant_noise.trained import importance_in
@@ -19,6 +22,10 @@ from fairseq_quant_noise.training import StageController
 
 STAGES = PLANS["adaptive"]["stages"]
 DAMAGED = "decoder.layers.1.fc2"
+NOISE = split(
+    "--quant-noise-pq 0.3 --quant-noise-kind pq --decoder-layerdrop 0.3 --dropout 0 --batch-size 8 --update-freq 2",
+    "--save-interval-updates 2",
+)
 
 
 def free_port():
@@ -41,6 +48,26 @@ def astray(rank):
         yield
 
 
+@contextlib.contextmanager
+def drawn():
+    """What a rank draws in its training forwards: J of each weight, and the layers that LayerDrop leaves in."""
+    found = {"J": [], "layers": []}
+    draw = weight_noise.draw_blocks
+
+    def draw_blocks(*args):
+        found["J"].append(draw(*args))
+        return found["J"][-1]
+
+    def note(layer, inputs):
+        if isinstance(layer, TransformerDecoderLayerBase) and layer.training:
+            found["layers"].append(layer)
+
+    handle = register_module_forward_pre_hook(note)
+    with mock.patch.object(weight_noise, "draw_blocks", draw_blocks):
+        yield found
+    handle.remove()
+
+
 def train_rank(rank, lab, jobs, outs):
     """In a process of its own: several runs, one after the other, and what this rank holds after each."""
     for job, out in zip(jobs, outs, strict=True):
@@ -53,6 +80,7 @@ def train_rank(rank, lab, jobs, outs):
         with (
             mock.patch.object(fairseq_quant_noise.quantize, "encode_together", spy),
             astray(rank) if job.get("astray") else contextlib.nullcontext(),
+            drawn() as draws,
             open(f"{out}-{rank}.err", "w") as errors,
             contextlib.redirect_stderr(errors),
         ):
@@ -63,7 +91,11 @@ def train_rank(rank, lab, jobs, outs):
                 torch.save({"exit": end.code}, f"{out}-{rank}")
                 continue
         words = [float(log["sample_size"]) for log in run.updates]
-        torch.save({"model": run.model.state_dict(), "words": words, "encoded": encoded}, f"{out}-{rank}")
+        noise = noise_of(run.model)
+        layers = [run.model.decoder.layers[i] for i in range(len(run.model.decoder.layers))]
+        draws["layers"] = [layers.index(layer) for layer in draws["layers"]]
+        held = {"model": run.model.state_dict(), "noise": noise.state_dict() if noise is not None else None}
+        torch.save({**held, **draws, "words": words, "encoded": encoded}, f"{out}-{rank}")
 
 
 def job(lab, updates, *flags, structure=None, **settings):
@@ -81,7 +113,14 @@ def cluster(lab, runs):
     broken["model"][f"{DAMAGED}.weight"][0, 0] = float("nan")
     alone = job(lab, 5, *few, "--finetune-from-model", stock)
     checkpoint = lab.train(*alone["flags"], kind="adaptive", updates=5).path
+    folder = lab.new()
     jobs = {
+        "noise": {"flags": NOISE, "updates": 4, "folder": folder},
+        "resumed": {
+            "flags": [*NOISE, "--restore-file", folder / "checkpoint_1_2.pt"],
+            "updates": 4,
+            "folder": lab.new(),
+        },
         "whole": job(lab, 3, "--finetune-from-model", stock),
         "shared": job(lab, 3, "--finetune-from-model", stock, structure={"share_layers": 2}),
         "1 to 2": job(lab, 6, *few, "--restore-file", checkpoint),
@@ -93,8 +132,8 @@ def cluster(lab, runs):
         f"--distributed-init-method tcp://localhost:{free_port()} --disable-validation",
     )
     for settings in jobs.values():
-        settings["flags"] += together
-    outs = [lab.new(name) for name in ("whole", "shared", "resumed", "astray", "NaN")]
+        settings["flags"] = [*settings["flags"], *together]
+    outs = [lab.new(name.replace(" ", "-")) for name in jobs]
     processes = [start(train_rank, rank, lab, list(jobs.values()), outs) for rank in range(2)]
     for process in processes:
         process.join(120)
@@ -128,6 +167,38 @@ def test_two_processes_train_the_stages_together(lab, runs, cluster, name, struc
     codes = {name: t for name, t in alone.items() if name.endswith(".codes")}
     assert len(codes) == 4
     assert all(torch.equal(t, saved["model"][name]) for name, t in codes.items())
+
+
+def test_each_process_draws_noise_of_its_own(cluster):
+    """Each hits a share p of the blocks, and so both a share p^2; with one J for both it would be p."""
+    first, second = (of_rank["J"] for of_rank in cluster["noise"]["ranks"])
+    assert [hit.shape for hit in first] == [hit.shape for hit in second]
+    assert len(first) > 4 * 2 * 10
+    one, other = torch.cat(first), torch.cat(second)
+    assert len(one) > 10_000
+    assert float(one.float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert float((one & other).float().mean()) == pytest.approx(0.09, abs=0.02)
+
+
+@pytest.mark.upstream(32)
+def test_layerdrop_leaves_the_same_layers_out_on_all_processes(cluster):
+    """Without dropout, which draws from the same random numbers on a CPU, and on a GPU from others."""
+    first, second = (of_rank["layers"] for of_rank in cluster["noise"]["ranks"])
+    assert first == second
+    assert 4 < len(first) < 4 * 2 * 2, "four updates of two parts, two layers"
+
+
+def test_noise_measures_the_same_codebooks_on_all_processes(cluster):
+    first, second = (of_rank["noise"] for of_rank in cluster["noise"]["ranks"])
+    assert len(first["weights"]) > 10
+    assert same(first, second)
+
+
+def test_a_resumed_run_of_two_processes_draws_the_noise_of_one_that_went_through(cluster):
+    for whole, resumed in zip(cluster["noise"]["ranks"], cluster["resumed"]["ranks"], strict=True):
+        assert 0 < len(resumed["J"]) < len(whole["J"])
+        assert same(resumed["J"], whole["J"][-len(resumed["J"]) :])
+        assert same(dict(resumed["model"]), dict(whole["model"]))
 
 
 @pytest.mark.upstream(10)

@@ -9,8 +9,10 @@ A layer that runs again during backward gets the J of its own forward, even when
 checkpoint restores the random state, and that tells the draw.
 
 The seed of a draw comes from torch's global generator, which fairseq seeds at every update, so that runs repeat and
-resume exactly. Each weight then has its own generator: its noise does not depend on the order in which layers run,
-or on LayerDrop. Outside a forward, and in eval mode, `module.weight` is the stored Parameter.
+resume exactly. It does so alike on all ranks, so the rank is mixed in (`ranks.seed_of_rank`): the gradient of an update
+averages over an independent J of each rank. Each weight then has its own generator: its noise does not depend on the
+order in which layers run, or on LayerDrop. Outside a forward, and in eval mode, `module.weight` is the stored
+Parameter.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from ..ranks import seed_of_rank
 
 if TYPE_CHECKING:
     from .weight_noise import WeightNoise
@@ -100,7 +104,8 @@ class NoiseDraw:
         if fresh and any(m.training for m in self.noised):
             if self.spent or len(self.seeds) > _MAX_SEEDS:
                 self.seeds.clear()
-            self.seed = int(torch.randint(2**62, (1,)))
+            # Every rank takes one number from the global generator: LayerDrop draws from it too, alike on all ranks.
+            self.seed = seed_of_rank(int(torch.randint(2**62, (1,))))
             self.spent = False
             if self.counts:
                 self.update = self.draws

@@ -8,6 +8,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toys import Attention, Read, Tied, hits, noised, stored, weight_of
 
+from fairseq_quant_noise import noise_of, ranks
+from fairseq_quant_noise.noise import attach_rules
+from fairseq_quant_noise.plan import NoiseRule
+
 WORDS = torch.arange(12)
 
 
@@ -48,6 +52,54 @@ def test_the_noise_of_a_layer_does_not_depend_on_which_other_layers_run():
     model = noised(Skip())
     draws = [torch.manual_seed(5) and model(skip) for skip in (True, False)]
     assert torch.equal(*draws)
+
+
+# Several processes
+
+
+@pytest.fixture
+def on_rank(monkeypatch):
+    """on_rank(r, function): what `function` gives on rank r of 8, from the random state that all ranks have."""
+
+    def run(rank, function):
+        monkeypatch.setattr(ranks, "rank_and_world", lambda: (rank, 8))
+        torch.manual_seed(3)
+        return function()
+
+    return run
+
+
+def test_ranks_draw_independent_noise_from_one_random_state(on_rank):
+    """Of two ranks that each hit a share p, p^2 is hit by both."""
+    model, p = noised(nn.Linear(256, 512, bias=False), p=0.2), 0.2
+    torch.manual_seed(3)
+    alone = hits(weight_of(model), 4)
+    drawn = [on_rank(rank, lambda: hits(weight_of(model), 4)) for rank in range(8)]
+    assert torch.equal(drawn[0], alone)
+    assert torch.equal(on_rank(5, lambda: hits(weight_of(model), 4)), drawn[5]), "a resumed run's"
+    for i, one in enumerate(drawn):
+        assert float(one.float().mean()) == pytest.approx(p, abs=0.01)
+        for other in drawn[:i]:
+            assert float((one & other).float().mean()) == pytest.approx(p * p, abs=0.01)
+
+
+def test_ranks_take_as_much_from_the_random_state_so_that_layerdrop_is_alike(on_rank):
+    model = noised(nn.Linear(64, 64, bias=False))
+    assert len({on_rank(rank, lambda: (weight_of(model), float(torch.rand(1)))[1]) for rank in range(8)}) == 1
+
+
+@pytest.mark.parametrize("kind", ["pq", "int4"])
+def test_ranks_that_hold_the_same_weights_measure_the_same_on_them(on_rank, kind):
+    def measured():
+        model = Read(nn.Linear(32, 64))
+        attach_rules(model, [NoiseRule(match=".*", p=0.3, kind=kind, block_size=8, refresh=1)])
+        for _ in range(3):
+            model()
+        return noise_of(model).state_dict()["weights"]["part"][0]["phi"]
+
+    first, other = (on_rank(rank, measured) for rank in (0, 5))
+    assert first
+    assert all(torch.equal(first[key], other[key]) for key in first)
 
 
 def test_a_tied_weight_has_one_noise_in_both_uses_of_a_forward():
@@ -154,6 +206,12 @@ def layers_of(kind):
 def test_checkpointing_recomputes_with_the_noise_of_the_forward(kind, reentrant):
     layers = layers_of(kind)
     torch.testing.assert_close(gradients(layers, reentrant, one_forward), gradients(layers, None, one_forward))
+
+
+def test_checkpointing_finds_the_noise_of_its_rank(on_rank):
+    layers = layers_of(nn.Linear)
+    rerun = on_rank(3, lambda: gradients(layers, True, two_forwards))
+    torch.testing.assert_close(rerun, on_rank(3, lambda: gradients(layers, None, two_forwards)))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
