@@ -43,6 +43,7 @@ def register() -> None:
         checkpoints,
         criterions,
         diverged,
+        half_precision,
         mistakes,
         models,
         precision,
@@ -52,7 +53,8 @@ def register() -> None:
         training,
     )
 
-    for part in (checkpoints, checkpoint_files, diverged, precision, resume, trainer_hooks, training, mistakes):
+    files = (checkpoints, checkpoint_files)
+    for part in (*files, diverged, precision, half_precision, resume, trainer_hooks, training, mistakes):
         part.install()
 
 

@@ -47,16 +47,22 @@ def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def moments_in(checkpoint: Mapping[str, Any], network: nn.Module) -> dict[str, Tensor]:
     """The second moments in a fairseq checkpoint, by the name of the weight, in bfloat16; empty where it has none.
 
-    fairseq writes them in the order of the model's parameters, one by one or, of its fp16 training, end to end in one
-    tensor; the parameters of the criterion follow. Another order or number means another network: empty too.
+    fairseq writes them in the order of the model's parameters, those of the criterion after them: one by one or, of its
+    fp16 training, end to end in one tensor. Shapes or a total that are not exactly those of this checkpoint's
+    parameters, as where some were frozen, mean that nobody can tell whose they are: empty too.
 
     Args:
         checkpoint: its content.
-        network: of that checkpoint, on the meta device too; it says which names are tied.
+        network: of that checkpoint, its quantized weights adopted, on the meta device too; it says which tensors are
+            parameters, and which names are tied.
     """
     weights: Mapping[str, Tensor] = checkpoint["model"]
     names = list(_parameters(weights, network))
-    moments = _laid_out(checkpoint.get("last_optimizer_state"), [weights[group[0]].shape for group in names])
+    shapes = [weights[group[0]].shape for group in names]
+    criterion = checkpoint.get("criterion")
+    others = criterion.values() if isinstance(criterion, Mapping) else ()
+    shapes += [tensor.shape for tensor in others if isinstance(tensor, Tensor)]
+    moments = _laid_out(checkpoint.get("last_optimizer_state"), shapes)
     pairs = zip(names, moments, strict=False)
     found = ((group, tensor.bfloat16()) for group, tensor in pairs if tensor is not None)
     return {name: tensor for group, tensor in found for name in group}
@@ -111,9 +117,9 @@ def check_importance(importance: Mapping[str, Tensor], shapes: Mapping[str, Sequ
 def _parameters(weights: Mapping[str, Tensor], network: nn.Module) -> Iterator[list[str]]:
     """The names of each parameter, in the order of the checkpoint, which is that of `model.parameters()`."""
     groups: dict[int, list[str]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        if name in weights:
-            groups.setdefault(id(parameter), []).append(name)
+    for name, tensor in network.state_dict(keep_vars=True).items():  # the names that a checkpoint has
+        if isinstance(tensor, nn.Parameter) and name in weights:
+            groups.setdefault(id(tensor), []).append(name)
     group_of = {name: group for group in groups.values() for name in group}
     for name in weights:
         group = group_of.get(name, [])
@@ -129,11 +135,13 @@ def _laid_out(optimizer: object, shapes: Sequence[torch.Size]) -> list[Tensor | 
     state, groups = given.get("state"), given.get("param_groups")
     if not isinstance(state, Mapping) or not isinstance(groups, list):
         return []
-    keys = [key for group in groups for key in group.get("params", ())]
+    keys = [key for group in groups if isinstance(group, Mapping) for key in group.get("params", ())]
     found = [entry.get(MOMENTS) if isinstance(entry := state.get(key), Mapping) else None for key in keys]
-    flat, total = found[0] if len(found) == 1 else None, sum(shape.numel() for shape in shapes)
-    if len(shapes) > 1 and isinstance(flat, Tensor) and flat.numel() >= total:
-        pieces = flat.flatten()[:total].split([shape.numel() for shape in shapes])
-        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
-    fits = all(f is None or f.shape == s for f, s in zip(found, shapes, strict=False))
-    return found[: len(shapes)] if fits and len(found) >= len(shapes) else []
+    flat, numbers = found[0] if len(found) == 1 else None, [shape.numel() for shape in shapes]
+    if isinstance(flat, Tensor) and flat.dim() == 1:
+        pieces = flat.split(numbers) if flat.numel() == sum(numbers) else ()
+        return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=False)]
+    if len(found) != len(shapes):
+        return []
+    pairs = zip(found, shapes, strict=True)
+    return found if all(f is None or (isinstance(f, Tensor) and f.shape == shape) for f, shape in pairs) else []

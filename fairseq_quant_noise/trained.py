@@ -120,7 +120,9 @@ def importance_in(path: str | Path, state: Mapping[str, Any]) -> dict[str, Tenso
     found: object = (state.get("extra_state") or {}).get(IMPORTANCE)
     if found is None:
         try:
-            found = moments_in(state, _bare_network(packed_config(path, state)))
+            network = _bare_network(packed_config(path, state))
+            adopt_quantized(network, state["model"])
+            found = moments_in(state, network)
         except UserError:
             return {}
     return sound(found, state["model"])

@@ -41,3 +41,21 @@ def runs(lab):
     from lm_fixture import Runs
 
     return Runs(lab)
+
+
+@pytest.fixture
+def flattens():
+    """fairseq's FP16Optimizer can flatten here, on a CPU."""
+    from half import can_flatten
+
+    with can_flatten():
+        yield
+
+
+@pytest.fixture
+def flat():
+    """fairseq's FP16Optimizer flattens in every run of the test, as on a GPU."""
+    from half import flattening
+
+    with flattening():
+        yield

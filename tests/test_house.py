@@ -19,6 +19,7 @@ ADAPTERS = (  # these know fairseq
         "checkpoint_files.py",
         "checkpoints.py",
         "diverged.py",
+        "half_precision.py",
         "mistakes.py",
         "monitor.py",
         "precision.py",

@@ -101,10 +101,6 @@ def of_the_optimizer(run):
         ("plain", []),
         ("adaptive", []),
         ("untied", []),
-        ("plain", ["--bf16"]),
-        ("adaptive", ["--bf16", "--fp16-no-flatten-grads"]),
-        ("plain", ["--memory-efficient-bf16"]),
-        ("adaptive", ["--amp"]),
         ("plain", ["--decoder-layers", 4, "--share-layers", 2]),
         ("plain", ["--quant-noise-pq", 0.1]),
     ],
@@ -115,6 +111,55 @@ def test_of_the_weights_in_a_checkpoint(lab, kind, flags):
     found = importance_in(run.path, safe_load(run.path))
     assert len(expected) == len(dict(run.model.named_parameters(remove_duplicate=False)))
     assert same(found, expected)
+
+
+ALL_KINDS = ["plain", "adaptive", "untied"]
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_of_the_weights_in_one_flat_tensor(lab, flat, kind):
+    run = lab.train("--fp16", kind=kind, updates=2)
+    state = safe_load(run.path)
+    assert len(state["last_optimizer_state"]["state"]) == 1
+    assert same(importance_in(run.path, state), of_the_optimizer(run))
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_of_a_network_that_is_partly_in_codes_in_one_flat_tensor(lab, runs, flat, kind):
+    """Centroids stand where the weights stood, and are fewer."""
+    out = lab.new("packed.safetensors")
+    plan = lab.plan({"stages": [FFN]})
+    main(["quantize", "--path", str(runs.stock(kind).path), "--plan", plan, "--out", str(out)])
+    run = lab.train("--fp16", "--finetune-from-model", out, kind=kind, updates=2)
+    state, expected = safe_load(run.path), of_the_optimizer(run)
+    assert len(state["last_optimizer_state"]["state"]) == 1
+    assert sum(name.endswith(".fc1.weight.centroids") for name in expected) == 2
+    assert same(importance_in(run.path, state), expected)
+
+
+def with_parameters_of_a_criterion(state, numbers, flat):
+    """`state` with moments of `numbers` parameters more, behind those of the model."""
+    kept = state["last_optimizer_state"]
+    (group,) = kept["param_groups"]
+    if flat:
+        kept["state"][0]["exp_avg_sq"] = torch.cat([kept["state"][0]["exp_avg_sq"], torch.ones(numbers)])
+    else:
+        new = len(group["params"])
+        group["params"].append(new)
+        kept["state"][new] = {"exp_avg_sq": torch.ones(numbers)}
+    return state
+
+
+@pytest.mark.parametrize("form", ["flat", "one by one"])
+def test_parameters_of_the_criterion_come_after_the_models(lab, form, request):
+    """Moments that no parameter accounts for are refused: nobody can tell where they belong."""
+    if form == "flat":
+        request.getfixturevalue("flat")
+    run = lab.train(*(["--fp16"] if form == "flat" else []), updates=1)
+    expected, state = of_the_optimizer(run), with_parameters_of_a_criterion(safe_load(run.path), 3, form == "flat")
+    assert importance_in(run.path, state) == {}
+    assert importance_in(run.path, {**state, "criterion": {"weight": torch.ones(4)}}) == {}
+    assert same(importance_in(run.path, {**state, "criterion": {"weight": torch.ones(3)}}), expected)
 
 
 def test_copies_of_a_tie_are_told_apart_from_the_next_parameter(lab):
@@ -256,16 +301,6 @@ def test_all_stages_weigh_by_the_moments_of_the_dense_network(lab, runs, weighed
     assert IMPORTANCE not in state_of(run.path)["extra_state"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--bf16"], ["--amp"]], ids=["fp32", "bf16", "amp"])
-def test_a_training_that_goes_on_weighs_by_its_own_optimizer(lab, weighed, flags):
-    dense = lab.train(*flags, updates=2)
-    expected = of_the_optimizer(dense)
-    lab.train(*stages(lab), *flags, "--restore-file", dense.path, updates=5)
-    given = {name: tensor for stage in weighed for name, tensor in stage.items()}
-    assert len(given) == 13
-    assert same(given, {name: expected[name].bfloat16() for name in given})
-
-
 def test_without_moments_gradients_stand_for_them(lab, weighed, caplog):
     dense = lab.train(*NAG, updates=1)
     with caplog.at_level("INFO", training.__name__):
@@ -337,6 +372,9 @@ def test_a_resumed_run_needs_the_dense_checkpoint_no_more(lab, runs):
     assert same(state_of(resumed.path)["model"], state_of(whole.path)["model"])
 
 
-def test_of_a_network_that_is_partly_in_codes_there_are_none(runs):
-    path = runs.ipq("plain").path
-    assert importance_in(path, safe_load(path)) == {}
+@both_kinds
+def test_of_a_network_that_is_wholly_in_codes(runs, kind):
+    run = runs.ipq(kind)
+    found = importance_in(run.path, safe_load(run.path))
+    assert any(name.endswith(".centroids") for name in found)
+    assert same(found, of_the_optimizer(run))

@@ -213,57 +213,6 @@ def test_the_learning_rate_is_the_schedules_throughout(lab, flags):
     assert rates[0] == rates[1]
 
 
-def memory(trainer):
-    """What the optimizer keeps of each parameter: its state, and the fp32 copy that it steps where there is one."""
-    optimizer = trainer.optimizer
-    inner = getattr(optimizer, "fp32_optimizer", optimizer).optimizer
-    copies = {}
-    if hasattr(optimizer, "fp32_params"):
-        copies = {id(p): copy for p, copy in zip(optimizer.fp16_params, optimizer.fp32_params, strict=True)}
-    kept = {}
-    for name, parameter in trainer.get_model().named_parameters():
-        stepped = copies.get(id(parameter), parameter)
-        state = inner.state.get(stepped, {})
-        kept[name] = {key: v.clone() if isinstance(v, torch.Tensor) else v for key, v in state.items()}
-        kept[name]["stepped"] = stepped.detach().clone()
-    return kept
-
-
-@pytest.mark.upstream(20)
-@pytest.mark.parametrize(
-    ("flags", "entry"),
-    [([], "exp_avg_sq"), (NAG, "momentum_buffer"), (["--bf16"], "exp_avg_sq"), (["--amp"], "exp_avg_sq")],
-    ids=["adam", "nag", "bf16", "amp"],
-)
-def test_surviving_parameters_keep_the_optimizers_memory(lab, monkeypatch, flags, entry):
-    seen = []
-    rebuild = StageController._rebuild_optimizer
-
-    def spy(controller):
-        before = last[-1] if last else {}
-        rebuild(controller)
-        seen.append((before, memory(controller.trainer)))
-
-    last = []
-    quantize = StageController._quantize_stage
-
-    def watch(controller, stage):
-        last.append(memory(controller.trainer))
-        quantize(controller, stage)
-
-    monkeypatch.setattr(StageController, "_rebuild_optimizer", spy)
-    monkeypatch.setattr(StageController, "_quantize_stage", watch)
-    lab.train(*with_plan(lab, PLANS["plain"]), *flags)
-    assert len(seen) == 3
-    for before, after in seen[1:]:
-        survivors, new = before.keys() & after.keys(), after.keys() - before.keys()
-        assert len(survivors) > 20
-        assert all(entry in before[name] for name in survivors)
-        assert all(same(before[name], after[name]) for name in survivors)
-        assert new
-        assert all(name.endswith(".centroids") and entry not in after[name] for name in new)
-
-
 @pytest.mark.upstream(8)
 def test_the_tied_adaptive_softmax_is_quantized_once_and_counted_once(lab, runs):
     run = runs.ipq("adaptive")
