@@ -41,6 +41,7 @@ hash_of() { printf '%s' "$*" | cksum | cut -d' ' -f1; }
 text_of() { sed -e 's/[[:space:]]*#.*//' -e '/^$/d' "$@"; }      # requirement files without their comments
 pinned() { text_of requirements/setup.txt | grep "^$1=="; }      # torch -> torch==2.13.0
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+has() { "$VENV/bin/python" -c "from importlib.metadata import version; version('$1')" 2>/dev/null; } # an installed distribution
 # say_now TEXT: to the terminal, from inside a step whose output goes to the log.
 exec 3>&1
 say_now() { printf '      %s\n' "$*" >&3; }
@@ -86,6 +87,7 @@ find_python() {
 # 1. The environment. One that somebody else made in .venv, or a link to one, is used as it is. Ours, known by its stamp, is made anew
 #    where the checkout has moved (its scripts name their interpreter by its full path), where PYTHON asks for
 #    another interpreter, and where it was left unfinished.
+made_here() { [ ! -L "$VENV" ] && compgen -G "$VENV/.stamp-venv-*" >/dev/null; }
 make_venv() {
   local python stamp
   stamp="$VENV/.stamp-venv-$(hash_of "$REPO")"
@@ -94,7 +96,7 @@ make_venv() {
     echo "error: .venv is a link to $(readlink "$VENV"), where there is no environment: remove the link" >&2
     exit 2
   fi
-  if [ -x "$VENV/bin/python" ] && { [ -L "$VENV" ] || ! compgen -G "$VENV/.stamp-venv-*" >/dev/null; }; then
+  if [ -x "$VENV/bin/python" ] && ! made_here; then
     good_python "$VENV/bin/python" || {
       echo "error: .venv has $("$VENV/bin/python" --version 2>&1); fairseq needs Python 3.11 or 3.12: remove .venv" >&2
       exit 2
@@ -139,10 +141,12 @@ install_torch() {
     say_now "warning: no CPU build of $torch in reach, so the CUDA build comes: several gigabytes"
     pip install "$torch"
   fi
-  # Whatever is installed later must not bring another torch.
-  "$VENV/bin/python" -c 'import torch; print(f"torch=={torch.__version__}")' >"$VENV/constraints.txt"
 }
 step 2 torch "$(pinned torch)" "installing $(pinned torch)" "$NETWORK" install_torch
+# Whatever is installed later must not bring another torch. The version is the distribution's: torch.__version__ of the
+# package index's CUDA build is 2.13.0+cu130, which pip does not find in the 2.13.0 that it has installed.
+TORCH_VERSION='from importlib.metadata import version; print("torch==" + version("torch"))'
+"$VENV/bin/python" -c "$TORCH_VERSION" >"$VENV/constraints.txt"
 
 # 3. What the package and the recipes need, with fairseq's build tools.
 REQUIREMENTS=(requirements/core.txt requirements/recipes.txt requirements/build.txt)
@@ -154,14 +158,26 @@ step 3 requirements "$(text_of "${REQUIREMENTS[@]}")" "installing the requiremen
 # 4. fairseq, unless there is one. -O1 for the three extensions that are nothing but torch's headers halves the
 #    build; those that batch the data set their own -O3.
 install_fairseq() {
+  local theirs=no
+  if ! made_here && has torchaudio; then theirs=yes; fi
   if (cd / && "$VENV/bin/python" -c 'import fairseq'); then
     say_now "a fairseq is already there and stays as it is"
-    return 0
+  else
+    CFLAGS="${CFLAGS:--O1 -g0}" pip install -c "$VENV/constraints.txt" --no-build-isolation "$(pinned fairseq-fixed)"
+    (cd / && "$VENV/bin/python" -c 'import fairseq')
   fi
-  CFLAGS="${CFLAGS:--O1 -g0}" pip install -c "$VENV/constraints.txt" --no-build-isolation "$(pinned fairseq-fixed)"
-  (cd / && "$VENV/bin/python" -c 'import fairseq')
+  if [ "$theirs" = no ]; then drop_torchaudio; fi
 }
-step 4 fairseq "$(pinned fairseq-fixed)" "building fairseq (about 3 minutes)" \
+# fairseq-fixed asks for torchaudio and imports it only to score generated speech. PyPI's build for Linux is for CUDA: beside a CPU
+# torch it does not load, and transformers, which imports what it finds installed, fails with it.
+drop_torchaudio() {
+  if has torchaudio && ! (cd / && "$VENV/bin/python" -c 'import torchaudio'); then
+    pip uninstall --yes torchaudio
+    has torchaudio || # one that is outside of .venv stays
+      say_now "torchaudio does not load beside this torch and was removed; only fairseq's text_to_speech scores with it"
+  fi
+}
+step 4 fairseq "$(pinned fairseq-fixed), torchaudio if it loads" "building fairseq (about 3 minutes)" \
   "If the compiler was killed, memory is short: 2 GB are enough. $NETWORK" install_fairseq
 
 # 5. This package, so that `fairseq-quant-noise` is a command and `import fairseq_quant_noise` works everywhere.
@@ -169,8 +185,9 @@ install_package() { pip install --no-build-isolation --no-deps -e .; }
 step 5 package "$(cat setup.py requirements/core.txt fairseq_quant_noise/__init__.py)" \
   "installing fairseq-quant-noise" "The lines above say why." install_package
 
-# 6. Images. torchvision must be the one for this torch; on a CPU its own build, or else PyPI's, which is made for CUDA and
-#    lacks its compiled operators there (the tests declare them, so that it imports).
+# 6. Images. torchvision must be the one for this torch; on a CPU its own build, or else PyPI's, which is made for CUDA. Beside a CPU
+#    torch that one lacks its compiled operators and does not load, until they are declared: its transforms and folders
+#    of images, all that is used here, need none.
 install_vision() {
   local torchvision
   torchvision="$("$VENV/bin/python" -c 'import torch; print("torchvision==0.%d" % (int(torch.__version__.split(".")[1]) + 15))')"
@@ -182,11 +199,20 @@ install_vision() {
     pip install --no-deps "$torchvision.*"
   fi
   pip install -c "$VENV/constraints.txt" -r requirements/vision.txt
-  "$VENV/bin/python" -c 'import torchvision' ||
-    say_now "warning: no torchvision in reach for a CPU; give it the one of https://download.pytorch.org/whl/cpu to use images"
+  "$VENV/bin/python" -c 'import torchvision' || declare_operators
+  "$VENV/bin/python" -c 'import torchvision' || say_now "warning: torchvision does not load; images need the one for this torch"
+}
+declare_operators() {
+  local packages
+  packages="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+  cp scripts/torchvision_operators/sitecustomize.py "$packages/torchvision_operators.py"
+  echo "import torchvision_operators" >"$packages/torchvision_operators.pth"
+  say_now "warning: torchvision's CPU build is not in reach. Its CUDA build reads and transforms images, but its operators for" \
+    "boxes do not run; the CPU build is at https://download.pytorch.org/whl/cpu"
 }
 if [ "$VISION" -eq 1 ]; then
-  step 6 vision "$(text_of requirements/vision.txt) $(pinned torch)" "installing what images need" "$NETWORK" install_vision
+  step 6 vision "$(text_of requirements/vision.txt) $(pinned torch) $(cat scripts/torchvision_operators/*.py)" \
+    "installing what images need" "$NETWORK" install_vision
 fi
 
 # 7. The tests' tools.

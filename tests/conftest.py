@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 def _declare_torchvision_operators():
     """For torchvision's CUDA build beside a CPU torch: here, and in every program that a test starts."""
-    folder = Path(__file__).parent / "torchvision_ops"
+    folder = Path(__file__).parents[1] / "scripts/torchvision_operators"
     spec = importlib.util.spec_from_file_location("torchvision_operators", folder / "sitecustomize.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
