@@ -46,6 +46,7 @@ def register() -> None:
         half_precision,
         mistakes,
         models,
+        numpy_names,
         precision,
         resume,
         tasks,
@@ -53,8 +54,8 @@ def register() -> None:
         training,
     )
 
-    files = (checkpoints, checkpoint_files)
-    for part in (*files, diverged, precision, half_precision, resume, trainer_hooks, training, mistakes):
+    files, halves = (checkpoints, checkpoint_files, numpy_names), (precision, half_precision)
+    for part in (*files, diverged, *halves, resume, trainer_hooks, training, mistakes):
         part.install()
 
 

@@ -22,6 +22,7 @@ ADAPTERS = (  # these know fairseq
         "half_precision.py",
         "mistakes.py",
         "monitor.py",
+        "numpy_names.py",
         "precision.py",
     ),
     *("monitor.py", "precision.py", "progress_line.py", "resume.py", "trainer_hooks.py", "training.py"),
