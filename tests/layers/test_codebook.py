@@ -78,13 +78,13 @@ def test_the_table_counts_its_bytes_once_and_so_do_model_and_file(tmp_path):
     assert sum(entry.paper_bytes for entry in pack(model).manifest.tensors.values()) == table.paper_bytes
 
 
-def test_the_gradient_of_a_centroid_is_the_average_over_its_blocks_in_all_weights():
+def test_the_gradient_of_a_centroid_is_of_its_blocks_in_all_weights():
     model = quantized().train()
     towards = [torch.randn(16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     sum((weight.decode() * t).sum() for weight, t in zip(weights(model), towards, strict=True)).backward()
     codes = torch.cat([weight.codes.flatten() for weight in weights(model)]).long()
     gradients = torch.cat([t.view(-1, 4) for t in towards])
-    expected = torch.stack([gradients[codes == k].mean(0) for k in range(16)])
+    expected = torch.stack([gradients[codes == k].sum(0) / (codes == k).sum().sqrt() for k in range(16)])
     torch.testing.assert_close(weights(model)[0].centroids.grad, expected)
 
 
@@ -96,7 +96,8 @@ def test_a_gradient_after_new_codes_counts_those():
     model.load_state_dict(state)
     model.zero_grad()
     sum(weight.decode().sum() for weight in weights(model)).backward()
-    torch.testing.assert_close(weights(model)[0].centroids.grad, torch.ones(16, 4))
+    counts = torch.cat([weight.codes.flatten() for weight in weights(model)]).long().bincount(minlength=16)
+    torch.testing.assert_close(weights(model)[0].centroids.grad, counts.sqrt().unsqueeze(1).expand(16, 4))
 
 
 @pytest.mark.parametrize("change", [copy.deepcopy, torch.nn.Module.half, torch.nn.Module.double])
