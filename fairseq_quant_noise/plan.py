@@ -9,6 +9,7 @@
     centroids: {dtype: fp16}
     activations: {bits: 8, range: histogram, calibration_batches: 8}
     structure: {share_layers: 2, keep_layers: every-other}
+    tuning: {schedule: restart}
 
 `match` is a regular expression that must match a whole module name. A rule that matches nothing, a weight that two
 stages match, an unknown key: errors, before any work. fairseq's own quantization YAML is a plan too
@@ -36,6 +37,7 @@ SCHEDULES = ("constant", "linear", "cosine", "step")
 _CENTROID_BITS = {"fp16": 16, "int8": 8}
 CHOICES = ("subvectors", "clusters")
 CODEBOOKS = ("own", "shared")
+CONTINUE, RESTART = "continue", "restart"
 EPOCH = "epoch"
 
 
@@ -236,6 +238,22 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """How the network is trained in the stages, on what the training's own options leave open."""
+
+    schedule: str = CONTINUE  # the learning rate's: one over all stages, or a new one in each: restart
+
+    def __post_init__(self) -> None:
+        if self.schedule not in (CONTINUE, RESTART):
+            raise UserError(f"tuning: unknown schedule {self.schedule!r}; known: {CONTINUE}, {RESTART}")
+
+    @property
+    def restarts(self) -> bool:
+        """Whether each stage has a learning-rate schedule of its own."""
+        return self.schedule == RESTART
+
+
+@dataclass(frozen=True)
 class Plan:
     """A checked plan. `Plan.of` makes one from a path, a mapping or a Plan."""
 
@@ -244,6 +262,7 @@ class Plan:
     centroids: Centroids = field(default_factory=Centroids)
     activations: Activations | None = None  # left as they are without it
     structure: Structure | None = None  # left as it is without it
+    tuning: Tuning = field(default_factory=Tuning)
 
     @property
     def weighs(self) -> bool:
@@ -270,6 +289,7 @@ class Plan:
             centroids=_build(Centroids, "centroids", source.get("centroids") or {}),
             activations=_given_or_none(Activations, "activations", source),
             structure=_given_or_none(Structure, "structure", source),
+            tuning=_build(Tuning, "tuning", source.get("tuning") or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -280,6 +300,7 @@ class Plan:
             "centroids": {"dtype": self.centroids.dtype, **_given(self.centroids)},
             "activations": None if self.activations is None else asdict(self.activations),
             **({} if self.structure is None else {"structure": _given(self.structure)}),
+            **({} if self.tuning == Tuning() else {"tuning": _given(self.tuning)}),
         }
 
 

@@ -29,28 +29,12 @@ from .optimizer_carry import carry_over, second_moments
 from .plan import Plan
 from .quantize import quantize_inputs, quantize_targets, quantized_state
 from .ranks import check_same, gather, rank_and_world
+from .stage_schedule import restart_in_stages
+from .stage_times import stage_starts, updates_left
 from .table import MIB, Table, make_table, resolve_stages
 from .trained import IMPORTANCE, STAGES, importance_in, read_checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-def stage_starts(plan: Plan, max_update: int) -> list[int]:
-    """The update, counted from the first stage, at which each stage starts.
-
-    `updates` of the rules where they are given, equal shares of `max_update` otherwise.
-
-    Raises:
-        UserError: only some stages give `updates`, or there is nothing to share.
-    """
-    given = [rule.updates for rule in plan.stages]
-    if all(n is not None for n in given):
-        return [sum(n or 0 for n in given[:i]) for i in range(len(given))]
-    if any(n is not None for n in given):
-        raise UserError("plan: some stages give updates and some do not; give updates in all of them or in none")
-    if max_update <= 0:
-        raise UserError("plan: its stages give no updates; add them, or --max-update or --max-epoch to share")
-    return [max_update * i // len(given) for i in range(len(given))]
 
 
 class StageController:
@@ -67,6 +51,7 @@ class StageController:
         self.importance: dict[str, Tensor] = {}  # of the weights of the stages to come, in bfloat16 on the CPU
         self.epoch = 1
         self.loading = False
+        self.schedule_is_reset = False  # a stage is in progress, and its learning-rate schedule was not loaded
 
     def set_trainer(self, trainer: Any) -> None:
         """Check the plan against the model, before any training, and hook into checkpoints."""
@@ -78,6 +63,8 @@ class StageController:
                 model.restructure(self.plan.structure, trainer.cfg.model)
             if self.plan.noise:
                 attach_rules(model, self.plan.noise)
+            if self.plan.stages and self.plan.tuning.restarts:
+                restart_in_stages(trainer)
             load_teacher = getattr(trainer.get_criterion(), "load_teacher", None)
             if load_teacher is not None:  # a missing teacher stops the run now, not after the first k-means
                 load_teacher()
@@ -96,6 +83,10 @@ class StageController:
             self.origin = now
             with exits_on_user_error():
                 self.starts = stage_starts(self.plan, self.total - now)
+        if self.schedule_is_reset:
+            self.schedule_is_reset = False
+            self._restart_schedule(self.done - 1)
+            self.trainer.lr_step_update()
         self._advance(now - self.origin)
 
     def step_update(self, num_updates: int) -> None:
@@ -141,13 +132,24 @@ class StageController:
         return {name: weight for name, weight in stored.items() if isinstance(weight, Tensor)}
 
     def _rebuild_optimizer(self) -> None:
-        """A new optimizer for the new parameters, with the old one's memory and the schedule where it was."""
+        """A new optimizer for the new parameters, with the old one's memory; the schedule is as the plan says."""
         trainer = self.trainer
         optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
         trainer.reinitialize()
         carry_over(optimizer, trainer.optimizer)
-        trainer.lr_scheduler.load_state_dict(scheduler.state_dict())
+        if self.plan.tuning.restarts:
+            self._restart_schedule(self.done)
+        else:
+            trainer.lr_scheduler.load_state_dict(scheduler.state_dict())
         trainer.lr_step_update()
+
+    def _restart_schedule(self, stage: int) -> None:
+        """The learning rates of a run of its own for what is left of a stage."""
+        now, left = self.trainer.get_num_updates(), None
+        if not self.by_epoch and self.origin is not None:
+            end = self.total - self.origin if self.total > 0 else None
+            left = updates_left(self.plan, self.starts, stage, now - self.origin, end)
+        self.trainer.lr_scheduler.begin(now, self.epoch, left)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model: the plan, the stages done, where they start."""
@@ -160,16 +162,25 @@ class StageController:
             extra_state = {**extra_state, IMPORTANCE: self.importance}
         return self._save(filename, extra_state)
 
-    def _load_checkpoint(self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
+    def _load_checkpoint(
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         self.loading = True  # the Trainer reports the checkpoint's update before the state below is read
         try:
-            extra_state = self._load(filename, reset_optimizer, *args, **kwargs)
+            extra_state = self._load(filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
         finally:
             self.loading = False
         state = (extra_state or {}).get(STAGES)
         with exits_on_user_error():
             if state is not None and state["plan"]["stages"]:  # else a plan of noise alone trained it
                 self._resume(filename, state, reset_optimizer)
+                reset = reset_optimizer or reset_lr_scheduler
+                self.schedule_is_reset = reset and self.plan.tuning.restarts and self.done > 0
                 self.importance = sound(extra_state.get(IMPORTANCE), self._dense())
             elif extra_state is not None and reset_optimizer and self.plan.weighs:
                 moments = _moments_in_file(filename, self.trainer.get_model())

@@ -34,6 +34,13 @@ SECTIONS = (
     (source.Centroids, "`centroids`", ""),
     (source.Activations, "`activations`", "Without this section inputs are left alone; `{}` stands for the defaults."),
     (source.Structure, "`structure`", "Noise and stages act on what is left."),
+    (
+        source.Tuning,
+        "`tuning`",
+        "With `restart` a stage has the learning rates of a run of its own, warm-up included: the scheduler counts "
+        "updates and epochs from the stage's start. Where its length is --max-update (a cosine's period, "
+        "`total_num_update`) it is the stage's length; other lengths are taken as they are given, for each stage.",
+    ),
 )
 NAMES = {"start": "from"}  # fields whose key in YAML has another name
 

@@ -25,7 +25,8 @@ ADAPTERS = (  # these know fairseq
         "numpy_names.py",
         "precision.py",
     ),
-    *("monitor.py", "precision.py", "progress_line.py", "resume.py", "trainer_hooks.py", "training.py"),
+    *("monitor.py", "precision.py", "progress_line.py", "resume.py", "stage_schedule.py"),
+    *("trainer_hooks.py", "training.py"),
 )
 CORE = [p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in ADAPTERS]
 FOLDERS = ("fairseq_quant_noise", "tests", "benchmarks", "scripts", "recipes")

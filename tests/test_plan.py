@@ -27,6 +27,7 @@ FULL = {
     ],
     "centroids": {"dtype": "fp16"},
     "activations": {"bits": 4, "range": "tensor", "calibration_batches": 3},
+    "tuning": {"schedule": "restart"},
 }
 FAIRSEQ = {
     "n_centroids": {"Linear": {"key": "in_features", "value": {"*": 256}}},
@@ -45,6 +46,7 @@ def test_every_key_is_read():
     assert plan.stages[0] == StageRule("fc", "pq", 4, 16, updates=100)
     assert plan.centroids.dtype == "fp16"
     assert plan.activations == Activations(4, "tensor", 3)
+    assert plan.tuning.restarts
 
 
 def test_what_is_left_out_has_the_papers_values():
@@ -54,6 +56,7 @@ def test_what_is_left_out_has_the_papers_values():
     assert (rule.range, rule.interval, rule.schedule) == ("tensor", 1, None)
     assert plan.stages[0] == StageRule("fc", scheme="pq", block_size=8, n_centroids=256, updates=None)
     assert Plan.of({}) == Plan()
+    assert not Plan.of({"tuning": {}}).tuning.restarts
     assert Plan.of({}).activations is None
     assert Plan.of({"activations": {}}).activations == Activations(8, "histogram", 8)
 
@@ -213,6 +216,12 @@ ACTIVATIONS = [
     ({"calibration_batches": 0}, "activations: calibration_batches is 0; give a whole number from 1 up"),
     ({"calibration_batches": 256}, "calibration_batches is 256; give at most 255"),
 ]
+TUNING = [
+    ("restart", "tuning must be a mapping of keys to values, not str"),
+    ({"schedules": "restart"}, "tuning: unknown key 'schedules'; known keys: schedule"),
+    ({"schedule": "cosine"}, "tuning: unknown schedule 'cosine'; known: continue, restart"),
+    ({"schedule": ["restart"]}, "tuning: unknown schedule"),
+]
 WRONG = [
     *UNKNOWN,
     *MISSING,
@@ -221,6 +230,7 @@ WRONG = [
     *[({"stages": [{"match": "fc"} | change]}, message) for change, message in STAGE_VALUES],
     *CENTROIDS,
     *[({"activations": given}, message) for given, message in ACTIVATIONS],
+    *[({"tuning": given}, message) for given, message in TUNING],
 ]
 
 
@@ -270,7 +280,9 @@ RULES = st.lists(st.dictionaries(st.sampled_from(RULE_KEYS), JUNK, max_size=4), 
 
 @given(
     st.fixed_dictionaries(
-        {}, optional={"noise": RULES | JUNK, "stages": RULES | JUNK, "centroids": JUNK, "activations": JUNK}
+        {},
+        optional={"noise": RULES | JUNK, "stages": RULES | JUNK}
+        | dict.fromkeys(("centroids", "activations", "tuning"), JUNK),
     )
 )
 @settings(max_examples=50, deadline=None)
