@@ -14,6 +14,7 @@ from typing import Any
 from fairseq.logging import metrics
 
 from .criterions.ipq import log_size
+from .endings import has_stages
 from .models.quantizable import Quantizable
 from .sizes import model_bytes
 from .table import MIB
@@ -26,7 +27,7 @@ def log_progress(trainer: Any, training: bool) -> None:
     left = minutes_left(trainer) if training else None
     if left is not None:
         metrics.log_scalar("minutes_left", left, weight=0, priority=1500, round=1)
-    if getattr(trainer.quantizer, "starts", ()):
+    if has_stages(trainer):
         metrics.log_scalar("ipq_stage", trainer.quantizer.done, weight=0, priority=190, round=0)
         now, dense = model_bytes(trainer.get_model())
         log_size(now / MIB, dense / now)

@@ -6,13 +6,15 @@ Where it was in its data is `resume.py`'s.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import fairseq.trainer
 
 from . import resume
+from .best_so_far import forget_patience
 from .checkpoint_files import newest_whole
+from .cli_errors import exits_on_user_error
+from .endings import has_stages
 from .layers import QuantizedWeight
 from .models.structure import record_layers
 from .monitor import Gap
@@ -44,7 +46,9 @@ def begin_epoch(trainer: Any, epoch: int) -> Any:
 
 
 def begin_valid_epoch(trainer: Any, epoch: int) -> Any:
-    """Trainer.begin_valid_epoch; the gap is measured anew."""
+    """Trainer.begin_valid_epoch; the gap is measured anew, and --patience waits for the last stage."""
+    if getattr(trainer.quantizer, "to_come", 0):
+        forget_patience()
     options = getattr(trainer.get_model(), "quant_noise_options", {})
     trainer.quant_noise_gap = Gap(trainer, options.get("quant_noise_gap_batches", 0))
     return _begin_valid_epoch(trainer, epoch)
@@ -69,24 +73,35 @@ def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) ->
     return _save_checkpoint(trainer, filename, extra_state)
 
 
-def load_checkpoint(trainer: Any, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any) -> Any:
+def load_checkpoint(
+    trainer: Any,
+    filename: str,
+    reset_optimizer: bool = False,
+    reset_lr_scheduler: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """Trainer.load_checkpoint; a run that goes on takes the state of noise and data, one that starts anew does not."""
-    own = Path(filename).parent.resolve() == Path(trainer.cfg.checkpoint.save_dir).resolve()
+    own = resume.is_own(trainer, filename)
     layers = getattr(trainer.get_model(), "quant_noise_layers", None)
     if layers is not None:
         layers.own_checkpoint = own
     if own and trainer.cfg.checkpoint.restore_file == "checkpoint_last.pt" and not trainer.checkpoint_suffix:
         filename = newest_whole(filename)
-    extra_state = _load_checkpoint(trainer, filename, reset_optimizer, *args, **kwargs)
+    with exits_on_user_error():
+        resume.check_given(trainer, filename, has_stages(trainer))
+    extra_state = _load_checkpoint(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
     if extra_state is None or reset_optimizer:
         return extra_state
     if not trainer.cfg.checkpoint.reset_dataloader:
+        if not reset_lr_scheduler:
+            resume.load_schedule(trainer, extra_state)
         resume.load(trainer, extra_state)
     noise = noise_of(trainer.get_model())
     if noise is not None and STATE_KEY in extra_state:
         noise.load_state_dict(extra_state[STATE_KEY])
-    if own:
-        resume.end_if_complete(trainer)
+    if not has_stages(trainer):  # else when the state of the stages is known
+        resume.end_if_complete(trainer, filename)
     return extra_state
 
 

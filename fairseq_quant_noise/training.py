@@ -18,9 +18,11 @@ import torch
 from fairseq.file_io import PathManager
 from torch import Tensor
 
+from .best_so_far import start_anew
 from .calibration import GRADIENT_BATCHES, squared_gradients
 from .checkpoints import is_packed
 from .cli_errors import exits_on_user_error
+from .endings import watch_end
 from .errors import UserError
 from .importance import follow, sound
 from .models.quantizable import Quantizable
@@ -29,8 +31,9 @@ from .optimizer_carry import carry_over, second_moments
 from .plan import Plan
 from .quantize import quantize_inputs, quantize_targets, quantized_state
 from .ranks import check_same, gather, rank_and_world
+from .resume import end_if_complete
 from .stage_schedule import restart_in_stages
-from .stage_times import stage_starts, updates_left
+from .stage_times import EPOCH, UPDATE, StageTimes
 from .table import MIB, Table, make_table, resolve_stages
 from .trained import IMPORTANCE, STAGES, importance_in, read_checkpoint
 
@@ -43,15 +46,22 @@ class StageController:
     def __init__(self, config_path: str, max_epoch: int, max_update: int) -> None:
         with exits_on_user_error():
             self.plan = Plan.of(config_path)
-            self.by_epoch = not max_update > 0 and max_epoch > 0 and not any(r.updates for r in self.plan.stages)
-            self.total = max_epoch if self.by_epoch else max_update
-            self.starts = stage_starts(self.plan, self.total)
+            self.times = StageTimes(self.plan, max_epoch, max_update)
         self.done = 0  # stages quantized so far
-        self.origin: int | None = None  # the update (or epoch, from 0) at which the first stage started
         self.importance: dict[str, Tensor] = {}  # of the weights of the stages to come, in bfloat16 on the CPU
         self.epoch = 1
         self.loading = False
         self.schedule_is_reset = False  # a stage is in progress, and its learning-rate schedule was not loaded
+
+    @property
+    def to_come(self) -> int:
+        """How many stages have not begun."""
+        return len(self.plan.stages) - self.done
+
+    @property
+    def next_stage(self) -> str:
+        """The first stage that has not begun, for messages."""
+        return f"stage {self.done + 1} of {len(self.plan.stages)}"
 
     def set_trainer(self, trainer: Any) -> None:
         """Check the plan against the model, before any training, and hook into checkpoints."""
@@ -74,28 +84,34 @@ class StageController:
         self._save, self._load = trainer.save_checkpoint, trainer.load_checkpoint
         trainer.save_checkpoint = self._save_checkpoint
         trainer.load_checkpoint = self._load_checkpoint
+        if self.plan.stages:
+            watch_end(trainer)
 
     def begin_epoch(self, epoch: int) -> None:
         """Called by the Trainer as an epoch (from 1) begins."""
         self.epoch = epoch
-        now = epoch - 1 if self.by_epoch else self.trainer.get_num_updates()
-        if self.origin is None:  # a run that goes on from a dense checkpoint shares what is left
-            self.origin = now
-            with exits_on_user_error():
-                self.starts = stage_starts(self.plan, self.total - now)
+        if self.times.origin is None and self.times.unit == EPOCH:
+            self._begin(epoch - 1)
         if self.schedule_is_reset:
             self.schedule_is_reset = False
             self._restart_schedule(self.done - 1)
             self.trainer.lr_step_update()
-        self._advance(now - self.origin)
+        self._advance(epoch - 1 if self.times.unit == EPOCH else self.trainer.get_num_updates())
+
+    def _begin(self, now: int) -> None:
+        """The first stage starts at this update (or epoch): refuse what cannot be done from here on."""
+        with exits_on_user_error():
+            if self.times.origin is None:
+                self.times.begin(now)
+            self.times.check(self.done, getattr(self.trainer.cfg.lr_scheduler, "warmup_updates", 0))
 
     def step_update(self, num_updates: int) -> None:
         """Called by the Trainer after every update."""
-        if not self.loading and not self.by_epoch and self.origin is not None:
-            self._advance(num_updates - self.origin)
+        if not self.loading and self.times.unit == UPDATE:
+            self._advance(num_updates)
 
     def _advance(self, now: int) -> None:
-        while self.done < len(self.starts) and self.starts[self.done] <= now:
+        while self.done < self.times.due(now):
             with exits_on_user_error():
                 self._quantize_stage(self.done)
             self.done += 1
@@ -107,7 +123,7 @@ class StageController:
             self._weigh_by(moments, "the second moments of Adam in this training")
         if stage == 0 and self.plan.weighs and not self.importance:
             self._weigh_by(_gradients(self.trainer, self.epoch), f"the gradients of {GRADIENT_BATCHES} batches")
-        where = f"stage {stage + 1} of {len(self.starts)}"
+        where = self.next_stage
         logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
         started = time.perf_counter()
         quantize_targets(targets, seed=self.trainer.cfg.common.seed, importance=self.importance, where=f"{where} ")
@@ -141,19 +157,18 @@ class StageController:
             self._restart_schedule(self.done)
         else:
             trainer.lr_scheduler.load_state_dict(scheduler.state_dict())
+        start_anew(trainer, self.done + 1)
         trainer.lr_step_update()
 
     def _restart_schedule(self, stage: int) -> None:
         """The learning rates of a run of its own for what is left of a stage."""
-        now, left = self.trainer.get_num_updates(), None
-        if not self.by_epoch and self.origin is not None:
-            end = self.total - self.origin if self.total > 0 else None
-            left = updates_left(self.plan, self.starts, stage, now - self.origin, end)
-        self.trainer.lr_scheduler.begin(now, self.epoch, left)
+        now = self.trainer.get_num_updates()
+        left = self.times.left(stage, now)
+        self.trainer.lr_scheduler.begin(now, self.epoch, None if left is None else max(left, 1))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model: the plan, the stages done, where they start."""
-        return {"plan": self.plan.to_dict(), "done": self.done, "origin": self.origin, "starts": self.starts}
+        return {"plan": self.plan.to_dict(), "done": self.done, **self.times.state_dict()}
 
     def _save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
         if self.plan.stages:
@@ -185,6 +200,10 @@ class StageController:
             elif extra_state is not None and reset_optimizer and self.plan.weighs:
                 moments = _moments_in_file(filename, self.trainer.get_model())
                 self._weigh_by(moments, f"the second moments of Adam in {filename}")
+        if self.times.unit == UPDATE or self.times.origin is not None:
+            self._begin(self.trainer.get_num_updates())
+        if extra_state is not None and not reset_optimizer and self.plan.stages and not self.to_come:
+            end_if_complete(self.trainer, filename)
         return extra_state
 
     def _resume(self, filename: str, state: dict[str, Any], reset: bool) -> None:
@@ -194,10 +213,10 @@ class StageController:
                 "it started with, or --restore-file a dense checkpoint"
             )
         check_same(quantized_state(self.trainer.get_model()), f"loaded from {filename}")
-        self.done, self.origin = state["done"], state["origin"]
-        self.starts = state["starts"]  # a new --max-update does not move stages that are under way
+        self.done = state["done"]
+        self.times.load_state_dict(state)
         if reset and self.done:  # updates count from 0 again: the stage in progress begins now
-            self.origin = -self.starts[self.done - 1]
+            self.times.origin = -self.times.starts[self.done - 1]
         self.trainer._wrapped_model = None  # a DDP wrapper from before holds the dense parameters
 
 

@@ -15,11 +15,13 @@ PACKAGE = ROOT / "fairseq_quant_noise"
 ADAPTERS = (  # these know fairseq
     *("models", "criterions", "tasks"),
     *(
+        "best_so_far.py",
         "calibration.py",
         "checkpoint_files.py",
         "checkpoints.py",
         "diverged.py",
         "half_precision.py",
+        "endings.py",
         "mistakes.py",
         "monitor.py",
         "numpy_names.py",

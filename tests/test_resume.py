@@ -175,6 +175,30 @@ def test_a_full_disk_ends_the_run_with_one_line_and_the_checkpoints_before_it(la
     assert not list(folder.glob("*.tmp"))
 
 
+# A checkpoint that is asked for and is not there.
+
+
+@pytest.mark.parametrize("option", ["--restore-file", "--continue-once"])
+def test_a_checkpoint_that_is_not_there_is_refused(lab, capsys, option):
+    """fairseq trains on, from random weights."""
+    with pytest.raises(SystemExit) as end:
+        lab.train(option, "/nowhere/model.pt", updates=1)
+    assert end.value.code == 2
+    assert one_error(capsys.readouterr()).startswith(f"{option} /nowhere/model.pt: no such file; give the path of a")
+
+
+def test_a_training_may_name_its_own_checkpoint_before_there_is_one_and_stages_may_not(lab, capsys):
+    """As a script has it that may be started again: `--restore-file $SAVE_DIR/checkpoint_last.pt`."""
+    folder = lab.new()
+    own = ["--restore-file", folder / "checkpoint_last.pt"]
+    with pytest.raises(SystemExit) as end:
+        lab.train(*own, "--quantization-config-path", lab.plan(PLANS["plain"]), save=folder, updates=3)
+    assert end.value.code == 2
+    assert "stages would quantize random weights" in one_error(capsys.readouterr())
+    assert len(lab.train(*own, save=folder, updates=1).updates) == 1
+    assert [log["num_updates"] for log in lab.train(*own, save=folder, updates=2).updates] == [2]
+
+
 # Where the run was in its data.
 
 

@@ -6,9 +6,7 @@ from fairseq import optim
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 from lm_fixture import PLANS, same, split, state_of
 
-from fairseq_quant_noise.plan import Plan
 from fairseq_quant_noise.stage_schedule import StageSchedule
-from fairseq_quant_noise.stage_times import updates_left
 
 STAGES = [{**rule, "updates": n} for rule, n in zip(PLANS["plain"]["stages"], (4, 3, 5), strict=True)]
 RESTART = {"stages": STAGES, "tuning": {"schedule": "restart"}}
@@ -70,19 +68,6 @@ def test_a_schedule_that_is_loaded_goes_on(lab, flags):
     loaded.load_state_dict(staged.state_dict())
     loaded.step_begin_epoch(2)  # as the epoch in progress begins once more
     assert rates(loaded, its, 3, 6, 2) == rates(staged, optimizer, 3, 6, 2)
-
-
-@pytest.mark.parametrize(
-    ("stage", "now", "end", "left"),
-    [
-        (0, 0, 12, 4),
-        (1, 5, 12, 2),
-        (2, 7, 15, 8),  # the run ends the last stage
-        (2, 8, None, 4),  # in a run without --max-update, the plan
-    ],
-)
-def test_what_is_left_of_a_stage(stage, now, end, left):
-    assert updates_left(Plan.of(RESTART), [0, 4, 7], stage, now, end) == left
 
 
 @pytest.fixture(scope="module")

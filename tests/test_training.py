@@ -85,7 +85,6 @@ def test_the_last_checkpoint_holds_codes_and_the_plan(runs, kind):
         ((None, None, None), 7, [0, 2, 4]),
         ((None, None, None), 2, [0, 0, 1]),
         ((2, 3, 1), 7, [0, 2, 5]),
-        ((3, 2, 1), 4, [0, 3]),  # the run ends before the last stage
     ],
 )
 def test_when_each_stage_starts(lab, stages, updates, max_update, expected):
@@ -146,6 +145,16 @@ REFUSED = {
         {"noise": [{"match": ".*", "p": 0.1}], "stages": [FFN]},
         ["--quant-noise-pq", 0.1],
         ["noise already"],
+    ),
+    "a stage that begins as the run ends": (
+        {"stages": [{**FFN, "updates": 4}, {**WORD_VECTORS, "updates": 2}, {**ATTENTION, "updates": 3}]},
+        [],
+        ["stage 3 of 3 starts after update 6", "--max-update 6"],
+    ),
+    "a checkpoint that is not there": (
+        PLANS["plain"],
+        ["--restore-file", "/nowhere/a.pt"],
+        ["--restore-file /nowhere"],
     ),
     "an average of the weights": (PLANS["plain"], ["--store-ema"], ["--store-ema"]),
     "no file": ("/nowhere/plan.yaml", [], ["/nowhere/plan.yaml"]),
@@ -293,9 +302,10 @@ def test_a_run_that_starts_again_in_its_folder_goes_on(lab, stages):
 def test_the_stage_in_progress_begins_anew_when_finetuning_from_its_checkpoint(lab, stages):
     rules = [{**rule, "updates": 3} for rule in PLANS["plain"]["stages"]]
     flags = with_plan(lab, {"stages": rules})
-    first = lab.train(*flags, updates=4)  # in the second stage
-    run = lab.train(*flags, "--finetune-from-model", first.path, updates=5)
-    assert stages == [(0, 0), (1, 3), (2, 3)]
+    first = lab.train(*flags, "--save-interval-updates", 4, updates=9)
+    second = first.folder / "checkpoint_1_4.pt"  # in the second stage
+    run = lab.train(*flags, "--finetune-from-model", second, updates=5)
+    assert stages[3:] == [(2, 3)]
     assert len(quantized_weights(run.model)) == 13
 
 

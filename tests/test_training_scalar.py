@@ -109,7 +109,7 @@ def test_a_weight_in_its_stage_goes_on_training_with_the_optimizers_memory(lab):
     assert not torch.equal(weight.latent, dense.model.decoder.layers[0].fc1.weight)
 
 
-@pytest.mark.parametrize("at", ["1_2", "1_3", "2_6"])
+@pytest.mark.parametrize("at", ["1_1", "2_3", "3_5"])
 def test_a_run_resumed_in_any_stage_ends_with_the_same_bits(lab, mixed_whole, at):
     flags, whole = mixed_whole
     resumed = lab.train(*flags, "--restore-file", whole.folder / f"checkpoint_{at}.pt", updates=8)
@@ -138,7 +138,7 @@ NOISES = {
 def test_a_resumed_run_makes_the_noise_it_would_have_made(lab, name):
     flags = ["--quantization-config-path", lab.plan({"noise": [{"match": ".*", **NOISES[name]}]}), *RESUME]
     whole = lab.train(*flags, updates=8)
-    resumed = lab.train(*flags, "--restore-file", whole.folder / "checkpoint_2_6.pt", updates=8)
+    resumed = lab.train(*flags, "--restore-file", whole.folder / "checkpoint_3_5.pt", updates=8)
     assert same(state_of(resumed.path)["model"], state_of(whole.path)["model"])
 
 
