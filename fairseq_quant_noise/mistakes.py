@@ -17,6 +17,8 @@ from .cli_errors import exits_on_user_error
 from .errors import UserError
 
 R = TypeVar("R")
+_KEYS = [re.compile(rf"{kind} key\(s\) in state_dict: (.*)") for kind in ("Missing", "Unexpected")]
+_NAME = re.compile(r'"([^"]+)"')
 _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torch\.Size\((.*?)\)")
 
 
@@ -28,17 +30,40 @@ def as_user_errors() -> Iterator[None]:
     except OSError as error:
         raise UserError(_of_the_system(error)) from None
     except RuntimeError as error:
-        found = _MISMATCH.search(str(error))
-        if found is None:
+        mismatch = mismatch_in(error)
+        if mismatch is None:
             raise
-        raise UserError(
-            f"{found[1]}: is {found[2]} in the file and {found[3]} in the model; give the data folder whose dict.txt "
-            "the file was trained with, and the model's own options"
-        ) from None
+        raise UserError(mismatch) from None
     except ValueError as error:
         if isinstance(error, UserError) or not re.fullmatch(r"--\S+ .* does not exist", str(error)):
             raise
         raise UserError(f"{error}; give the path of a checkpoint") from None
+
+
+def mismatch_in(error: BaseException | None) -> str | None:
+    """What torch says of weights that are not those of the model, in a line, from an error or what it came from."""
+    while error is not None:
+        text = str(error)
+        if (found := _MISMATCH.search(text)) is not None:
+            return (
+                f"{found[1]}: is {found[2]} in the file and {found[3]} in the model; give the data folder whose "
+                "dict.txt the file was trained with, and the model's own options"
+            )
+        missing, unexpected = ([*_NAME.findall(line[1])] if (line := _KEYS[k].search(text)) else [] for k in (0, 1))
+        codes = [name for name in unexpected if name.endswith(".codes")]
+        if codes:
+            return (
+                f"{codes[0]}: the file holds this weight in codes, and the model cannot; train with the --arch "
+                "quant_noise_… that it was made with"
+            )
+        if missing or unexpected:
+            where = "the model and not in the file" if missing else "the file and not in the model"
+            return (
+                f"{(missing or unexpected)[0]}: is in {where}, with {len(missing + unexpected) - 1} more that only "
+                "one of them has; give the architecture, layers and options that the file was trained with"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _of_the_system(error: OSError) -> str:

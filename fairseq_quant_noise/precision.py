@@ -1,8 +1,8 @@
-"""`--bf16` where there is no TPU.
+"""`--bf16` where there is no TPU, and `--bf16` and `--fp16` where there is no GPU.
 
-fairseq's command line takes `--bf16` to mean a TPU and stops where torch_xla is missing, on every GPU and CPU; and its
-flat fp32 copy of the parameters asks for a CUDA device. Its Hydra entry has neither fault. The flag is read here as
-what it says.
+fairseq's command line takes `--bf16` to mean a TPU and stops where torch_xla is missing, on every GPU and CPU; the flag
+is read here as what it says. And the flat fp32 copy of the parameters asks for a CUDA device; without one, each
+parameter has a copy of its own.
 """
 
 import importlib.util
@@ -12,11 +12,16 @@ import fairseq.distributed.utils
 import torch
 from omegaconf import DictConfig, open_dict
 
+from .cli_errors import exits_on_user_error
+from .models.equivalents import check_noise
+
 _call_main = fairseq.distributed.utils.call_main
 
 
 def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
-    """fairseq's function of this name, with the configuration of a half-precision run put right."""
+    """fairseq's function of this name, with the configuration checked, and that of a half-precision run put right."""
+    with exits_on_user_error():
+        check_noise(getattr(cfg, "model", None))  # of fairseq's programs, only those that train have a model in it
     if isinstance(cfg, DictConfig):
         _mend(cfg)
     return _call_main(cfg, main, **kwargs)
@@ -29,7 +34,7 @@ def _mend(cfg: DictConfig) -> None:
             for section in cfg.values():
                 if isinstance(section, DictConfig) and "tpu" in section:
                     section.tpu = False
-        if common.bf16 and not common.tpu and (common.cpu or not torch.cuda.is_available()):
+        if (common.bf16 or common.fp16) and not common.tpu and (common.cpu or not torch.cuda.is_available()):
             common.fp16_no_flatten_grads = True
 
 

@@ -15,7 +15,9 @@ from .best_so_far import forget_patience
 from .checkpoint_files import newest_whole
 from .cli_errors import exits_on_user_error
 from .endings import has_stages
+from .errors import UserError
 from .layers import QuantizedWeight
+from .mistakes import mismatch_in
 from .models.structure import record_layers
 from .monitor import Gap
 from .noise import noise_of
@@ -90,7 +92,7 @@ def load_checkpoint(
         filename = newest_whole(filename)
     with exits_on_user_error():
         resume.check_given(trainer, filename, has_stages(trainer))
-    extra_state = _load_checkpoint(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
+        extra_state = _load(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
     if extra_state is None or reset_optimizer:
         return extra_state
     if not trainer.cfg.checkpoint.reset_dataloader:
@@ -103,6 +105,17 @@ def load_checkpoint(
     if not has_stages(trainer):  # else when the state of the stages is known
         resume.end_if_complete(trainer, filename)
     return extra_state
+
+
+def _load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+    """Trainer.load_checkpoint, which says that the architectures differ, and hides how. Raises UserError."""
+    try:
+        return _load_checkpoint(trainer, filename, *args, **kwargs)
+    except Exception as error:
+        mismatch = mismatch_in(error)
+        if mismatch is None:
+            raise
+        raise UserError(f"{filename}: {mismatch}") from None
 
 
 def reduce_and_log_stats(trainer: Any, logging_outputs: Any, sample_size: Any, grad_norm: Any = None) -> Any:

@@ -25,6 +25,7 @@ from .cli_errors import exits_on_user_error
 from .endings import watch_end
 from .errors import UserError
 from .importance import follow, sound
+from .models.equivalents import cure
 from .models.quantizable import Quantizable
 from .noise import attach_rules
 from .optimizer_carry import carry_over, second_moments
@@ -255,10 +256,7 @@ def _gradients(trainer: Any, epoch: int) -> dict[str, Tensor]:
 def _check_trainer(trainer: Any, plan: Plan) -> None:
     if not isinstance(trainer.get_model(), Quantizable):
         name = getattr(trainer.cfg.model, "_name", None) or "this model"
-        raise UserError(
-            f"--quantization-config-path: {name} cannot hold quantized weights; train with --arch quant_noise_{name} "
-            "(a checkpoint of the stock model loads into it)"
-        )
+        raise UserError(f"--quantization-config-path: {name} cannot hold quantized weights; {cure(name)}")
     int8 = bool(getattr(trainer.cfg.model, "quant_noise_scalar", 0))
     if int8 and plan.stages:
         raise UserError(

@@ -231,6 +231,28 @@ def stops(run, capsys):
     return one_error(capsys.readouterr())
 
 
+@pytest.mark.parametrize("option", ["--finetune-from-model", "--restore-file"])
+def test_a_training_on_another_network_is_said(lab, runs, other_words, capsys, option):
+    """fairseq says that the architectures differ, and hides which weight it is."""
+    dense, packed = runs.stock("plain").path, runs.ipq("plain").path
+    start = functools.partial(train, lab, lab.data, option, dense)
+    message = stops(functools.partial(train, lab, other_words, option, dense), capsys)
+    assert "decoder.embed_tokens.weight: is [110, 32] in the file and" in message
+    assert "dict.txt" in message
+    for flags, names in {
+        ("--decoder-layers", 3): "decoder.layers.2.",
+        ("--decoder-layers", 1): "decoder.layers.1.",
+        ("--decoder-ffn-embed-dim", 128): "decoder.layers.0.fc1.weight: is [64, 32] in the file and [128, 32]",
+    }.items():
+        message = stops(functools.partial(start, *flags), capsys)
+        assert str(dense) in message
+        assert names in message
+    cfg = lab.config(option, packed, arch="transformer_lm")
+    cfg.checkpoint.save_dir = str(lab.new("saved"))
+    run = functools.partial(fairseq.distributed.utils.call_main, cfg, fairseq_cli.train.main)
+    assert "in codes, and the model cannot; train with the --arch quant_noise_" in stops(run, capsys)
+
+
 def test_a_dictionary_that_does_not_match_is_said(lab, runs, other_words, capsys):
     for path in (runs.stock("plain").path, runs.noised("plain").path, runs.packed("plain")):
         message = stops(functools.partial(evaluate, lab, other_words, path), capsys)
