@@ -6,10 +6,12 @@ no code of omegaconf, typing, numpy or fairseq runs while an untrusted file is r
 
 import functools
 import re
-import struct
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
+
+from . import pickled_numbers
+from .pickled_numbers import NumberType, PickledArray, RefusedError
 
 _MODULES = {
     "omegaconf.dictconfig": "DictConfig",
@@ -25,10 +27,6 @@ _MAPPINGS_AND_LISTS = ("omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.
 _ITEMS = 100_000  # more than any configuration holds; a few shared lists can stand for more than memory holds
 _REFERENCE = re.compile(r"\$\{([\w.-]+)\}")
 _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
-
-
-class RefusedError(Exception):
-    """What in a file is refused, and why; `safe_load` adds the file."""
 
 
 class Placeholder:
@@ -54,32 +52,15 @@ def placeholder(name: str) -> type[Placeholder]:
     return type("Placeholder", (Placeholder,), {"name": name})
 
 
-class _NumberType:
-    """Of a numpy scalar: what `numpy.dtype` is called with, and its byte order."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        self.code, self.order = code, "<"
-
-    def __setstate__(self, state: Any) -> None:
-        self.order = ">" if state[1] == ">" else "<"
-
-
-def _number(kind: _NumberType, data: bytes) -> float:
-    codes = {"b1": "?", "f2": "e", "f4": "f", "f8": "d", "i1": "b", "i2": "h", "i4": "i", "i8": "q"}
-    number: float = struct.unpack(kind.order + codes[kind.code], data)[0]
-    return number
-
-
 def _empty_dict(*_: Any) -> dict[Any, Any]:
     return {}
 
 
 def allowed() -> list[tuple[Any, str]]:
-    """What a pickled configuration calls for, as `torch.serialization.safe_globals` takes it."""
+    """What configurations and numbers call for, as `torch.serialization.safe_globals` takes it."""
     names = [f"{module}.{name}" for module, names in _MODULES.items() for name in names.split()]
-    numbers = [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    others = [(_empty_dict, "collections.defaultdict"), (_NumberType, "numpy.dtype"), (Namespace, "argparse.Namespace")]
-    return [*((placeholder(name), name) for name in names), *numbers, *others]
+    others = [(_empty_dict, "collections.defaultdict"), (Namespace, "argparse.Namespace")]
+    return [*((placeholder(name), name) for name in names), *pickled_numbers.allowed(), *others]
 
 
 def plain_config(config: Any) -> Any:
@@ -115,6 +96,8 @@ class _Reader:
             return copy
         if isinstance(value, str | bytes):
             _check_text(value)
+        if isinstance(value, PickledArray | NumberType):
+            raise RefusedError("its configuration holds an array or a type of numpy, which is no value")
         return self._content(value) if _is_placeholder(value) else value
 
     def _content(self, node: Any) -> Any:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .errors import DamagedFileError, UserError
-from .pickled_config import RefusedError, allowed, check_no_placeholder, placeholder, plain_config
+from .pickled_config import allowed, check_no_placeholder, placeholder, plain_config
+from .pickled_numbers import RefusedError, with_arrays
 
 _GLOBAL = re.compile(r"GLOBAL (.+?) (?:was not an allowed|whose module)")
 _MOST_GLOBALS = 100  # of fairseq's own that one file may name
@@ -66,6 +67,8 @@ def safe_load(path: str | Path) -> dict[str, Any]:
         state = _load(path)
     except UserError:
         raise
+    except RefusedError as error:
+        raise DamagedFileError(f"checkpoint {path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise UserError(f"checkpoint {path}: {error.strerror}; give the path of a checkpoint") from None
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file it cannot read
@@ -150,6 +153,8 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
         raise RefusedError(f"its 'extra_state' is a {type(extra).__name__}")
     if extra is not None:
         state["extra_state"] = {name: value for name, value in extra.items() if name not in _METERS}
+    for name in state.keys() - kinds.keys() - {"model"}:
+        state[name] = with_arrays(state[name])
     check_no_placeholder(value for name, value in state.items() if name not in kinds)
     return state
 
