@@ -383,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one verb. Raises SystemExit with the exit code on a mistake."""
     logging.basicConfig(level=logging.WARNING)
     args = make_parser().parse_args(argv)
-    with exits_on_user_error():
+    with exits_on_user_error(always=True):
         try:
             args.run(args)
             sys.stdout.flush()

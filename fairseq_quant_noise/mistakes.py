@@ -79,10 +79,10 @@ def _of_the_system(error: OSError) -> str:
     return f"{error.filename}: {error.strerror}; give another place, or make room"
 
 
-def _in_a_line(function: Callable[..., R]) -> Callable[..., R]:
+def _in_a_line(function: Callable[..., R], is_program: bool) -> Callable[..., R]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> R:
-        with exits_on_user_error(), as_user_errors():
+        with exits_on_user_error(always=is_program), as_user_errors():
             return function(*args, **kwargs)
 
     return run
@@ -93,4 +93,4 @@ def install() -> None:
     checkpoint_utils, utils = fairseq.checkpoint_utils, fairseq.distributed.utils
     for module, name in ((utils, "call_main"), (checkpoint_utils, "load_model_ensemble_and_task")):
         if not hasattr(getattr(module, name), "__wrapped__"):  # once
-            setattr(module, name, _in_a_line(getattr(module, name)))
+            setattr(module, name, _in_a_line(getattr(module, name), is_program=name == "call_main"))

@@ -381,6 +381,11 @@ def batch(rows=4, length=12, seed=0) -> dict:
     }
 
 
+def fairseqs_own_noise():
+    """Inside, a stock architecture may train under fairseq's own noise, as without the plugin."""
+    return mock.patch("fairseq_quant_noise.precision.check_noise", return_value=None)
+
+
 def one_error(captured) -> str:
     """The text of the one line on standard error, without its `error: `."""
     lines = captured.err.splitlines()

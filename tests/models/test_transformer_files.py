@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from lm_fixture import state_of
+from lm_fixture import fairseqs_own_noise, state_of
 from toys import python
 from translation_fixture import (
     IPQ,
@@ -213,7 +213,8 @@ def test_a_stock_checkpoint_goes_on_here_and_back(translation):  # noqa: F811
 
 def test_the_layers_after_the_embeddings_of_fairseqs_own_noise_are_kept(translation):  # noqa: F811
     """Stock fairseq adds one to each side."""
-    stock = translation.train("--quant-noise-pq", 0.1, arch="transformer", updates=1)
+    with fairseqs_own_noise():
+        stock = translation.train("--quant-noise-pq", 0.1, arch="transformer", updates=1)
     run = translation.train("--restore-file", stock.path, "--quant-noise-embedding-layer", updates=2)
     names = {"encoder.quant_noise.weight", "decoder.quant_noise.weight"}
     assert names <= state_of(run.path)["model"].keys()
