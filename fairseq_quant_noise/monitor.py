@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from .noise.measure import Distortion, Probe, quantized_values, swapped, target_rules
 from .plan import NoiseRule
 
+_DISTORTION = "distortion_"
+
 
 def probe_next_forward(model: nn.Module) -> None:
     """Measure the next training forward and log what comes out."""
@@ -29,7 +31,16 @@ def _log_distortion(found: dict[str, Distortion]) -> None:
     for kind, distortion in found.items():
         for part, value in (("weight", distortion.of_weight), ("output", distortion.of_output)):
             if value is not None:
-                metrics.log_scalar(f"distortion_{kind}_{part}", value, weight=0, priority=1600, round=4)
+                metrics.log_scalar(f"{_DISTORTION}{kind}_{part}", value, weight=0, priority=1600, round=4)
+
+
+def drop_unmeasured() -> None:
+    """Remove from fairseq's log each distortion that was not measured since the log's last line; it would be None."""
+    for meters in metrics.get_active_aggregators():
+        gone = {name for name, meter in meters.items() if name.startswith(_DISTORTION) and meter.val is None}
+        for name in gone:
+            del meters[name]
+        meters.priorities[:] = [entry for entry in meters.priorities if entry[-1] not in gone]
 
 
 class Gap:

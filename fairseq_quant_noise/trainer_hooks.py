@@ -19,7 +19,7 @@ from .errors import UserError
 from .layers import QuantizedWeight
 from .mistakes import mismatch_in
 from .models.structure import record_layers
-from .monitor import Gap
+from .monitor import Gap, drop_unmeasured
 from .noise import noise_of
 from .progress_line import log_progress
 
@@ -122,6 +122,7 @@ def reduce_and_log_stats(trainer: Any, logging_outputs: Any, sample_size: Any, g
     """Trainer._reduce_and_log_stats, of an update (with `grad_norm`) or a validation batch, and where the run is."""
     result = _reduce_and_log_stats(trainer, logging_outputs, sample_size, grad_norm)
     log_progress(trainer, training=grad_norm is not None)
+    drop_unmeasured()
     return result
 
 

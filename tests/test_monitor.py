@@ -1,6 +1,7 @@
 """The noise's measurements in fairseq's log."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -122,7 +123,12 @@ def test_quantized_values_are_put_back(lab):
 @both_kinds
 def test_training_logs_the_distortion_and_validation_the_gap(lab, kind):
     flags = ["--quant-noise-pq", 0.2, "--quant-noise-log-interval", 2, "--quant-noise-gap-batches", 2]
-    run = lab.train(*flags, kind=kind, updates=4)
+    with mock.patch("fairseq.logging.progress_bar.NoopProgressBar.log") as log:
+        run = lab.train(*flags, "--log-interval", 1, kind=kind, updates=4)
+    lines = [call.args[0] for call in log.call_args_list]
+    measured = [[value for name, value in line.items() if name.startswith("distortion_")] for line in lines]
+    assert [bool(values) for values in measured] == [True, False, True, False]  # absent, not None
+    assert all(value > 0 for values in measured for value in values)
     valid = run.valid[-1]
     assert valid["quantization_gap"] == pytest.approx(valid["quantized_loss"] - valid["loss"], abs=0.2)
     assert noise_of(run.model) is not None
