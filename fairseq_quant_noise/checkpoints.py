@@ -27,7 +27,7 @@ from .errors import DamagedFileError, UserError
 from .literals import install_literals
 from .safe_load import safe_load
 from .stock import no_training
-from .trained import PREFIX, SECTIONS
+from .trained import PREFIX, SECTIONS, as_fairseq
 
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
@@ -123,7 +123,7 @@ def packed_state(path: str | Path) -> dict[str, Any]:
     sections = {name: config["cfg"][name] for name in SECTIONS if name in config["cfg"]}
     return {
         "args": None,
-        "cfg": {**_FOR_THE_HUB, **sections},
+        "cfg": {**_FOR_THE_HUB, **as_fairseq(sections)},
         "model": packed.state_dict(),
         **no_training(),
         "task_state": {"classes": config["classes"]} if config.get("classes") else {},

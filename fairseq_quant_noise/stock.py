@@ -20,6 +20,7 @@ from .trained import (
     OF_IMAGES,
     PREFIX,
     STRUCTURE_OPTIONS,
+    as_fairseq,
     find_embedding_layer,
     stock_name,
     unwrapped,
@@ -49,7 +50,7 @@ def stock_checkpoint(path: str | Path) -> dict[str, Any]:
         packed = read(path)
         cfg = copy.deepcopy(packed.manifest.model.get("cfg", {}))
         shapes = {name: entry.shape for name, entry in packed.manifest.tensors.items()}
-        return _checkpoint(path, cfg, None, dense_state(packed.state_dict(), shapes))
+        return _checkpoint(path, as_fairseq(cfg), None, dense_state(packed.state_dict(), shapes))
     state = safe_load(path)
     cfg = copy.deepcopy(state.get("cfg"))
     return _checkpoint(path, cfg, state.get("args"), dense_state(state["model"]))
@@ -64,7 +65,8 @@ def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any])
         ours = [n for n in options if n.startswith(PREFIX) and n not in FAIRSEQ_NOISE_OPTIONS]
         for name in (*ours, *STRUCTURE_OPTIONS):
             options.pop(name, None)
-        cfg["criterion"] = unwrapped(cfg.get("criterion") or {})
+        criterion = cfg.get("criterion") or {}
+        cfg["criterion"] = criterion if isinstance(criterion, Namespace) else unwrapped(criterion)
     if args is not None:
         args = copy.deepcopy(args)
         args.arch = stock_name(path, args.arch)

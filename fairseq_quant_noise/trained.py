@@ -65,7 +65,8 @@ FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
 #: Values of them with which fairseq builds the layer after the embedding; the noise is too rare to matter.
 EMBEDDING_LAYER = {"quant_noise_pq": 1e-8, "quant_noise_pq_block_size": 1}
 _PATHS = ("data", "plasma_path", "encoder_embed_path", "decoder_embed_path")
-_MACHINE = {**dict.fromkeys(_PATHS, ""), "timm_weights": None}  # nothing of the machine goes into a file
+_MACHINE = {**dict.fromkeys(_PATHS, ""), "timm_weights": None, "save_predictions": None}  # none of it goes into a file
+_ALONE = {"seed": 1, "distributed_world_size": 1}  # of other sections, for tasks that look into them
 
 
 @dataclass
@@ -171,7 +172,7 @@ def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
 def _configuration(path: str | Path, state: Mapping[str, Any]) -> Mapping[str, Any]:
     cfg = state.get("cfg")
     if isinstance(cfg, Mapping) and cfg.get("model") is not None:
-        return {**cfg, "model": _options(cfg)} if isinstance(cfg["model"], Namespace) else cfg
+        return {**cfg, **{name: _options(cfg, name) for name in _SECTIONS if isinstance(cfg.get(name), Namespace)}}
     args = state.get("args")
     if args is None:
         raise UserError(
@@ -186,16 +187,46 @@ def _configuration(path: str | Path, state: Mapping[str, Any]) -> Mapping[str, A
     }
 
 
-def _options(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a model without a dataclass, as fairseq's `roberta`: it has those of the whole command line."""
-    other = [part for key, part in cfg.items() if key not in ("model", "task") and isinstance(part, Mapping)]
+def _options(cfg: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """The options of a part without a dataclass, as fairseq's model `roberta`: it has those of the whole command line.
+
+    A task or criterion looks into those of other sections too; its own name in it tells that it has no dataclass.
+    """
+    apart = ("model", "task") if section == "model" else (*_SECTIONS, "dataset", "generation")
+    other = [part for key, part in cfg.items() if key not in apart and isinstance(part, Mapping)]
     elsewhere = {name for part in other for name in part} - {"_name"}
-    return {name: value for name, value in _plain(cfg["model"]).items() if name not in elsewhere}
+    own = {} if section == "model" else {section: getattr(cfg[section], section, None), **_ALONE}
+    return {name: value for name, value in _plain(cfg[section]).items() if name not in elsewhere} | own
 
 
 def _plain(args: Namespace) -> dict[str, Any]:
+    """The options that are values of JSON, tuples as lists."""
     options = {name: value for name, value in vars(args).items() if name not in _PARTS}
-    return {k: v for k, v in options.items() if isinstance(v, str | int | float | bool | list | type(None))}
+    return {name: _as_json(value) for name, value in options.items() if _is_json(value)}
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_json, value))
+    return isinstance(value, str | int | float | bool | type(None))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def as_fairseq(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """A packed file's configuration as fairseq's checkpoints hold it: a part without a dataclass is a Namespace."""
+    parts = dict(cfg)
+    for section, options in cfg.items():
+        if isinstance(options.get(section), str):
+            parts[section] = Namespace()
+            vars(parts[section]).update(options, **{k: v for k, v in _MACHINE.items() if k in options})
+    return parts
 
 
 def unwrapped(criterion: Mapping[str, Any]) -> dict[str, Any]:
