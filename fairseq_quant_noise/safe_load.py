@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import checksums
 from .errors import DamagedFileError, UserError
 from .pickled_config import allowed, check_no_placeholder, placeholder, plain_config
 from .pickled_numbers import RefusedError, with_arrays
@@ -58,7 +59,7 @@ def safe_load(path: str | Path) -> dict[str, Any]:
     A configuration that was pickled as an omegaconf object comes as plain dicts and lists.
 
     Raises:
-        UserError: no such file, or a file of another kind.
+        UserError: no such file, a file of another kind, or codes that were averaged.
         DamagedFileError: not a whole checkpoint, or one that holds anything outside the allow-list.
     """
     try:
@@ -79,6 +80,7 @@ def safe_load(path: str | Path) -> dict[str, Any]:
         plain = _plain(state)
         _check_weights(plain["model"])
         clear_unwritten(plain["model"])
+        _check_codes(path, plain)
         return plain
     except RefusedError as error:
         raise DamagedFileError(f"checkpoint {path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
@@ -136,6 +138,16 @@ def _check_weights(model: Any) -> None:
             raise RefusedError(f"tensor {name} is not an ordinary dense one")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise RefusedError(f"tensor {name} has {tensor.numel():,} numbers, more than the file stores for it")
+
+
+def _check_codes(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Refuse codes that have been changed since they were written, as by averaging checkpoints. Raises UserError."""
+    name = checksums.changed(state["model"], (state.get("extra_state") or {}).get(checksums.KEY))
+    if name is not None:
+        raise UserError(
+            f"checkpoint {path}: {name} is not as it was written, as after averaging, which adds codes and overflows; "
+            "average checkpoints from before the first stage, or give one of these as it is"
+        )
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

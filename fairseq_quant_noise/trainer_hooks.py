@@ -10,7 +10,7 @@ from typing import Any
 
 import fairseq.trainer
 
-from . import resume
+from . import checksums, resume
 from .best_so_far import forget_patience
 from .checkpoint_files import newest_whole
 from .cli_errors import exits_on_user_error
@@ -66,9 +66,12 @@ def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
 
 
 def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
-    """Trainer.save_checkpoint, with the state of noise and data, and the model's layers in the configuration."""
+    """Trainer.save_checkpoint, with the state of noise and data, checksums of codes, and layers in the options."""
     record_layers(trainer.get_model(), trainer.cfg.model)
     extra_state = {**extra_state, resume.KEY: resume.state(trainer)}
+    codes = checksums.checksums(trainer.get_model().state_dict())
+    if codes:
+        extra_state = {**extra_state, checksums.KEY: codes}
     noise = noise_of(trainer.get_model())
     if noise is not None:
         extra_state = {**extra_state, STATE_KEY: noise.state_dict()}
