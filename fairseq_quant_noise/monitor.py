@@ -5,19 +5,32 @@
                                                       the loss of the network with its weights quantized now, without
                                                       fine-tuning, and how far it is above the dense one; in bits
 
-(`noise/measure.py` computes them; they answer fairseq issue 5223.)
+Weights are quantized as the plan's stages that are still to come would do it. Without stages it is as the verb
+`quantize` would do it by the plan that the noise prepares for: pq with the noise's d and K where it is proxy, mean or
+pq, with int8 centroids where int8 is composed with it, else intN; weighted by Adam's second moments where it has some.
+(`noise/measure.py`, `quantize.py`; they answer fairseq issue 5223.)
 """
 
+import logging
 import math
-from dataclasses import replace
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from .noise.measure import Distortion, Probe, quantized_values, swapped, target_rules
-from .plan import NoiseRule
+from .endings import has_stages
+from .importance import sound
+from .noise import noise_of
+from .noise.measure import Distortion, Probe
+from .optimizer_carry import second_moments
+from .plan import Plan
+from .quantize import quantized_values, swapped
+from .table import Target, resolve_stages
+
+logger = logging.getLogger(__name__)
 
 _DISTORTION = "distortion_"
 
@@ -44,25 +57,30 @@ def drop_unmeasured() -> None:
 
 
 class Gap:
-    """The gap between the dense and the quantized network over the first batches of one validation."""
+    """The gap between the dense and the quantized network over the first batches of one validation.
+
+    The ranks share the k-means, so that each of them makes its Gap as the validation begins.
+    """
 
     def __init__(self, trainer: Any, batches: int) -> None:
         self.trainer, self.left = trainer, batches
-        self.values: list[tuple[nn.Parameter, Tensor]] | None = None  # found when the first batch comes
+        self.values: list[tuple[nn.Parameter, Tensor]] = []
         self.dense = self.quantized = self.size = 0.0
+        targets = targets_of(trainer) if batches > 0 else []
+        if targets:
+            logger.info(f"quantizing {len(targets)} weights, to measure the gap")
+            importance = _importance(trainer, targets)
+            seed = trainer.cfg.common.seed
+            self.values = quantized_values(targets, seed=seed, importance=importance, progress=logger.debug)
 
     @torch.no_grad()
     def step(self, sample: Any) -> None:
         """Measure one batch, after the Trainer has validated on it, and log the gap so far."""
-        if self.left <= 0:
+        if self.left <= 0 or not self.values:
             return
         self.left -= 1
         sample, is_dummy = self.trainer._prepare_sample(sample)
         if is_dummy:
-            return
-        if self.values is None:
-            self.values = quantized_values(self.trainer.get_model(), _targets(self.trainer))
-        if not self.values:
             return
         dense, size = self._loss(sample)
         with swapped(self.values):
@@ -80,12 +98,34 @@ class Gap:
         return float(loss), float(size)
 
 
-def _targets(trainer: Any) -> dict[str, NoiseRule]:
-    """For each weight that is dense still: the plan's stage where there is one, else what its noise prepares for."""
-    rules = target_rules(trainer.get_model())
-    for target in getattr(trainer.quantizer, "targets", ()):
-        rule = NoiseRule(".*", 1.0, target.rule.scheme, range=target.rule.range)
-        if target.block_size is not None:
-            rule = replace(rule, block_size=target.block_size, n_centroids=target.n_centroids)
-        rules[target.weight.name] = rule
-    return rules
+def targets_of(trainer: Any) -> list[Target]:
+    """The weights that are dense still, as the stages to come would quantize them, else as the noise prepares for."""
+    stages = trainer.quantizer.targets if has_stages(trainer) else []
+    targets = stages or resolve_stages(noise_plan(trainer.get_model()), trainer.get_model())
+    return [target for target in targets if not isinstance(target.weight.stored, nn.Module)]
+
+
+def noise_plan(model: nn.Module) -> Plan:
+    """The plan that the noise of each weight prepares it for, in a stage each; of several rules the last one counts."""
+    draw = noise_of(model)
+    rules = {name: noise.rules[-1].rule for name, noise in draw.weights.items()} if draw is not None else {}
+    stages: list[dict[str, Any]] = []
+    centroids = "fp16"
+    for name, rule in rules.items():
+        match = {"match": re.escape(name)}
+        if {"proxy", "mean", "pq"} & set(rule.kinds):
+            stages.append({**match, "block_size": rule.d, "n_centroids": rule.n_centroids})
+            centroids = "int8" if "int8" in rule.kinds else centroids
+        else:
+            stages.append({**match, "scheme": rule.kinds[-1], "range": rule.range})
+    return Plan.of({"stages": stages, "centroids": {"dtype": centroids}})
+
+
+def _importance(trainer: Any, targets: Sequence[Target]) -> Mapping[str, Tensor]:
+    """What k-means weighs errors by: what the stages do, else what a checkpoint of now would hold."""
+    if has_stages(trainer):
+        kept: Mapping[str, Tensor] = trainer.quantizer.importance
+        return kept
+    dense = {t.weight.tensor_name: t.weight.stored for t in targets if isinstance(t.weight.stored, Tensor)}
+    moments = sound(second_moments(trainer.get_model(), trainer.optimizer), dense)
+    return {name: tensor.bfloat16() for name, tensor in moments.items()}

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from . import ranks
 from .errors import UserError
 from .importance import check_importance
 from .layers import calibrating, quantize_inputs_, quantize_weight_, quantized_weights, share_codebooks_, to_int_
+from .layers.pq import PQWeight
+from .layers.quantized import dense_weight
 from .plan import Activations, Plan
 from .pq.encode import encode_together
 from .scalar import fake_quantize, fit_affine
@@ -118,6 +121,49 @@ def quantize_targets(
         else:
             to_int_(target.weight, target.rule.bits or 0, target.rule.range)
     share_codebooks_(quantized)
+
+
+@torch.no_grad()
+def quantized_values(
+    targets: Sequence[Target],
+    *,
+    seed: int,
+    importance: Mapping[str, Tensor] | None = None,
+    progress: Callable[[str], None] = logger.info,
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each target's weight with the value that evaluation would see after `quantize_targets`; the model stays dense.
+
+    Args:
+        targets: weights that are dense.
+        seed, importance, progress: as in `quantize_targets`.
+    Raises:
+        UserError: a weight is not finite.
+    """
+    found = _encode_together(targets, importance or {}, seed, "", progress)
+    values = []
+    for target, pair in zip(targets, found, strict=True):
+        stored = dense_weight(target.weight)
+        if pair is None:
+            affine = fit_affine(target.weight.name, stored, target.rule.bits or 0, target.rule.range)
+            values.append((stored, fake_quantize(stored.detach(), affine)))
+        else:
+            parts = pair[0].to(stored.device), pair[1].to(stored)
+            made = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval()
+            values.append((stored, made.decode()))
+    return values
+
+
+@contextmanager
+def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """The parameters have the other values inside."""
+    kept = [parameter.data for parameter, _ in values]
+    try:
+        for parameter, value in values:
+            parameter.data = value
+        yield
+    finally:
+        for (parameter, _), before in zip(values, kept, strict=True):
+            parameter.data = before
 
 
 def quantized_state(model: nn.Module) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ def begin_valid_epoch(trainer: Any, epoch: int) -> Any:
     if getattr(trainer.quantizer, "to_come", 0):
         forget_patience()
     options = getattr(trainer.get_model(), "quant_noise_options", {})
-    trainer.quant_noise_gap = Gap(trainer, options.get("quant_noise_gap_batches", 0))
+    with exits_on_user_error():
+        trainer.quant_noise_gap = Gap(trainer, options.get("quant_noise_gap_batches", 0))
     return _begin_valid_epoch(trainer, epoch)
 
 

@@ -5,11 +5,17 @@ from unittest import mock
 
 import pytest
 import torch
-from lm_fixture import FFN, batch, both_kinds
+from lm_fixture import ATTENTION, FFN, PLANS, WORD_VECTORS, batch, both_kinds
 
 from fairseq_quant_noise import quantize_
+from fairseq_quant_noise.cli import main
+from fairseq_quant_noise.layers import quantized_weights
+from fairseq_quant_noise.monitor import noise_plan
 from fairseq_quant_noise.noise import noise_of
-from fairseq_quant_noise.noise.measure import Probe, kind_of, quantized_values, swapped, target_rules
+from fairseq_quant_noise.noise.measure import Probe, kind_of
+from fairseq_quant_noise.plan import Plan
+from fairseq_quant_noise.quantize import quantized_values, swapped
+from fairseq_quant_noise.table import resolve_stages
 
 
 def measured(model, forward):
@@ -102,22 +108,76 @@ def test_weights_that_are_quantized_before_the_forward_are_left_out(lab):
     assert "self_attn" in seen[0]
 
 
-def test_the_target_of_proxy_noise_is_pq_and_of_int_noise_int(lab):
-    rules = target_rules(lab.model("--quant-noise-pq", 0.1))
-    assert {rule.kinds for rule in rules.values()} == {("pq",)}
-    rules = target_rules(lab.model("--quant-noise-pq", 0.1, "--quant-noise-kind", "int4"))
-    assert {rule.kinds for rule in rules.values()} == {("int4",)}
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [
+        ("proxy", ("pq", 8, 16)),
+        ("mean", ("pq", 8, 16)),
+        ("pq,int8", ("pq", 8, 8)),
+        ("int4", ("int4", None, 16)),
+    ],
+)
+def test_the_plan_that_noise_prepares_for(lab, kind, target):
+    model = lab.model("--quant-noise-pq", 0.1, "--quant-noise-kind", kind)
+    plan = noise_plan(model)
+    assert len(plan.stages) == len(noise_of(model).weights)
+    assert {(t.rule.scheme, t.block_size, t.centroid_bits) for t in resolve_stages(plan, model)} == {target}
 
 
-def test_quantized_values_are_put_back(lab):
-    model = lab.model("--quant-noise-pq", 0.1, "--quant-noise-kind", "int4").eval()
+SHARED = {"stages": [{**rule, "codebook": "shared"} for rule in PLANS["plain"]["stages"]]}
+QUANTIZED = {
+    "weighted": PLANS["plain"],
+    "unweighted": {**PLANS["plain"], "centroids": {"weighted": False}},
+    "shared codebooks": SHARED,
+    "int8 centroids": {**SHARED, "centroids": {"dtype": "int8"}},
+    "intN": {
+        "stages": [{**FFN, "scheme": "int4", "range": "channel"}, {"match": ".*embed.*|.*attn.*", "scheme": "int8"}]
+    },
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantized_values_are_those_of_a_network_that_is_quantized_and_are_put_back(lab, name):
+    plan = Plan.of(QUANTIZED[name])
+    model, quantized = lab.model().eval(), lab.model().eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    values = quantized_values(model, target_rules(model))
-    with swapped(values):
-        inside = model.decoder.layers[0].fc1.weight.clone()
-        assert len(inside.unique()) <= 16
+    generator = torch.Generator().manual_seed(0)
+    counts = {name: torch.rand(p.shape, generator=generator) for name, p in model.named_parameters()}
+    given = counts if plan.centroids.weighted else {}
+    quantize_(quantized, plan, seed=3, importance=given)
+    values = quantized_values(resolve_stages(plan, model), seed=3, importance=given)
+    with swapped(values), torch.no_grad():
+        inside = {name: model.get_submodule(name).weight.clone() for name in quantized_weights(quantized)}
+        assert all(torch.equal(inside[name], w.decode()) for name, w in quantized_weights(quantized).items())
         assert model.decoder.output_projection.weight is model.decoder.embed_tokens.weight
+    assert len(inside) == len(values) == 13
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+GAP = ["--quant-noise-gap-batches", 1000]
+
+
+def test_the_gap_is_what_quantizing_the_checkpoint_costs(lab):
+    run = lab.train("--quant-noise-pq", 0.1, *GAP, "--validate-interval", 99, updates=40)
+    out = lab.new("one-shot.safetensors")
+    plan = lab.plan({"stages": [{"match": ".*", "block_size": 8}]})
+    main(["quantize", "--path", str(run.path), "--plan", plan, "--out", str(out), "--seed", "3"])
+    valid = run.valid[-1]
+    assert valid["quantized_loss"] == pytest.approx(math.log2(lab.eval_lm(out)), abs=1e-3)
+    assert valid["quantization_gap"] == pytest.approx(valid["quantized_loss"] - valid["loss"], abs=1e-3)
+    assert valid["quantization_gap"] > 0.02
+
+
+@pytest.mark.parametrize("name", ["weighted", "unweighted", "int8 centroids"])
+def test_the_gap_is_what_the_next_stage_costs(lab, runs, name):
+    """Nothing is learned, so that the network differs by the stage alone."""
+    plan = QUANTIZED[name]
+    both = {**WORD_VECTORS, "match": rf"{WORD_VECTORS['match']}|{ATTENTION['match']}", "block_size": 4}
+    stages = [{**FFN, "updates": 2}, {**both, "codebook": plan["stages"][0].get("codebook", "own"), "updates": 1}]
+    flags = ["--quantization-config-path", lab.plan({**plan, "stages": stages}), *GAP, "--lr", 0]
+    flags += ["--finetune-from-model", runs.stock("plain").path, "--validate-interval-updates", 1]
+    before, after, _ = lab.train(*flags, updates=3).valid
+    assert before["quantized_loss"] == pytest.approx(after["loss"], abs=1e-3)
 
 
 @both_kinds

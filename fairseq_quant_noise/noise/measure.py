@@ -1,28 +1,21 @@
-"""Does the noise do what it should? Two measurements on a model with noise.
+"""Does the noise do what it should? How large it is, by kind of layer, in one training forward of a model with noise:
 
-    distortion   || psi(W) - W || / || W ||  of the weights, and || y(psi(W)) - y(W) || / || y(W) ||  of the outputs of
-                 the layers on the same input, by kind of layer, in one training forward
-    target       the model as it would be if its weights were quantized now, without fine-tuning
+    || psi(W) - W || / || W ||              of the weights
+    || y(psi(W)) - y(W) || / || y(W) ||     of the outputs of the layers on the same input
 
 Norms are Frobenius norms over all layers of a kind. A kind is the last part of a module's name that is no number
 (`fc1`); projections go under their module's (`self_attn`).
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..blocks import as_blocks
-from ..plan import NoiseRule
-from ..watched import watched
-from ..weights import Weight, find_weights
 from .attach import noise_of
-from .distortions import make_distortion
 from .weight_noise import WeightNoise
 
 logger = logging.getLogger(__name__)
@@ -151,51 +144,3 @@ def _latent(module: nn.Module) -> Tensor:
 def _add(sums: list[float], seen: Tensor, clean: Tensor) -> None:
     sums[0] += float((seen.float() - clean.float()).square().sum(dtype=torch.float64))
     sums[1] += float(clean.float().square().sum(dtype=torch.float64))
-
-
-def target_rules(model: nn.Module) -> dict[str, NoiseRule]:
-    """What the noise of each weight prepares it for: its rule, in which pq stands for proxy and mean; by name.
-
-    Of several rules the last one counts.
-    """
-    draw = noise_of(model)
-    rules = {name: noise.rules[-1].rule for name, noise in draw.weights.items()} if draw is not None else {}
-    return {name: replace(rule, kind=tuple(_scheme(k) for k in rule.kinds), p=1.0) for name, rule in rules.items()}
-
-
-def _scheme(kind: str) -> str:
-    return "pq" if kind in ("proxy", "mean") else kind
-
-
-@torch.no_grad()
-def quantized_values(model: nn.Module, rules: Mapping[str, NoiseRule]) -> list[tuple[nn.Parameter, Tensor]]:
-    """The dense weights that `rules` name, each with its value after quantization by the rule's kinds."""
-    dense = list(_dense(model, rules))
-    steps = watched(dense, len(dense), "quantizing, to measure the gap", logger.info)
-    return [(stored, _quantized(weight, stored, rules[weight.name])) for weight, stored in steps]
-
-
-def _dense(model: nn.Module, rules: Mapping[str, NoiseRule]) -> Iterator[tuple[Weight, nn.Parameter]]:
-    for weight in find_weights(model):
-        if weight.name in rules and isinstance(weight.stored, nn.Parameter):
-            yield weight, weight.stored
-
-
-def _quantized(weight: Weight, stored: Tensor, rule: NoiseRule) -> Tensor:
-    phi = make_distortion(weight.name, rule, stored.shape[0])
-    blocks = as_blocks(stored, rule.d)
-    phi.fit(blocks)
-    return phi(blocks, None).reshape(stored.shape).contiguous()
-
-
-@contextmanager
-def swapped(values: list[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """The parameters have the other values inside."""
-    kept = [parameter.data for parameter, _ in values]
-    try:
-        for parameter, value in values:
-            parameter.data = value
-        yield
-    finally:
-        for (parameter, _), before in zip(values, kept, strict=True):
-            parameter.data = before
