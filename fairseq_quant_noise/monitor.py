@@ -29,6 +29,7 @@ from .optimizer_carry import second_moments
 from .plan import Plan
 from .quantize import quantized_values, swapped
 from .table import Target, resolve_stages
+from .watched import now_and_then
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +69,9 @@ class Gap:
         self.dense = self.quantized = self.size = 0.0
         targets = targets_of(trainer) if batches > 0 else []
         if targets:
-            logger.info(f"quantizing {len(targets)} weights, to measure the gap")
+            seed, progress = trainer.cfg.common.seed, now_and_then(logger.info)
             importance = _importance(trainer, targets)
-            seed = trainer.cfg.common.seed
-            self.values = quantized_values(targets, seed=seed, importance=importance, progress=logger.debug)
+            self.values = quantized_values(targets, seed=seed, importance=importance, progress=progress)
 
     @torch.no_grad()
     def step(self, sample: Any) -> None:

@@ -28,3 +28,16 @@ def watched(
             said = now
             progress(f"{what}: {i} of {total}, {(now - began) / i * (total - i):.0f} s left")
         yield item
+
+
+def now_and_then(progress: Callable[[str], None], every: float = EVERY) -> Callable[[str], None]:
+    """`progress`, but that of the lines it is given it passes on at most one in `every` seconds."""
+    said = time.perf_counter()
+
+    def say(line: str) -> None:
+        nonlocal said
+        if time.perf_counter() - said >= every:
+            said = time.perf_counter()
+            progress(line)
+
+    return say

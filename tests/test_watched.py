@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from fairseq_quant_noise.watched import watched
+from fairseq_quant_noise.watched import now_and_then, watched
 
 
 @pytest.fixture
@@ -30,3 +30,12 @@ def test_a_short_loop_says_nothing_and_its_items_are_all_there(clock):
 
 def test_a_loop_that_ends_early_is_no_error(clock):
     assert list(watched([], 8, "counting", print)) == []
+
+
+def test_of_many_lines_one_in_a_while_is_passed_on():
+    said = []
+    rarely, always = now_and_then(said.append, every=60), now_and_then(said.append, every=0)
+    for line in ("first", "second"):
+        rarely(line)
+        always(line)
+    assert said == ["first", "second"]
