@@ -1,6 +1,7 @@
 """Distillation from the uncompressed teacher, as iterative PQ does it (arXiv 1907.05686, section 3.4).
 
-    KL(teacher || student), summed over the predictions of a batch
+    KL(teacher || student)            summed over the predictions of a batch that are distributions
+    || student - teacher ||^2         summed over those that are numbers (regression): one logit is no distribution
 
 Legend: N predictions of a batch, V classes or words.
 """
@@ -41,15 +42,19 @@ def kl_sum(student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> Tens
     return rows.sum() if keep is None else rows[keep].sum()
 
 
-def distillation_loss(student: Recorder, teacher: nn.Module, sample: Mapping[str, Any], padding_idx: int) -> Tensor:
+def distillation_loss(
+    student: Recorder, teacher: nn.Module, sample: Mapping[str, Any], padding_idx: int, regression: bool = False
+) -> Tensor:
     """The loss of the student's last call against the teacher on the same input; padding does not count.
 
-    With an adaptive softmax the head and each tail cluster are distilled on the predictions that reach them, so that
-    the whole vocabulary is never computed.
+    With `regression` the first output of both is numbers. With an adaptive softmax the head and each tail cluster are
+    distilled on the predictions that reach them, so that the whole vocabulary is never computed.
     """
     args, kwargs = student.call
     with torch.no_grad():
         taught = teacher(*args, **kwargs)
+    if regression:
+        return F.mse_loss(student.output[0].float(), taught[0].float(), reduction="sum")
     target = student.get_targets(sample, student.output)
     adaptive = getattr(getattr(student, "decoder", None), "adaptive_softmax", None)
     if adaptive is None:

@@ -1,6 +1,9 @@
 """`--criterion ipq`: any fairseq criterion, with the model's size in the log and distillation from a teacher.
 
 loss = (1 - w) * criterion + w * KL(teacher || student)        w = --ipq-distillation-weight, 0 without a teacher
+
+With `regression_target` the squared error takes the place of KL. A teacher goes with the criteria in DISTILLED, whose
+loss is on one call of the model that gives a distribution over words or classes for each target, or a number.
 """
 
 import inspect
@@ -32,6 +35,10 @@ from ..trained import SHARED
 from .distillation import Recorder, distillation_loss
 
 SIZE = ("ipq_mib", "ipq_ratio")  # in the log
+DISTILLED = (
+    *("cross_entropy", "label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_alignment", "adaptive_loss"),
+    *("masked_lm", "sentence_prediction", "sentence_prediction_adapters"),
+)
 
 
 @dataclass
@@ -91,7 +98,8 @@ class IPQCriterion(FairseqCriterion):
         recorder = Recorder(model)
         loss, sample_size, logging_output = self.inner(recorder, sample, reduce=reduce)
         if self.training and self.teacher_path and self.weight > 0:
-            distilled = distillation_loss(recorder, self._teacher(loss), sample, self.padding_idx)
+            regression = getattr(self.inner, "regression_target", False)
+            distilled = distillation_loss(recorder, self._teacher(loss), sample, self.padding_idx, regression)
             logging_output["ipq_distillation"] = distilled.data
             loss = (1 - self.weight) * loss + self.weight * distilled
         now, dense = model_bytes(model)
@@ -102,6 +110,7 @@ class IPQCriterion(FairseqCriterion):
         """Read the teacher's checkpoint, once; without --ipq-teacher nothing happens. Evaluation never needs it."""
         if self.teacher_path and not self.teachers:
             with exits_on_user_error():
+                _check_distillation(type(self.inner))
                 self.teachers.append(_load_teacher(self.teacher_path, self.task))
 
     def _teacher(self, like: Any) -> nn.Module:
@@ -114,7 +123,10 @@ class IPQCriterion(FairseqCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """The wrapped criterion's metrics, and ipq_mib, ipq_ratio, ipq_distillation (bits a prediction)."""
+        """The wrapped criterion's metrics, and ipq_mib, ipq_ratio, ipq_distillation (bits a prediction).
+
+        Of a regression it is the squared error a prediction over ln 2, as fairseq logs its own `loss` there.
+        """
         cls.inner_class.reduce_metrics(logging_outputs)
         forwards = sum(log.get("ipq_forwards", 0) for log in logging_outputs)
         if forwards:
@@ -153,6 +165,20 @@ def _build_inner(cfg: Any, task: Any) -> FairseqCriterion:
         raise UserError(f"--ipq-criterion-options {cfg.ipq_criterion_options}: {str(error).splitlines()[0]}") from None
     inner: FairseqCriterion = CRITERION_REGISTRY[name].build_criterion(inner_cfg, task)
     return inner
+
+
+def _check_distillation(inner: type[FairseqCriterion]) -> None:
+    """Raise UserError for a criterion whose outputs cannot be compared with a teacher's, or that nobody has looked at.
+
+    Its outputs may be no distributions (features of speech, ranks), or others than one for each target (frames of CTC,
+    two drop-outs of each sentence): the number would be wrong.
+    """
+    if inner not in [CRITERION_REGISTRY[name] for name in DISTILLED]:
+        name = next((name for name, known in CRITERION_REGISTRY.items() if known is inner), inner.__name__)
+        raise UserError(
+            f"--ipq-teacher: does not go with --ipq-criterion {name}; leave the teacher out, or take one of "
+            f"{', '.join(DISTILLED)}"
+        )
 
 
 def _load_teacher(path: str, task: Any) -> nn.Module:

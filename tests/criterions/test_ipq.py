@@ -3,9 +3,11 @@
 import json
 import math
 
+import fairseq.tasks
 import pytest
 import torch
 import torch.nn.functional as F
+from fairseq.criterions import CRITERION_REGISTRY
 from lm_fixture import batch, both_kinds, ipq_flags, state_of
 from roberta_fixture import (
     ENCODER,
@@ -189,6 +191,39 @@ def test_a_teacher_in_half_precision_training(lab, runs):
     flags = [*ipq_flags("plain"), "--ipq-teacher", runs.stock("plain").path, "--bf16"]
     run = lab.train(*flags, updates=2)
     assert all(math.isfinite(float(log["loss"])) for log in run.updates)
+
+
+REGRESSION = ["--criterion", "ipq", "--ipq-criterion", SENTENCES, "--num-classes", 1, "--regression-target"]
+
+
+def test_a_regression_is_distilled_by_squared_error(roberta):  # noqa: F811
+    """KL over one logit is 0, whatever the student says."""
+    flags = [*REGRESSION, "--ipq-teacher", "later", "--ipq-distillation-weight", 0.3]
+    cfg = roberta.config(*flags, kind=SENTENCES)
+    task = fairseq.tasks.setup_task(cfg.task)
+    criterion = task.build_criterion(cfg.criterion).train()
+    still = ["--num-classes", 1, "--dropout", 0, "--attention-dropout", 0]
+    student, teacher = (roberta.model(*still, seed=seed, kind=SENTENCES) for seed in (1, 2))
+    criterion.teachers.append(teacher.eval())
+    sample = {**roberta_batch(SENTENCES), "target": torch.tensor([0.5, -1.0, 2.0, 3.0])}
+    loss, size, log = criterion(student.train(), sample)
+    given = {**sample["net_input"], "features_only": True, "classification_head_name": HEAD}
+    mine, theirs = (model(**given)[0].flatten() for model in (student, teacher))
+    wrapped, distilled = ((mine - sample["target"]) ** 2).sum(), ((mine - theirs) ** 2).sum()
+    assert distilled > 0.01
+    assert float(log["ipq_distillation"]) == pytest.approx(float(distilled), rel=1e-5)
+    assert float(loss) == pytest.approx(float(0.7 * wrapped + 0.3 * distilled), rel=1e-5)
+    loss.backward()
+    assert student.classification_heads[HEAD].out_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["label_smoothed_cross_entropy_with_rdrop", "nat_loss", "ctc", "wav2vec"])
+def test_a_criterion_that_a_teacher_cannot_help_with_is_refused(lab, runs, name):
+    """R-Drop's output has each sentence twice, and the others' no distribution over words for each target."""
+    criterion = lab.criterion(*ipq_flags("plain"), "--ipq-teacher", runs.stock("plain").path)
+    criterion.inner = CRITERION_REGISTRY[name].__new__(CRITERION_REGISTRY[name])
+    with refuses(f"^--ipq-teacher: does not go with --ipq-criterion {name}; leave the teacher out"):
+        criterion.load_teacher()
 
 
 BAD_TEACHERS = {  # by what is wrong: who is asked, and what the message names
