@@ -52,6 +52,7 @@ setup(
     entry_points={"console_scripts": ["fairseq-quant-noise = fairseq_quant_noise.cli:main"]},
     zip_safe=False,
     classifiers=[
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

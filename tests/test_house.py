@@ -71,6 +71,20 @@ def test_no_file_is_over_400_lines():
     assert [str(p) for p in OURS if len(p.read_text().splitlines()) > 400] == []
 
 
+def test_the_oldest_python_is_the_one_that_ruff_and_mypy_check_for():
+    """mypy knows what each release's standard library has, ruff its syntax."""
+    oldest = {
+        re.search(pattern, (ROOT / name).read_text())[1].replace(", ", ".")
+        for name, pattern in (
+            ("setup.py", r'python_requires=">=(3\.\d+)"'),
+            ("pyproject.toml", r'python_version = "(3\.\d+)"'),
+            ("scripts/setup.sh", r"not \((3, \d+)\) <= sys.version_info"),
+        )
+    }
+    target = re.search(r'target-version = "py(3)(\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert oldest == {".".join(target.groups())}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/plans").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_plan_in_configs_loads(path):
     plan = Plan.of(path)
