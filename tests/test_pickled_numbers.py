@@ -95,11 +95,14 @@ class State:
         make, arguments, _ = np.zeros(1).__reduce__()
         return make, arguments, self.state
 
+    def __str__(self):
+        return f"state {self.state}"
+
 
 @pytest.mark.parametrize(
     "value",
     [
-        np.array([object()], dtype=object),
+        np.array([None], dtype=object),
         np.array(["text"]),
         np.array([b"bytes"]),
         np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
@@ -115,8 +118,6 @@ class State:
     ids=str,
 )
 def test_what_is_no_array_of_numbers_is_refused(tmp_path, value):
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        value[0] = 1  # the object itself is harmless; the kind of array is not read
     with refuses("refused, .*numpy", DamagedFileError):
         safe_load(save(tmp_path / "checkpoint.pt", extra_state={"metrics": [value]}))
 
