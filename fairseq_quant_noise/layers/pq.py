@@ -122,7 +122,8 @@ class PQWeight(QuantizedWeight):
         # A generation asks for them at every token. By value: optimizers write to `.data`, which no version counts.
         kept = self._stored
         if kept is None or kept[0].dtype != centroids.dtype or not torch.equal(kept[0], centroids):
-            self._stored = kept = centroids.detach().clone(), self._rounded().detach().clone()
+            with torch.inference_mode(False):  # or what is kept could not be used outside of that mode
+                self._stored = kept = centroids.detach().clone(), self._rounded().detach().clone()
             setattr(kept[1], SETTLED, True)
         return kept[1]
 
@@ -169,7 +170,8 @@ class PQWeight(QuantizedWeight):
         codes, kept = self.codes, self._turned
         if kept is None or kept[0] is not codes:
             if not codes.t().is_contiguous():  # the kernel's order, once and for all; the shape stays
-                self.codes = codes = codes.t().contiguous().t()
+                with torch.inference_mode(False):  # or training could not count them
+                    self.codes = codes = codes.t().contiguous().t()
             self._turned = kept = codes, codes.t()
         return linear(x, kept[1], self.stored_centroids(), bias)
 

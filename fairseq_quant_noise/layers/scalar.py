@@ -90,7 +90,8 @@ class LatentIntWeight(_ScalarWeight):
         low, high = self.latent.detach().aminmax()
         version = (float(self.latent.data_ptr()), float(self.latent._version), float(low), float(high))
         if self._fitted is None or self._fitted[0] != version:
-            self._fitted = (version, fit_affine(self.name, self.latent, self.bits, self.range))
+            with torch.inference_mode(False):  # what is kept is used outside of that mode too
+                self._fitted = (version, fit_affine(self.name, self.latent.detach(), self.bits, self.range))
         return self._fitted[1]
 
     def train(self, mode: bool = True) -> "LatentIntWeight":
