@@ -7,6 +7,7 @@ beside, synced and renamed; and where a last checkpoint is cut nevertheless, the
 
 import logging
 import os
+import re
 import shutil
 import time
 import zipfile
@@ -18,13 +19,16 @@ import fairseq.checkpoint_utils
 import torch
 from fairseq.file_io import PathManager
 
+from .artifact.writer import keep_mode
 from .cli_errors import exits_on_user_error
-from .errors import UserError
+from .errors import UserError, is_about_a_file
 
 logger = logging.getLogger(__name__)
 
 BESIDE = ".tmp"  # of the name while a file is written: always the same, so that a killed run leaves one at most
 TRIES, WAIT = 3, 2.5  # seconds between them, as fairseq does: a network drive may be back by then
+#: torch's words, in a RuntimeError, for a disk that is full or a folder that is not there.
+_TORCH_WRITING = re.compile(r"inline_container|PytorchStreamWriter|Parent directory")
 _LEGACY = b"\x80\x02"  # how a checkpoint begins that torch 1.5 or earlier wrote
 
 _persistent_save = fairseq.checkpoint_utils.torch_persistent_save
@@ -68,18 +72,25 @@ def _replace(filename: str, write: Callable[[str], object]) -> None:
             write(beside)
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())
+            keep_mode(filename, beside)
             os.replace(beside, filename)
             return
-        except (OSError, RuntimeError) as error:  # torch has RuntimeError for a full disk
+        except (OSError, RuntimeError) as error:
             if left:
                 time.sleep(WAIT)
                 continue
             Path(beside).unlink(missing_ok=True)
+            if not _is_of_writing(error):
+                raise
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(
                 f"cannot write {filename}: {reason}; make room there, or give another --save-dir, and give the same "
                 "command again: the checkpoint before this one is whole"
             ) from None
+
+
+def _is_of_writing(error: OSError | RuntimeError) -> bool:
+    return is_about_a_file(error) if isinstance(error, OSError) else bool(_TORCH_WRITING.search(str(error)))
 
 
 def is_whole(path: str | Path) -> bool:

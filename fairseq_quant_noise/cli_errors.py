@@ -28,7 +28,7 @@ def exits_on_user_error(always: bool = False) -> Iterator[None]:
             raise
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from None
+        raise SystemExit(error.exit_code) from error  # for who catches it in a notebook
 
 
 def _in_a_program() -> bool:

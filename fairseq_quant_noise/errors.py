@@ -4,6 +4,8 @@ Every message is one line that names the tensor, file or option at fault and the
 prints it as ``error: …`` without a traceback; from Python both are ordinary exceptions.
 """
 
+import errno
+
 _LONGEST = 2000  # characters of a message: a file's names may be of any length
 
 
@@ -22,3 +24,17 @@ class DamagedFileError(UserError):
     """A packed file that is damaged, hostile or of an unknown version. Exit code 3."""
 
     exit_code = 3
+
+
+#: The system's errors in writing a file that is open, which name no file: no room left, of several kinds.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+#: Its errors about a file, a folder or a disk that the user named.
+_OF_FILES = NO_ROOM | {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+}
+
+
+def is_about_a_file(error: OSError) -> bool:
+    """Whether another path, or more room, is the cure: not of a lost connection, say, or too many open files."""
+    return error.errno in _OF_FILES

@@ -14,7 +14,7 @@ import fairseq.checkpoint_utils
 import fairseq.distributed.utils
 
 from .cli_errors import exits_on_user_error
-from .errors import UserError
+from .errors import NO_ROOM, UserError, is_about_a_file
 
 R = TypeVar("R")
 _KEYS = [re.compile(rf"{kind} key\(s\) in state_dict: (.*)") for kind in ("Missing", "Unexpected")]
@@ -24,20 +24,26 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torc
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Inside, an OSError, a shape that does not fit and an option that names no file become a UserError."""
+    """Inside, errors about a file, a shape that does not fit and an option that names no file become a UserError.
+
+    Any other error stays as it is, with its traceback: the cure would be a wrong one.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(_of_the_system(error)) from None
+        line = _of_the_system(error)
+        if line is None:
+            raise
+        raise UserError(line) from error
     except RuntimeError as error:
         mismatch = mismatch_in(error)
         if mismatch is None:
             raise
-        raise UserError(mismatch) from None
+        raise UserError(mismatch) from error
     except ValueError as error:
         if isinstance(error, UserError) or not re.fullmatch(r"--\S+ .* does not exist", str(error)):
             raise
-        raise UserError(f"{error}; give the path of a checkpoint") from None
+        raise UserError(f"{error}; give the path of a checkpoint") from error
 
 
 def mismatch_in(error: BaseException | None) -> str | None:
@@ -66,12 +72,17 @@ def mismatch_in(error: BaseException | None) -> str | None:
     return None
 
 
-def _of_the_system(error: OSError) -> str:
-    if error.filename is None and error.strerror is not None:  # while a file is written
-        return f"{error.strerror}; make room, or give another --save-dir"
-    if error.filename is None:  # in fairseq's words: a model file or a data set that is not there
+def _of_the_system(error: OSError) -> str | None:
+    """The line for an error about a file, None for any other."""
+    if error.errno is None:  # in fairseq's words: a data set or a model file that is not there
+        if not isinstance(error, FileNotFoundError) and "file not found" not in str(error):
+            return None
         data = "give the folder that fairseq-preprocess wrote, with this split in it"
         return f"{error}; {data if 'Dataset' in str(error) else 'give the path of a file that is there'}"
+    if error.filename is None:  # while a file is written
+        return f"{error.strerror}; make room, or give another --save-dir" if error.errno in NO_ROOM else None
+    if not is_about_a_file(error):
+        return None
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return (
             f"{error.filename}: {error.strerror}; give the folder that fairseq-preprocess wrote, or the path of a file"

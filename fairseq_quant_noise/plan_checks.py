@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from .errors import UserError
+from .errors import UserError, is_about_a_file
 
 
 def check_keys(where: str, source: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -54,6 +54,8 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
+        if not is_about_a_file(error):
+            raise
         raise UserError(f"plan {path}: {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date like 2001-99-99
         raise UserError(f"plan {path}: not YAML ({' '.join(str(error).split())})") from None

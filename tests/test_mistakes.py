@@ -1,6 +1,7 @@
 """What users do wrong, by the command line: one line that names the thing and the cure, and nothing is lost."""
 
 import contextlib
+import errno
 import functools
 import os
 import resource
@@ -16,7 +17,7 @@ from lm_fixture import FFN, PLANS, WORD_VECTORS, one_error, split, state_of
 from toys import refuses
 
 from fairseq_quant_noise.cli import main
-from fairseq_quant_noise.mistakes import as_user_errors
+from fairseq_quant_noise.mistakes import _in_a_line, as_user_errors
 
 WEIGHT, BIAS = "decoder.layers.0.fc1.weight", "decoder.layers.1.fc2.bias"
 
@@ -280,11 +281,44 @@ def test_data_and_files_that_are_not_there_are_named(lab, runs, capsys, tmp_path
     assert "--finetune-from-model /nowhere/model.pt does not exist; give the path" in stops(gone, capsys)
 
 
-def test_a_full_disk_ends_fairseqs_programs_in_a_line_and_a_fault_of_the_program_does_not():
+def test_a_full_disk_ends_fairseqs_programs_in_a_line():
     with refuses(r"/disk/x\.pt: No space left on device; give another place, or make room"), as_user_errors():
         raise OSError(28, "No space left on device", "/disk/x.pt")
     with refuses("^No space left on device; make room, or give another --save-dir"), as_user_errors():
         raise OSError(28, "No space left on device")
-    for fault in (RuntimeError("a fault"), ValueError("a fault")):
-        with pytest.raises(type(fault), match="a fault"), as_user_errors():
-            raise fault
+
+
+FAULTS = [
+    RuntimeError("a fault"),
+    ValueError("a fault"),
+    ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+    BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    OSError(errno.EMFILE, "Too many open files"),
+    OSError(errno.EMFILE, "Too many open files", "/data/train.bin"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    TimeoutError("timed out"),
+    OSError("[Errno 111] of a library's own words"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_an_error_that_no_path_cures_stays_as_it_is_with_its_traceback(fault, capsys):
+    def program():
+        raise fault
+
+    with pytest.raises(type(fault)) as caught:
+        _in_a_line(program)()
+    assert caught.value is fault
+    assert caught.traceback[-1].name == "program"
+    assert capsys.readouterr().err == ""
+
+
+def test_who_catches_the_exit_finds_the_error_behind_it(capsys):
+    def program():
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with pytest.raises(SystemExit) as end:
+        _in_a_line(program)()
+    assert end.value.code == 2
+    assert end.value.__cause__.__cause__.errno == errno.EDQUOT
+    assert one_error(capsys.readouterr()).startswith("Disk quota exceeded; make room")

@@ -14,6 +14,7 @@ import torch
 from finished import differences
 from forked import exit_code, losses, train
 from lm_fixture import PLANS, one_error, split, state_of
+from toys import refuses
 
 import fairseq_quant_noise.quantize
 from fairseq_quant_noise import checkpoint_files, resume
@@ -197,6 +198,42 @@ def test_a_training_may_name_its_own_checkpoint_before_there_is_one_and_stages_m
     assert "stages would quantize random weights" in one_error(capsys.readouterr())
     assert len(lab.train(*own, save=folder, updates=1).updates) == 1
     assert [log["num_updates"] for log in lab.train(*own, save=folder, updates=2).updates] == [2]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("CUDA error: device-side assert triggered"), OSError(24, "Too many")])
+def test_a_fault_while_saving_is_not_said_to_be_the_disk(tmp_path, monkeypatch, fault):
+    def save(obj, path):
+        Path(path).write_bytes(b"half")
+        raise fault
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(checkpoint_files, "WAIT", 0)
+    with pytest.raises(type(fault)) as caught:
+        checkpoint_files.torch_persistent_save({}, str(tmp_path / "checkpoint_last.pt"))
+    assert caught.value is fault
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", ["[enforce fail at inline_container.cc:672] . unexpected pos", "Parent directory /x"])
+def test_torchs_own_words_for_a_full_disk_are(tmp_path, monkeypatch, words):
+    def save(obj, path):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(checkpoint_files, "WAIT", 0)
+    with refuses("make room there, or give another --save-dir"):
+        checkpoint_files.torch_persistent_save({}, str(tmp_path / "checkpoint_last.pt"))
+
+
+def test_a_checkpoint_that_is_replaced_hands_on_its_permissions(tmp_path):
+    path = tmp_path / "checkpoint_last.pt"
+    path.touch(mode=0o600)
+    checkpoint_files.torch_persistent_save({}, str(path))
+    assert path.stat().st_mode & 0o777 == 0o600
+    checkpoint_files.WholeCopies.copy(str(path), str(tmp_path / "new.pt"))
+    path.chmod(0o640)
+    checkpoint_files.WholeCopies.copy(str(tmp_path / "new.pt"), str(path))
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 # Where the run was in its data.

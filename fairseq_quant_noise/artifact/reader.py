@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import DamagedFileError, UserError
+from ..errors import DamagedFileError, UserError, is_about_a_file
 from ..layers.pq import CENTROIDS, CODES
 from ..layers.scalar import AFFINE, SPEC
 from .bits import largest_code, packed_size
@@ -42,6 +42,8 @@ def read(path: str | Path) -> Packed:
     try:
         return _read(path)
     except OSError as error:
+        if not is_about_a_file(error):
+            raise
         raise UserError(f"{path}: {error.strerror}; give the path of a packed file") from None
     except MemoryError:
         raise UserError(f"{path}: is larger than the memory that is left; read it on a larger machine") from None

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, is_about_a_file
 from ..structure.state import stack_sizes
 from .efficientnet_config import LAYER_OPTIONS, EfficientNetConfig
 
@@ -182,6 +182,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
+        if not is_about_a_file(error):
+            raise
         raise UserError(f"{path}: {error.strerror or error}; give the file of timm's weights") from None
     except Exception as error:  # torch and safetensors raise many kinds for a file that they cannot read
         line = str(error).splitlines()[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact.writer import replace_file
-from ..errors import UserError
+from ..errors import UserError, is_about_a_file
 from .page import page
 from .pictures import pictures
 from .runs import Runs, find_runs
@@ -31,6 +31,8 @@ def write_report(folders: Iterable[str | Path], out: str | Path) -> Runs:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if not is_about_a_file(error):
+            raise
         raise UserError(f"--out {out}: {error.strerror}; give a folder") from None
     for picture in drawn:
         replace_file(out / f"{picture.name}.png", picture.png)

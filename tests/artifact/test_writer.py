@@ -146,9 +146,40 @@ def test_the_file_is_on_disk_before_it_takes_the_name(old, monkeypatch):
     assert os.listdir(old.parent) == [old.name]
 
 
-def test_a_new_file_can_be_read_by_others(tmp_path):
+@pytest.fixture
+def umask():
+    """Sets the umask; the one of before is back afterwards."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_a_new_file_can_be_read_by_whom_the_umask_lets(tmp_path, umask, mask, expected):
+    umask(mask)
     replace_file(tmp_path / "new", b"x")
-    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o644
+    assert mode(tmp_path / "new") == expected
+
+
+@pytest.mark.parametrize("kept", [0o600, 0o640, 0o644, 0o664])
+def test_a_file_that_is_replaced_hands_on_its_permissions(old, umask, kept):
+    old.chmod(kept)
+    replace_file(old, b"new")
+    assert (mode(old), old.read_bytes()) == (kept, b"new")
+
+
+def test_too_many_open_files_is_not_said_to_be_the_place(old, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(writer.os, "fsync", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        replace_file(old, b"new")
+    assert only_the_old(old)
 
 
 def test_a_bare_name_is_written_in_the_working_folder(tmp_path, monkeypatch):
