@@ -70,17 +70,11 @@ def quantize(args: argparse.Namespace) -> None:
     the_plan = Plan.of(args.plan)
     if not the_plan.stages:
         raise UserError(f"quantize: plan {args.plan} has no stages; add what to quantize")
-    calibration = None
-    if the_plan.activations is not None:
-        if args.calibration_data is None:
-            raise UserError(
-                f"quantize: plan {args.plan} quantizes activations, whose ranges need data; give --calibration-data "
-                "DATA, the folder that fairseq-train reads"
-            )
-        from .calibration import calibration_on
-
-        batches = the_plan.activations.calibration_batches
-        calibration = calibration_on(args.path, args.calibration_data, batches, the_plan.structure, _progress)
+    if the_plan.activations is not None and args.calibration_data is None:
+        raise UserError(
+            f"quantize: plan {args.plan} quantizes activations, whose ranges need data; give --calibration-data "
+            "DATA, the folder that fairseq-train reads"
+        )
     _check_out(args.out, args.path, args.plan, packed=True)
     trained = load_structured(args.path, the_plan.structure, the_plan.weighs)
     stages = replace(the_plan, structure=None)  # which the model has had
@@ -96,6 +90,11 @@ def quantize(args: argparse.Namespace) -> None:
 
             _progress(f"{note}: gradients on {args.calibration_data} stand for them")
             importance = gradients_on(trained.model, args.path, args.calibration_data, the_plan.structure, _progress)
+    calibration = None
+    if args.calibration_data is not None:
+        from .calibration import calibration_on
+
+        calibration = calibration_on(trained.model, args.path, args.calibration_data, the_plan)
     quantize_(
         *(trained.model, stages),
         seed=args.seed,
@@ -293,8 +292,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _option(
                 "--calibration-data",
                 metavar="DATA",
-                help="binarized data whose training split gives the ranges of activations, for a plan that has them, "
-                "and the gradients that errors are weighed by, of a checkpoint without Adam's second moments",
+                help="binarized data, or images, whose training split gives the ranges of activations, for a plan that "
+                "has them, the statistics of batch normalisation, for a network that has it, and the gradients that "
+                "errors are weighed by, of a checkpoint without Adam's second moments",
             ),
         ],
     ),

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ranks
+from .batch_statistics import batch_norms, estimating
 from .errors import UserError
 from .importance import check_importance
 from .layers import calibrating, quantize_inputs_, quantize_weight_, quantized_weights, share_codebooks_, to_int_
@@ -26,6 +27,12 @@ from .table import Target, resolve_stages
 from .watched import watched
 
 logger = logging.getLogger(__name__)
+
+#: Said where nothing is given to estimate batch statistics on.
+STALE = (
+    "batch normalisation keeps the statistics of the dense weights, by which a quantized network may fall to chance; "
+    "give data to estimate them on: --calibration-data DATA, or calibration=BATCHES in Python"
+)
 
 
 def quantize_(
@@ -46,8 +53,10 @@ def quantize_(
         importance: by a tensor's name, how much the squared error of each of its numbers counts in k-means: squared
             gradients (`second_moments(model, optimizer)` of its Adam), or squared inputs. A tensor that is not named,
             and a plan with `centroids: {weighted: false}`, counts all alike.
-        calibration: where the plan has `activations`, the inputs of a few forwards: of each a tensor, a tuple of
-            arguments or a dict of them; or a function that runs the model on inputs of its own.
+        calibration: inputs like those of evaluation, without labels, for what must be measured on data: the running
+            statistics of batch normalisation, which are estimated anew over all of them, then the ranges of
+            `activations`, over the first `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of
+            them, or a function that runs the model on inputs of its own; such a function may also stand for all.
         progress: called with a line for each weight.
     Returns:
         The same model.
@@ -69,8 +78,10 @@ def quantize_(
     ranks.check_same(quantized_state(model), "after the encoding")
     if plan.activations is not None:
         quantize_inputs(model, plan.activations, targets)
-        with calibrating(model):
-            _run(model, calibration, plan.activations.calibration_batches, progress)
+    if calibration is not None:
+        _calibrate(model, calibration, plan.activations, progress)
+    elif batch_norms(model):
+        logger.warning(STALE)
     return model
 
 
@@ -80,15 +91,32 @@ def quantize_inputs(model: nn.Module, activations: Activations, targets: Iterabl
     quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)
 
 
-def _run(model: nn.Module, calibration: Any, batches: int, progress: Callable[[str], None]) -> None:
-    if callable(calibration):
-        calibration(model)
-        return
-    for batch in watched(islice(calibration, batches), batches, "calibrating activations", progress):
-        if isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            model(*(batch if isinstance(batch, tuple) else (batch,)))
+def _calibrate(
+    model: nn.Module, calibration: Any, activations: Activations | None, progress: Callable[[str], None]
+) -> None:
+    """Batch statistics over all batches, then ranges over the first ones: a range depends on the statistics before it.
+
+    An iterator is read once, and no further than is needed.
+    """
+    batches = iter([calibration] if callable(calibration) else calibration)
+    first = [] if activations is None else list(islice(batches, activations.calibration_batches))
+    if batch_norms(model):
+        with estimating(model):
+            for batch in watched(chain(first, batches), None, "estimating batch statistics", progress):
+                _forward(model, batch)
+    if activations is not None:
+        with calibrating(model):
+            for batch in watched(first, len(first), "calibrating activations", progress):
+                _forward(model, batch)
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    if callable(batch):  # and no tensor is
+        batch(model)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(*(batch if isinstance(batch, tuple) else (batch,)))
 
 
 def quantize_targets(

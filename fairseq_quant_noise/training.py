@@ -8,7 +8,7 @@ the state is in the checkpoint, ties stay tied, and the k-means of the weights i
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from fairseq.file_io import PathManager
 from torch import Tensor
 
+from .batch_statistics import batch_norms, estimating
 from .best_so_far import start_anew
-from .calibration import GRADIENT_BATCHES, squared_gradients
+from .calibration import FIRST_BATCHES, squared_gradients
 from .checkpoints import is_packed
 from .cli_errors import exits_on_user_error
 from .endings import watch_end
@@ -123,7 +124,7 @@ class StageController:
             moments = second_moments(self.trainer.get_model(), self.trainer.optimizer)
             self._weigh_by(moments, "the second moments of Adam in this training")
         if stage == 0 and self.plan.weighs and not self.importance:
-            self._weigh_by(_gradients(self.trainer, self.epoch), f"the gradients of {GRADIENT_BATCHES} batches")
+            self._weigh_by(_gradients(self.trainer, self.epoch), f"the gradients of {FIRST_BATCHES} batches")
         where = self.next_stage
         logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
         started = time.perf_counter()
@@ -133,6 +134,10 @@ class StageController:
         check_same(quantized_state(self.trainer.get_model()), f"after {where}")
         if self.plan.activations is not None:
             quantize_inputs(self.trainer.get_model(), self.plan.activations, targets)
+        if batch_norms(self.trainer.get_model()):  # or validation sees those of the weights before for long
+            with estimating(self.trainer.get_model()):
+                for sample in _first_batches(self.trainer, self.epoch):
+                    self.trainer.get_model()(**sample["net_input"])
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
         self._rebuild_optimizer()
 
@@ -234,6 +239,12 @@ def _moments_in_file(filename: str, model: Any) -> dict[str, Tensor]:
 
 def _gradients(trainer: Any, epoch: int) -> dict[str, Tensor]:
     """Squared gradients on the first batches of the training data; a rank's own, which encodes its own share."""
+    scale = getattr(getattr(trainer.optimizer, "scaler", None), "loss_scale", 1.0)
+    return squared_gradients(trainer.get_model(), trainer.get_criterion(), _first_batches(trainer, epoch), scale)
+
+
+def _first_batches(trainer: Any, epoch: int) -> Iterator[Any]:
+    """The first batches of the training data, the same ones on every rank, on the model's device."""
     data, cfg = trainer.task.dataset(trainer.cfg.dataset.train_subset), trainer.cfg.dataset
     batches = trainer.task.get_batch_iterator(
         data,
@@ -248,9 +259,8 @@ def _gradients(trainer: Any, epoch: int) -> dict[str, Tensor]:
         epoch=epoch,
         disable_iterator_cache=True,  # or the training would go on behind these batches
     ).next_epoch_itr(shuffle=True)
-    samples = (trainer._prepare_sample(sample)[0] for sample in islice(batches, GRADIENT_BATCHES))
-    scale = getattr(getattr(trainer.optimizer, "scaler", None), "loss_scale", 1.0)
-    return squared_gradients(trainer.get_model(), trainer.get_criterion(), samples, scale)
+    for sample in islice(batches, FIRST_BATCHES):
+        yield trainer._prepare_sample(sample)[0]
 
 
 def _check_trainer(trainer: Any, plan: Plan) -> None:

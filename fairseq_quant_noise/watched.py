@@ -10,13 +10,13 @@ EVERY = 10.0  # seconds between lines: a loop that is shorter says nothing
 
 
 def watched(
-    items: Iterable[T], total: int, what: str, progress: Callable[[str], None], every: float = EVERY
+    items: Iterable[T], total: int | None, what: str, progress: Callable[[str], None], every: float = EVERY
 ) -> Iterator[T]:
-    """The items, with a line now and then: `WHAT: 3 of 20, 85 s left`.
+    """The items, with a line now and then: `WHAT: 3 of 20, 85 s left`, or `WHAT: 3 done` where nobody knows the total.
 
     Args:
         items: what the loop goes over.
-        total: how many there are, at most.
+        total: how many there are, at most, if that is known.
         what: is done with them.
         progress: called with a line, at most once in `every` seconds.
         every: seconds.
@@ -26,7 +26,8 @@ def watched(
         now = time.perf_counter()
         if i and now - said >= every:
             said = now
-            progress(f"{what}: {i} of {total}, {(now - began) / i * (total - i):.0f} s left")
+            left = "done" if total is None else f"of {total}, {(now - began) / i * (total - i):.0f} s left"
+            progress(f"{what}: {i} {left}")
         yield item
 
 

@@ -93,12 +93,13 @@ PLANS_FOR_TINY = {
 @pytest.mark.parametrize("plan", PLANS_FOR_TINY)
 def test_a_file_classifies_as_the_quantized_network_does_and_keeps_the_statistics(plan, tmp_path):
     model, images = trained_enough(), torch.randn(4, 3, 32, 32)
-    mean = model.bn2.running_mean.clone()
     quantize_(model, PLANS_FOR_TINY[plan], calibration=[images])
+    mean, variance = model.bn2.running_mean.clone(), model.bn2.running_var.clone()
     config = {"architecture": "quant_noise_efficientnet", "cfg": {"model": TINY}, "vocab_size": 0, "padding_idx": 1}
     save(model, tmp_path / "m.safetensors", config=config)
     back = load(tmp_path / "m.safetensors")
     assert torch.equal(back.bn2.running_mean, mean)
+    assert torch.equal(back.bn2.running_var, variance)
     assert mean.abs().sum() > 0
     torch.testing.assert_close(back(images), model(images), atol=2e-3, rtol=2e-3)
 

@@ -22,6 +22,13 @@ def test_a_long_loop_gives_a_line_now_and_then_with_the_time_left(clock):
     assert lines == ["counting: 3 of 10, 28 s left", "counting: 6 of 10, 16 s left", "counting: 9 of 10, 4 s left"]
 
 
+def test_a_loop_of_unknown_length_says_what_is_done(clock):
+    lines = []
+    for _ in watched(iter("abcdefg"), None, "counting", lines.append, every=10):
+        clock[0] += 4
+    assert lines == ["counting: 3 done", "counting: 6 done"]
+
+
 def test_a_short_loop_says_nothing_and_its_items_are_all_there(clock):
     lines = []
     assert list(watched(iter("abc"), 3, "counting", lines.append)) == ["a", "b", "c"]

@@ -106,7 +106,7 @@ def quantize_input_(module: nn.Module, bits: int, range_: str, batches: int) -> 
     """Give `module` an input quantizer; one that is there stays."""
     if NAME not in module._modules:
         held = next(chain(module.parameters(), module.buffers()))
-        module.add_module(NAME, InputQuantizer(bits, range_, batches).to(held.device))
+        module.add_module(NAME, InputQuantizer(bits, range_, batches).to(held.device).train(module.training))
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 

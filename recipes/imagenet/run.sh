@@ -54,7 +54,8 @@ dense() {
     --max-update "$UPDATES" --save-dir "$OUT/dense"
 }
 one_shot() {
-  quietly "$OUT/$1.log" fairseq-quant-noise quantize --path "$OUT/dense/checkpoint_last.pt" --plan "$2" --out "$OUT/$1.safetensors"
+  quietly "$OUT/$1.log" fairseq-quant-noise quantize --path "$OUT/dense/checkpoint_last.pt" --plan "$2" --out "$OUT/$1.safetensors" \
+    --calibration-data "$DATA" # for the batch statistics of the quantized weights
 }
 # What is still dense keeps its noise while the stages run.
 ipq() {
@@ -82,12 +83,12 @@ IPQ_SETTING="$SETTING $IPQ_UPDATES"
 step "$NOISE: train, $UPDATES updates" "$OUT/.dense" dense "$SETTING"
 step "$NOISE: evaluate dense" "$OUT/.eval-dense" evaluate "$OUT/dense/checkpoint_last.pt" dense "$SETTING"
 if [ "$NOISE" != pq ]; then
-  step "$NOISE: int4" "$OUT/.int4" one_shot int4 "$REPO/configs/plans/efficientnet_int4.yaml" "$SETTING"
-  step "$NOISE: evaluate int4" "$OUT/.eval-int4" evaluate "$OUT/int4.safetensors" int4 "$SETTING"
+  step "$NOISE: int4" "$OUT/.int4" one_shot int4 "$REPO/configs/plans/efficientnet_int4.yaml" "$SETTING, statistics"
+  step "$NOISE: evaluate int4" "$OUT/.eval-int4" evaluate "$OUT/int4.safetensors" int4 "$SETTING, statistics"
 fi
 if [ "$NOISE" != int4 ]; then
-  step "$NOISE: iPQ at one go" "$OUT/.one-shot" one_shot one-shot "$PLAN" "$SETTING"
-  step "$NOISE: evaluate it" "$OUT/.eval-one-shot" evaluate "$OUT/one-shot.safetensors" one-shot "$SETTING"
+  step "$NOISE: iPQ at one go" "$OUT/.one-shot" one_shot one-shot "$PLAN" "$SETTING, statistics"
+  step "$NOISE: evaluate it" "$OUT/.eval-one-shot" evaluate "$OUT/one-shot.safetensors" one-shot "$SETTING, statistics"
   step "$NOISE: iPQ in three stages, $IPQ_UPDATES updates" "$OUT/.ipq" ipq "$IPQ_SETTING"
   step "$NOISE: evaluate iPQ" "$OUT/.eval-ipq" evaluate "$OUT/ipq.safetensors" ipq "$IPQ_SETTING"
 fi

@@ -41,6 +41,13 @@ def quantized():
     return quantize_(zoo(), INPUTS_PLAN, calibration=[TOKENS], progress=quiet).eval()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_quantizer_is_in_the_mode_of_its_module(training):
+    model = zoo().train(training)
+    quantize_(model, INPUTS_PLAN, calibration=[TOKENS], progress=quiet)
+    assert {quantizer.training for quantizer in input_quantizers(model).values()} == {training}
+
+
 # Rounding
 
 

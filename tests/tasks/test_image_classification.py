@@ -1,5 +1,6 @@
 """EfficientNet in fairseq: training with noise, stages, evaluation from the packed file, and every verb."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,9 +14,11 @@ from PIL import Image
 from toys import WITHOUT_FAIRSEQ, python
 from vision_fixture import CLASSES, PLAN, ImageLab, verb
 
-from fairseq_quant_noise import load
+from fairseq_quant_noise import calibration, load
+from fairseq_quant_noise.batch_statistics import batch_norms, estimating
 from fairseq_quant_noise.images import evaluation_transform
 from fairseq_quant_noise.networks.efficientnet import timm_names
+from fairseq_quant_noise.quantize import STALE
 from fairseq_quant_noise.tasks.image_dataset import ImageDataset
 from recipes.imagenet import from_timm
 
@@ -84,7 +87,8 @@ def test_fairseq_validate_gives_the_packed_file_what_it_gives_the_checkpoint(ima
 def test_a_file_loads_and_classifies_without_fairseq(packed, images):
     script = f"""{WITHOUT_FAIRSEQ}
 from PIL import Image
-from fairseq_quant_noise import load
+from fairseq_quant_noise import calibration, load
+from fairseq_quant_noise.batch_statistics import batch_norms, estimating
 from fairseq_quant_noise.images import evaluation_transform
 from fairseq_quant_noise.artifact import read
 image = evaluation_transform(32, 1.0)(Image.open({str(images.data / "val/red/0.png")!r}))
@@ -133,6 +137,48 @@ def test_quantize_in_one_go_with_calibrated_inputs_evaluates(images, dense):
     found = images.validate(out)
     assert found["top1"] == pytest.approx(dense.valid[-1]["top1"], abs=14)
     assert len(json.loads(verb("inspect", out, "--json"))["inputs"]) > 30
+
+
+def all_images(images):
+    """Every training image in one batch, as evaluation sees it."""
+    transform = evaluation_transform(32, 1.0)
+    return torch.stack([transform(Image.open(path)) for path in sorted((images.data / "train").rglob("*.png"))])
+
+
+def has_statistics_of(model, batch):
+    """Whether the running statistics are those of this batch in this network, up to rounding."""
+    expected = copy.deepcopy(model)
+    with estimating(expected):
+        expected(batch)
+    theirs = batch_norms(expected)
+    near = [
+        torch.allclose(getattr(norm, name), getattr(theirs[path], name), rtol=0.02, atol=0.01)
+        for path, norm in batch_norms(model).items()
+        for name in ("running_mean", "running_var")
+    ]
+    return all(near)
+
+
+@pytest.mark.upstream(34)
+def test_quantize_estimates_batch_statistics_on_the_training_images(images, dense, plan, monkeypatch, caplog):
+    batch = all_images(images)
+    monkeypatch.setattr(calibration, "IMAGES", len(batch))
+    found, stale = images.new("with.safetensors"), images.new("without.safetensors")
+    verb("quantize", "--path", dense.path, "--plan", plan, "--out", found, "--calibration-data", images.data)
+    assert STALE not in caplog.messages
+    assert has_statistics_of(load(found), batch)
+    verb("quantize", "--path", dense.path, "--plan", plan, "--out", stale)
+    assert caplog.messages.count(STALE) == 1
+    assert "--calibration-data DATA" in STALE
+    assert not has_statistics_of(load(stale), batch)
+
+
+@pytest.mark.upstream(34)
+def test_each_stage_begins_with_the_statistics_of_its_weights(images, dense, plan):
+    flags = ["--augmentation", "none", "--batch-size", len(all_images(images)), "--lr", "0", "--max-update", 3]
+    flags += ["--finetune-from-model", dense.path, "--quantization-config-path", plan]
+    run = images.train(*flags)  # each update is on the same images and changes nothing
+    assert has_statistics_of(run.model.eval(), all_images(images))
 
 
 def test_plan_reads_checkpoints_and_needs_no_vocabulary_for_an_architecture(dense, plan):
