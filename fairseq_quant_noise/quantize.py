@@ -25,6 +25,7 @@ from .scalar import fake_quantize, fit_affine
 from .structure.modules import apply_structure
 from .table import Target, resolve_stages
 from .watched import watched
+from .weights import warn_of_uncovered
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def quantize_(
         apply_structure(model, plan.structure)
     given = (importance or {}) if plan.centroids.weighted else {}
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
+    warn_of_uncovered(model)  # of the dense network, whose parameters still count
     check_importance(given, {t.weight.tensor_name: t.weight.shape for t in targets})
     quantize_targets(targets, seed=seed, importance=given, progress=progress)
     ranks.check_same(quantized_state(model), "after the encoding")

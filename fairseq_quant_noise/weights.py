@@ -5,6 +5,7 @@ modules hold (tied embeddings, a tied adaptive softmax) belongs to the first Lin
 it; every other holder is an alias. Aliases may be of any type: what they do with the shared weight is theirs.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 
 from .blocks import BLOCK_MODULES
 from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+WORTH_A_WORD = 0.01  # of the parameters
+_NAMED = 4  # weights in the warning
 
 
 @dataclass
@@ -117,3 +123,22 @@ def find_weights(model: nn.Module) -> list[Weight]:
         if id(parameter) in owners and name.rpartition(".")[2] != "weight":
             owners[id(parameter)].other_names.append(name)
     return list(owners.values())
+
+
+def warn_of_uncovered(model: nn.Module) -> None:
+    """Log one warning where more than a hundredth of the parameters lie in weights that no rule can name.
+
+    Those are parameters of two or more dimensions outside the modules of `BLOCK_MODULES`: the in_proj_weight of torch's
+    MultiheadAttention, an LSTM's, a Conv1d's, `Conv1D` of transformers. They stay dense, whatever `match` says.
+    """
+    stored = (weight.stored for weight in find_weights(model))
+    covered = {id(p) for held in stored for p in (held.parameters() if isinstance(held, nn.Module) else (held,))}
+    left = {name: p for name, p in model.named_parameters() if p.dim() > 1 and id(p) not in covered}
+    total = sum(p.numel() for p in model.parameters())
+    share = sum(p.numel() for p in left.values()) / max(total, 1)
+    if share > WORTH_A_WORD:
+        names = [*left][:_NAMED] + (["…"] if len(left) > _NAMED else [])
+        logger.warning(
+            f"{share:.0%} of the parameters are in weights that no rule can name, and stay as they are: "
+            f"{', '.join(names)}; rules cover Linear, Embedding and Conv2d"
+        )

@@ -143,9 +143,11 @@ def test_nothing_that_fairseq_saves_is_refused(lab, flags):
         assert safe_load(path)["model"]
 
 
-def test_a_checkpoint_of_another_shape_is_fairseqs_refusal(lab, runs):
-    with pytest.raises(Exception, match="architectures match"):
+def test_a_checkpoint_of_another_shape_is_refused_by_the_weight(lab, runs, capsys):
+    with pytest.raises(SystemExit) as end:
         lab.train("--restore-file", runs.stock("plain").path, "--decoder-ffn-embed-dim", 128)
+    assert end.value.code == 2
+    assert "decoder.layers.0.fc1.weight: is [64, 32] in the file" in one_error(capsys.readouterr())
 
 
 def test_codes_that_do_not_fit_the_model_are_refused(lab, runs, capsys):

@@ -182,7 +182,7 @@ def test_a_stock_architecture_is_refused_with_the_cure(lab, capsys):
     assert end.value.code == 2
     message = one_error(capsys.readouterr())
     assert "--quantization-config-path" in message
-    assert "--arch quant_noise_transformer_lm " in message
+    assert "--arch quant_noise_transformer_lm, " in message
 
 
 @pytest.mark.upstream(4)

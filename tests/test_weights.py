@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from toys import Tied, Zoo, noised
 
+from fairseq_quant_noise import attach_noise, quantize_
 from fairseq_quant_noise.layers import PQWeight, quantize_weight_
 from fairseq_quant_noise.weights import find_weights, stored_weight
 
@@ -78,3 +79,40 @@ def test_a_quantized_weight_keeps_its_name_its_ties_and_its_shape():
     assert names(model) == before == [("emb", ["out"])]
     assert isinstance(weight.stored, PQWeight)
     assert weight.shape == (12, 8)
+
+
+# What no rule can name
+
+
+def with_attention():
+    return nn.Sequential(
+        nn.Embedding(200, 64),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 64, batch_first=True), 2, enable_nested_tensor=False),
+        nn.LSTM(64, 64),
+    )
+
+
+@pytest.mark.parametrize("use", ["noise", "stages"])
+def test_weights_that_no_rule_can_name_are_said_once(caplog, use):
+    model = with_attention()
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
+    left = sum(n for name, n in sizes.items() if "in_proj" in name or name.startswith("2."))
+    share = left / sum(p.numel() for p in model.parameters())
+    if use == "noise":
+        attach_noise(model, {"noise": [{"match": ".*", "p": 0.1, "block_size": 8}]})
+    else:
+        quantize_(model, {"stages": [{"match": ".*"}]}, progress=lambda line: None)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith(
+        f"{share:.0%} of the parameters are in weights that no rule can name, and stay as they are: "
+    )
+    assert "1.layers.0.self_attn.in_proj_weight" in said
+    assert "rules cover Linear, Embedding and Conv2d" in said
+
+
+def test_nothing_is_said_where_rules_can_name_all(caplog):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 8), nn.LayerNorm(8))
+    model.append(nn.Linear(8, 8))
+    model[-1].weight = model[3].weight
+    attach_noise(model, {"noise": [{"match": ".*", "p": 0.1, "block_size": 1}]})
+    assert not caplog.records

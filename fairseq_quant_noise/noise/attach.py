@@ -10,7 +10,7 @@ from ..access import intercept, release
 from ..blocks import check_block_size, fitting_block_size
 from ..errors import UserError
 from ..plan import NoiseRule, match_rules
-from ..weights import Weight, find_weights
+from ..weights import Weight, find_weights, warn_of_uncovered
 from .draw import NoiseDraw
 from .statistics import CleanStatistics
 from .weight_noise import WeightNoise
@@ -53,6 +53,7 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
     for module in watched.values():
         draw.watch(module)
     CleanStatistics(model, draw)
+    warn_of_uncovered(model)
     model._quant_noise = draw  # type: ignore[assignment]
     return [w for w, _ in noised]
 

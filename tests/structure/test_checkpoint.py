@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -226,9 +227,10 @@ def test_everything_together_in_one_plan(lab, deep, capsys, kind):
     }
     criterion = ["--criterion", "ipq", "--ipq-criterion", "cross_entropy" if kind == "plain" else "adaptive_loss"]
     flags = [*DEEP, "--finetune-from-model", start, "--quantization-config-path", lab.plan(plan), *criterion]
-    run = lab.train(*flags, kind=kind, updates=7)
-    half = lab.train(*flags, kind=kind, updates=4)
-    resumed = lab.train(*flags, kind=kind, updates=7, save=half.folder)
+    run, half = lab.train(*flags, "--save-interval-updates", 4, kind=kind, updates=7), lab.new()
+    half.mkdir()
+    shutil.copy(run.folder / "checkpoint_1_4.pt", half / "checkpoint_last.pt")
+    resumed = lab.train(*flags, kind=kind, updates=7, save=half)
     assert same(state_of(resumed.path)["model"], state_of(run.path)["model"])
     file, dense = lab.new("all.safetensors"), lab.new("dense.pt")
     ran(capsys, "export", "--path", run.path, "--out", file)
