@@ -43,6 +43,7 @@ def register() -> None:
         checkpoints,
         criterions,
         diverged,
+        ema,
         half_precision,
         mistakes,
         models,
@@ -55,7 +56,7 @@ def register() -> None:
     )
 
     files, halves = (checkpoints, checkpoint_files, numpy_names), (precision, half_precision)
-    for part in (*files, diverged, *halves, resume, trainer_hooks, training, mistakes):
+    for part in (*files, diverged, ema, *halves, resume, trainer_hooks, training, mistakes):
         part.install()
 
 

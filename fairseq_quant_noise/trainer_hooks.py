@@ -10,7 +10,7 @@ from typing import Any
 
 import fairseq.trainer
 
-from . import checksums, resume
+from . import checksums, ema, resume
 from .best_so_far import forget_patience
 from .checkpoint_files import newest_whole
 from .cli_errors import exits_on_user_error
@@ -69,7 +69,7 @@ def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
 def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
     """Trainer.save_checkpoint, with the state of noise and data, checksums of codes, and layers in the options."""
     record_layers(trainer.get_model(), trainer.cfg.model)
-    extra_state = {**extra_state, resume.KEY: resume.state(trainer)}
+    extra_state = {**extra_state, resume.KEY: resume.state(trainer), **ema.state(trainer)}
     codes = checksums.checksums(trainer.get_model().state_dict())
     if codes:
         extra_state = {**extra_state, checksums.KEY: codes}
@@ -94,9 +94,10 @@ def load_checkpoint(
         layers.own_checkpoint = own
     if own and trainer.cfg.checkpoint.restore_file == "checkpoint_last.pt" and not trainer.checkpoint_suffix:
         filename = newest_whole(filename)
-    with exits_on_user_error():
+    with exits_on_user_error(), ema.left_out(trainer):
         resume.check_given(trainer, filename, has_stages(trainer))
         extra_state = _load(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
+    ema.load(trainer, extra_state)
     if extra_state is None or reset_optimizer:
         return extra_state
     if not trainer.cfg.checkpoint.reset_dataloader:

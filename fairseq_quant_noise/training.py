@@ -273,7 +273,7 @@ def _check_trainer(trainer: Any, plan: Plan) -> None:
             "--quant-noise-scalar makes every weight int8, and the plan has stages; give --quant-noise-pq P "
             "--quant-noise-kind int8 for the noise alone, or leave the stages out"
         )
-    if trainer.cfg.ema.store_ema:
+    if trainer.cfg.ema.store_ema and plan.stages:
         raise UserError("--store-ema: the average cannot follow weights that turn into codes; leave it out of iPQ")
     if trainer.is_fsdp:
         raise UserError("--ddp-backend fully_sharded: iPQ needs whole weights; use legacy_ddp")

@@ -20,6 +20,7 @@ ADAPTERS = (  # these know fairseq
         "checkpoint_files.py",
         "checkpoints.py",
         "diverged.py",
+        "ema.py",
         "half_precision.py",
         "endings.py",
         "mistakes.py",
