@@ -8,6 +8,7 @@
 Weights are quantized as the plan's stages that are still to come would do it. Without stages it is as the verb
 `quantize` would do it by the plan that the noise prepares for: pq with the noise's d and K where it is proxy, mean or
 pq, with int8 centroids where int8 is composed with it, else intN; weighted by Adam's second moments where it has some.
+Inputs are not rounded, and batch normalisation keeps the dense network's statistics, which a stage estimates anew.
 (`noise/measure.py`, `quantize.py`; they answer fairseq issue 5223.)
 """
 
