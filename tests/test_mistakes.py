@@ -307,18 +307,14 @@ def test_an_error_that_no_path_cures_stays_as_it_is_with_its_traceback(fault, ca
         raise fault
 
     with pytest.raises(type(fault)) as caught:
-        _in_a_line(program)()
+        _in_a_line(program, is_program=True)()
     assert caught.value is fault
     assert caught.traceback[-1].name == "program"
     assert capsys.readouterr().err == ""
 
 
-def test_who_catches_the_exit_finds_the_error_behind_it(capsys):
-    def program():
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    with pytest.raises(SystemExit) as end:
-        _in_a_line(program)()
-    assert end.value.code == 2
-    assert end.value.__cause__.__cause__.errno == errno.EDQUOT
-    assert one_error(capsys.readouterr()).startswith("Disk quota exceeded; make room")
+def test_the_error_behind_a_mistake_stays_in_reach():
+    fault = OSError(errno.EDQUOT, "Disk quota exceeded")
+    with refuses("^Disk quota exceeded; make room") as caught, as_user_errors():
+        raise fault
+    assert caught.value.__cause__ is fault

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..batch_statistics import batch_norms
 from .draw import NoiseDraw, in_backward
 
 FIRST, EVERY = 50, 8
@@ -23,7 +23,7 @@ class CleanStatistics:
 
     def __init__(self, model: nn.Module, draw: NoiseDraw) -> None:
         self.draw = draw
-        self.norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        self.norms = list(batch_norms(model).values())
         self.momenta: list[float | None] | None = None  # while a forward under noise runs
         if self.norms:
             draw.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
