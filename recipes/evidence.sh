@@ -11,8 +11,8 @@
 #     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
 #     UPDATES=1800  IPQ_UPDATES=150  VOCAB_SIZE=1000    one set of them for one OUT
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/lib.sh
+. "$(dirname "$0")/lib.sh"
+cd "$REPO"
 OUT="${OUT:-$REPO/runs/evidence}"
 NETWORKS="$(module recipes.evidence.grid --list | cut -d: -f1 | tr '\n' ' ')"
 case "${1:-}" in

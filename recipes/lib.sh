@@ -1,14 +1,44 @@
 # shellcheck shell=bash
-# Helpers that every recipe sources:   . "$(dirname "$0")/../lib.sh"
+# Helpers that every recipe sources before anything else:   . "$(dirname "$0")/../lib.sh"
 #
 # A recipe is a list of steps. A step that succeeded leaves a stamp beside its output, so a recipe that was
 # killed goes on where it stopped when it is run again. The stamp holds the command line: a step whose
 # command has changed is done again, and so is one whose stamp was deleted. So give a step that is a function
 # whatever its result depends on as arguments.
 
+# end_group PGID: ends every process of the group, and waits until they have ended.
+end_group() {
+  local tries
+  for tries in {1..50}; do
+    if [ "$tries" -eq 1 ]; then kill -TERM -- "-$1" 2>/dev/null || return 0; fi
+    kill -0 -- "-$1" 2>/dev/null || return 0
+    sleep 0.1
+  done
+  kill -KILL -- "-$1" 2>/dev/null || true
+}
+
+# A recipe ends with all that it has started, at any depth, and also when TERM, INT or HUP ends it. bash looks at a signal
+# only once its command in the foreground has ended, and leaves that command alone where the signal ends bash. So the
+# recipe runs as a second bash, in a process group of its own; the first one waits for it and ends the group. What a
+# recipe calls, other recipes among it, is in the same group.
+if [ "${BASH_SOURCE[1]:-}" = "$0" ] && [ -z "${RECIPE_GROUP:-}" ]; then
+  GROUP=""
+  trap 'end_group "${GROUP:-$(jobs -p)}"; exit 129' HUP
+  trap 'end_group "${GROUP:-$(jobs -p)}"; exit 130' INT
+  trap 'end_group "${GROUP:-$(jobs -p)}"; exit 143' TERM
+  set -m # a group of its own
+  RECIPE_GROUP=1 bash "$0" "$@" </dev/null &
+  GROUP=$!
+  set +m
+  STATUS=0
+  wait "$GROUP" || STATUS=$?
+  end_group "$GROUP"
+  exit "$STATUS"
+fi
+
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # The tools of the checkout's own environment come first; without it, those of the caller's environment serve.
-if [ -d "$REPO/.venv/bin" ]; then PATH="$REPO/.venv/bin:$PATH"; fi
+PATH="$REPO/.venv/bin:$PATH"
 export REPO PATH
 
 # RECIPE: the command line of the recipe that sources this file, with the settings that its caller gave.
@@ -219,28 +249,18 @@ lm_evaluate() {
 }
 
 # side_by_side JOBS RUN...: at most JOBS runs at once. RUN is "NAME: COMMAND", the command a line of shell; the newest log in
-# $OUT/NAME gives a line of progress every minute. The first run that fails stops the others and the recipe.
+# $OUT/NAME gives a line of progress every minute. The first run that fails ends the recipe, and so the others.
 side_by_side() {
   local jobs="$1" run
   shift
   RUNNING=() # pid:name
   SHOW=$((SECONDS + ${PROGRESS_SECONDS:-60}))
-  trap stop_runs EXIT
-  trap 'exit 130' INT
-  trap 'exit 143' TERM
   for run in "$@"; do
     wait_below "$jobs"
-    set -m # each run is a process group of its own, so that stopping it stops its trainings too
-    (set +m -e && eval "${run#*: }") </dev/null &
-    set +m
+    (set -e && eval "${run#*: }") </dev/null &
     RUNNING+=("$!:${run%%:*}")
   done
   wait_below 1
-}
-
-stop_runs() {
-  local entry
-  for entry in ${RUNNING[@]+"${RUNNING[@]}"}; do kill -- "-${entry%%:*}" 2>/dev/null || true; done
 }
 
 # wait_below N: until fewer than N runs are going on.

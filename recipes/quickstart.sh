@@ -8,9 +8,9 @@
 # models with fairseq-eval-lm, and ends with one table and one picture in runs/quickstart (set OUT for another place).
 # A step that is done is not done again; killed, the same command goes on.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+. "$(dirname "$0")/lib.sh"
+cd "$REPO"
 bash scripts/setup.sh
-. recipes/lib.sh
 
 OUT="${OUT:-$REPO/runs/quickstart}"
 DATA="$OUT/data-bin"
@@ -46,9 +46,8 @@ side_by_side() {
   local a b
   "$1" no-noise 0 & a=$!
   "$1" quant-noise "$NOISE" & b=$!
-  trap 'kill $a $b 2>/dev/null' INT TERM
   while kill -0 "$a" 2>/dev/null || kill -0 "$b" 2>/dev/null; do
-    sleep "${PROGRESS_SECONDS:-30}" & wait $! || true
+    sleep "${PROGRESS_SECONDS:-30}"
     for name in no-noise quant-noise; do
       progress "$name" "$OUT/$name/$2.log"
     done

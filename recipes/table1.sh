@@ -14,8 +14,8 @@
 #     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
 #     UPDATES=3000  IPQ_UPDATES=300  SEED=1  VOCAB_SIZE=4000    one set of them for one OUT
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/lib.sh
+. "$(dirname "$0")/lib.sh"
+cd "$REPO"
 
 RUNS="none int4-qat int4-qn int8-qat int8-qn pq-qat proxy pq pq-clusters proxy-clusters int4-channel-qn int8-channel-qn"
 
