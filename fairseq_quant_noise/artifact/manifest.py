@@ -86,7 +86,8 @@ class QuantizedTensor:
             numbers += (self.block_size, self.n_centroids)  # type: ignore[operator]
         else:
             fits = self.scheme in SCHEMES and self.block_size is None and self.n_centroids is self.codebook is None
-        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS and isinstance(self.codebook, str | None)
+        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS
+        fits = fits and (self.codebook is None or (isinstance(self.codebook, str) and self.codebook != ""))
         if not fits or not all(type(n) is int and n > 0 for n in numbers):
             raise DamagedFileError(f"its manifest is damaged (a tensor entry {self!r} that no version writes)")
 

@@ -6,12 +6,13 @@ from ..errors import DamagedFileError
 from .packed import Packed
 
 _HEADER, _HEADER_SHARE = 1 << 20, 16  # a megabyte (4,000 tensors), and the sixteenth part of the file
+_LONGEST_HEADER = 100_000_000  # of safetensors itself
 _MOST_DENSE = 1024  # dense bytes for a byte of the file; iPQ at d = 8 and K = 256 has 32
 
 
 def longest_header(file_bytes: int) -> int:
     """The most bytes of a file's header: in memory, JSON takes some 30 times its length."""
-    return _HEADER + file_bytes // _HEADER_SHARE
+    return min(_HEADER + file_bytes // _HEADER_SHARE, _LONGEST_HEADER)
 
 
 def check_sizes(packed: Packed, file_bytes: int) -> None:

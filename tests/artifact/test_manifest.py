@@ -85,6 +85,7 @@ DAMAGED = {
     "no channels": entry(channels=0),
     "channels of a fraction": entry(channels=1.0),
     "a vector": entry(shape=[48]),
+    "a codebook without a name": entry(codebook=""),
     "more centroids than a byte tells apart": entry(n_centroids=257),
     "inputs is a list": edited(inputs=[]),
     "inputs is missing": json.dumps({k: v for k, v in json.loads(FULL.to_json()).items() if k != "inputs"}),
