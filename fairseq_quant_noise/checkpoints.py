@@ -17,7 +17,6 @@ from fairseq.file_io import PathManager
 from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
 from .api import network_of
 from .artifact import Packed, read
@@ -31,7 +30,6 @@ from .trained import PREFIX, SECTIONS, as_fairseq
 
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
-_broadcast_tensors = fairseq.distributed.utils.broadcast_tensors
 
 
 #: Sections that `from_pretrained` looks into, or sets.
@@ -160,19 +158,8 @@ def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.dev
     return box[0]
 
 
-def broadcast_tensors(tensors: list[Tensor] | None, *args: Any, **kwargs: Any) -> list[Tensor]:
-    """fairseq's function of this name, which sends memory as it lies: a transposed tensor arrives in another order.
-
-    Codes are transposed once a kernel has used them (`PQWeight.linear`), and checkpoints keep that.
-    """
-    laid_out = None if tensors is None else [tensor.contiguous() for tensor in tensors]
-    received: list[Tensor] = _broadcast_tensors(laid_out, *args, **kwargs)
-    return received
-
-
 def install() -> None:
     """Make fairseq's programs load through this module."""
     install_literals()
     fairseq.checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
     fairseq.distributed.utils._broadcast_object_slow = broadcast_object
-    fairseq.distributed.utils.broadcast_tensors = broadcast_tensors

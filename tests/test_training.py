@@ -73,6 +73,9 @@ def test_the_last_checkpoint_holds_codes_and_the_plan(runs, kind):
     codes = {name: t for name, t in state["model"].items() if name.endswith(".codes")}
     assert codes
     assert all(t.dtype == torch.uint8 for t in codes.values())
+    assert all(t.is_contiguous() for t in codes.values()), "fairseq sends them to other processes byte by byte"
+    each_once = {t.data_ptr() for t in codes.values()}
+    assert len(each_once) == len(quantized_weights(runs.ipq(kind).model))
     kept = state["extra_state"][STATE_KEY]
     assert kept["done"] == 3
     assert Plan.of(kept["plan"]) == Plan.of(PLANS[kind])

@@ -152,7 +152,7 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     by decoding a piece of the weight at a time. Neither makes a dense copy of it.
     """
     d, (blocks, rows) = centroids.shape[1], codes.shape
-    x, all_codes = x.contiguous(), _all_codes(centroids)
+    x, codes, all_codes = x.contiguous(), codes.contiguous(), _all_codes(centroids)
     n = x.numel() // (blocks * d)
     out, added = x.new_empty(*x.shape[:-1], rows), None if bias is None else bias.contiguous()
     by_tables = n < _rows_by_tables() * d

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..weights import Weight, find_weights
 from .inputs import adopt_input_quantizers
-from .pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight, share_codebooks_
+from .pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight, is_multiplied, share_codebooks_
 from .quantized import QuantizedWeight, parts_of, quantized_weights, swap_in
 from .scalar import AFFINE, SPEC, IntWeight, LatentIntWeight, set_spec, spec_of, to_int_
 
@@ -63,6 +63,7 @@ def _adopt_pq(weight: Weight, parts: Mapping[str, Tensor]) -> bool:
         bits,
         None if affine is None else torch.empty_like(affine, device=on),
         codebook,
+        is_multiplied(weight),
     )
     swap_in(weight, new)
     return True

@@ -4,7 +4,7 @@ Several weights may share one codebook: they hold the same Parameter, and the nu
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -59,6 +59,8 @@ class PQWeight(QuantizedWeight):
         centroid_bits: 16 for fp16 centroids, 8 for int8 ones.
         affine: (2, 1), scale and zero point of the int8 centroids of a file, which `centroids` has been decoded from.
         codebook: the number of a shared codebook; `share_codebooks_` makes it one.
+        block_major: let codes lie in memory as `kernels.linear` reads them, a row for each block of the input; their
+            shape stays.
     """
 
     scheme = "pq"
@@ -72,6 +74,7 @@ class PQWeight(QuantizedWeight):
         centroid_bits: int = 16,
         affine: Tensor | None = None,
         codebook: int | None = None,
+        block_major: bool = False,
     ) -> None:
         super().__init__()
         if codebook is not None:
@@ -81,7 +84,8 @@ class PQWeight(QuantizedWeight):
         self._turned: tuple[Tensor, Tensor] | None = None  # the codes of before, and transposed
         self._counted: tuple[Tensor, int, Tensor] | None = None
         self.register_buffer(FILE_AFFINE, affine)
-        self.register_buffer(CODES, codes)
+        self.block_major = block_major
+        self.register_buffer(CODES, self._laid_out(codes))
         self.centroids = nn.Parameter(centroids)
         if centroid_bits != 16:  # so that checkpoints with fp16 centroids hold codes and centroids alone
             self.register_buffer(CENTROID_BITS, torch.tensor(centroid_bits, dtype=torch.uint8))
@@ -168,12 +172,12 @@ class PQWeight(QuantizedWeight):
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
         codes, kept = self.codes, self._turned
-        if kept is None or kept[0] is not codes:
-            if not codes.t().is_contiguous():  # the kernel's order, once and for all; the shape stays
-                with torch.inference_mode(False):  # or training could not count them
-                    self.codes = codes = codes.t().contiguous().t()
+        if kept is None or kept[0] is not codes:  # a view takes as long as a small product
             self._turned = kept = codes, codes.t()
         return linear(x, kept[1], self.stored_centroids(), bias)
+
+    def _laid_out(self, codes: Tensor) -> Tensor:
+        return codes.t().contiguous().t() if self.block_major else codes
 
     def has_rows(self) -> bool:
         """In evaluation without gradients."""
@@ -214,10 +218,24 @@ class PQWeight(QuantizedWeight):
             errors: list[str] = lists[2]
             errors.append(f"{prefix}{CODES}: a code beyond its {len(centroids)} centroids")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        self.codes = self._laid_out(self.codes)  # with `assign` they are those of the state
 
     def extra_repr(self) -> str:
         """Shape, block size and codebook size, for printing."""
         return f"shape={tuple(self.shape)}, block_size={self.block_size}, n_centroids={self.n_centroids}"
+
+
+def row_major(state: MutableMapping[str, Tensor]) -> None:
+    """Let the codes in a model's state lie in the usual order, in place; tied ones stay one tensor."""
+    laid_out: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(f".{CODES}") and not tensor.is_contiguous():
+            state[name] = laid_out.setdefault(tensor.data_ptr(), tensor.contiguous())
+
+
+def is_multiplied(weight: Weight) -> bool:
+    """Whether a holder multiplies by this weight as a matrix; an embedding looks its rows up."""
+    return len(weight.shape) == 2 and any(not isinstance(module, nn.Embedding) for _, module in weight.holders)
 
 
 def quantize_weight_(
@@ -234,7 +252,7 @@ def quantize_weight_(
     """
     stored = dense_weight(weight)
     parts = codes.to(stored.device), centroids.to(stored)
-    quantized = PQWeight(*parts, tuple(stored.shape), centroid_bits, codebook=codebook)
+    quantized = PQWeight(*parts, tuple(stored.shape), centroid_bits, None, codebook, is_multiplied(weight))
     swap_in(weight, quantized)
     return quantized
 

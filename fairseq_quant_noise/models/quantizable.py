@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..cli_errors import exits_on_user_error
 from ..errors import UserError
 from ..layers import adopt_quantized, quantize_inputs_, to_int_
+from ..layers.pq import row_major
 from ..monitor import probe_next_forward
 from ..noise import attach_rules, detach_noise, fitted_rules, noise_of
 from ..plan import Activations, NoiseRule, Structure
@@ -100,6 +101,12 @@ class Quantizable:
             if every > 0 and num_updates % every == 0 and num_updates != self._probed:
                 self._probed = num_updates  # fairseq says it again for each part of an update
                 probe_next_forward(self)  # type: ignore[arg-type]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As fairseq's, codes in the usual order: fairseq sends a checkpoint to other ranks as it lies in memory."""
+        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
+        row_major(state)
+        return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
         """As fairseq's, but for layers that are pruned or shared; weights in codes become quantized weights first."""

@@ -1,5 +1,6 @@
 """The kernels, each form against the same formula, and where the modules use them."""
 
+import copy
 import logging
 import os
 import platform
@@ -16,6 +17,7 @@ from toys import python
 from fairseq_quant_noise import kernels, quantize_
 from fairseq_quant_noise.access import intercept
 from fairseq_quant_noise.kernels import cpu, reference
+from fairseq_quant_noise.layers import adopt_quantized
 from fairseq_quant_noise.layers.pq import PQWeight
 
 FORMS = pytest.mark.parametrize("form", [reference, cpu], ids=["reference", "cpu"])
@@ -116,6 +118,7 @@ def test_a_product_with_codes_is_that_with_the_decoded_weight(form, n, blocks, r
     found = form.linear(x, codes, centroids, bias)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max() + 1))
     assert form.linear(x.view(1, n, -1), codes, centroids, bias).shape == (1, n, rows)
+    assert torch.equal(form.linear(x, codes.t().contiguous().t(), centroids, bias), found)  # codes of any strides
 
 
 @FORMS
@@ -237,14 +240,27 @@ def test_a_quantized_linear_multiplies_by_codes_in_evaluation_only(monkeypatch):
 kernels_linear = PQWeight.linear
 
 
-def test_the_codes_keep_their_meaning_when_they_are_laid_out_for_the_kernel():
-    model = quantized(nn.Linear(32, 48))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    weight = model[0].weight.detach().clone()
+@pytest.mark.parametrize("how", ["quantized", "loaded", "loaded without a copy", "moved"])
+def test_codes_lie_as_the_kernel_reads_them_before_any_forward(how):
+    source = quantized(nn.Linear(32, 48))
+    before = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in source.state_dict().items()}
+    if how == "quantized":
+        model = source
+    else:
+        model = nn.Sequential(nn.Linear(32, 48)).eval()
+        adopt_quantized(model, before)
+        model.load_state_dict(before, assign=how == "loaded without a copy")
+        model = copy.deepcopy(model).double().float() if how == "moved" else model
+    codes = model[0]._modules["weight"].codes
+    assert codes.t().is_contiguous()
     with torch.no_grad():
-        model(random(1, 32))
+        torch.testing.assert_close(model(random(1, 32)), source(random(1, 32)))
+    assert model[0]._modules["weight"].codes is codes
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert torch.equal(model[0].weight, weight)
+
+
+def test_codes_that_are_looked_up_lie_in_rows():
+    assert quantized(nn.Embedding(60, 16))[0]._modules["weight"].codes.is_contiguous()
 
 
 def test_a_quantized_embedding_decodes_the_rows_that_are_read(monkeypatch):
