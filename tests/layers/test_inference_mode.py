@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from toys import ZOO_PLAN, quiet, zoo
+from toys import INPUTS_PLAN, TOKENS, ZOO_PLAN, quiet, zoo
 
-from fairseq_quant_noise import quantize_
+from fairseq_quant_noise import attach_noise, load, noise_of, quantize_, save
 from fairseq_quant_noise.layers import quantized_weights
 
 PLANS = {
@@ -54,3 +54,44 @@ def test_embeddings_and_convolutions_too():
             weight.decode()
     for weight in quantized_weights(model.train()).values():
         weight.decode().sum().backward()
+
+
+@pytest.mark.parametrize("form", ["in training", "of a file"])
+def test_inputs_in_codes_and_weights_of_a_file_too(form, tmp_path):
+    model = quantize_(zoo(), INPUTS_PLAN, calibration=[TOKENS], progress=quiet)
+    if form == "of a file":
+        save(model, tmp_path / "file")
+        model = load(tmp_path / "file", into=zoo())
+    untouched = copy.deepcopy(model)
+    with torch.inference_mode():
+        model.eval()(TOKENS)
+        model.train()(TOKENS)  # ranges are looked at in training
+    untouched.train()(TOKENS)
+    for before, after in zip(step(untouched, TOKENS), step(model, TOKENS), strict=True):
+        torch.testing.assert_close(before, after)
+    for (name, before), after in zip(untouched.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(before, after, msg=name)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"kind": ["pq", "int8"]}, {"kind": "int4", "range": "histogram"}, {"kind": "proxy", "choice": "clusters"}],
+    ids=str,
+)
+def test_codebooks_and_ranges_of_noise_too(rule):
+    plan = {"noise": [{"match": r"fc|emb|attn\..*", "p": 0.5, "block_size": 4, "n_centroids": 8, **rule}]}
+    model, twin = zoo(), zoo()
+    attach_noise(model, plan)
+    attach_noise(twin, plan)
+    for noised, mode in ((model, torch.inference_mode), (twin, torch.no_grad)):
+        torch.manual_seed(1)
+        with mode():
+            noised.train()(TOKENS)
+    for update in (1, 1000):  # with what was measured then, and measured anew
+        grads = []
+        for noised in (model, twin):
+            torch.manual_seed(2)
+            noise_of(noised).set_num_updates(update)
+            grads.append(step(noised, TOKENS))
+        for before, after in zip(*grads, strict=True):
+            torch.testing.assert_close(before, after)
