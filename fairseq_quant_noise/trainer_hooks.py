@@ -21,6 +21,7 @@ from .mistakes import mismatch_in
 from .models.structure import record_layers
 from .monitor import Gap, drop_unmeasured
 from .noise import noise_of
+from .optimizer_order import state_by_name
 from .progress_line import log_progress
 
 STATE_KEY = "quant_noise"  # in a checkpoint's extra_state
@@ -115,7 +116,8 @@ def load_checkpoint(
 def _load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
     """Trainer.load_checkpoint, which says that the architectures differ, and hides how. Raises UserError."""
     try:
-        return _load_checkpoint(trainer, filename, *args, **kwargs)
+        with state_by_name(trainer):
+            return _load_checkpoint(trainer, filename, *args, **kwargs)
     except Exception as error:
         mismatch = mismatch_in(error)
         if mismatch is None:

@@ -21,14 +21,10 @@ ADAPTERS = (  # these know fairseq
         "checkpoints.py",
         "diverged.py",
         "ema.py",
-        "half_precision.py",
         "endings.py",
-        "mistakes.py",
-        "monitor.py",
-        "numpy_names.py",
-        "precision.py",
     ),
-    *("monitor.py", "precision.py", "progress_line.py", "resume.py", "stage_schedule.py"),
+    *("half_precision.py", "mistakes.py", "monitor.py", "numpy_names.py", "optimizer_order.py"),
+    *("precision.py", "progress_line.py", "resume.py", "stage_schedule.py"),
     *("trainer_hooks.py", "training.py"),
 )
 CORE = [p for p in sorted(PACKAGE.rglob("*.py")) if p.relative_to(PACKAGE).parts[0] not in ADAPTERS]
