@@ -156,7 +156,7 @@ def test_a_file_without_shared_codebooks_is_of_the_version_before(tmp_path):
         ("1.weight", "tensor 1.weight: damaged .its codebook '1.weight' is not in the file"),
         ("2.weight", "tensor 1.weight: damaged .its codebook '2.weight' is not in the file"),
         (7, "its manifest is damaged"),
-        ("", "tensor 1.weight: damaged .its codebook '' is not in the file"),
+        ("", "its manifest is damaged .a tensor entry .*codebook=''"),
     ],
 )
 def test_a_codebook_that_leads_nowhere_is_refused(tmp_path, codebook, message):
