@@ -42,6 +42,7 @@ def register() -> None:
         checkpoint_files,
         checkpoints,
         criterions,
+        data_parallel,
         diverged,
         ema,
         half_precision,
@@ -55,7 +56,7 @@ def register() -> None:
         training,
     )
 
-    files, halves = (checkpoints, checkpoint_files, numpy_names), (precision, half_precision)
+    files, halves = (checkpoints, checkpoint_files, numpy_names), (precision, half_precision, data_parallel)
     for part in (*files, diverged, ema, *halves, resume, trainer_hooks, training, mistakes):
         part.install()
 

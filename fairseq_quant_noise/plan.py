@@ -169,7 +169,8 @@ class StageRule:
         """K for the weight of `module`. Raises UserError when the rule gives it none, or more than 256."""
         n = _resolve(f"stage '{self.match}': n_centroids", self.n_centroids, name, module)
         if n > 256:
-            raise UserError(f"stage '{self.match}': n_centroids is {n} for {name}; a code is a byte, give at most 256")
+            what = f"stage '{self.match}': n_centroids is {n} for the weight of module '{name}'"
+            raise UserError(f"{what}; a code is a byte, give at most 256")
         return n
 
 

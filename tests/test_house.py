@@ -14,15 +14,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fairseq_quant_noise"
 ADAPTERS = (  # these know fairseq
     *("models", "criterions", "tasks"),
-    *(
-        "best_so_far.py",
-        "calibration.py",
-        "checkpoint_files.py",
-        "checkpoints.py",
-        "diverged.py",
-        "ema.py",
-        "endings.py",
-    ),
+    *("best_so_far.py", "calibration.py", "checkpoint_files.py", "checkpoints.py", "data_parallel.py"),
+    *("diverged.py", "ema.py", "endings.py"),
     *("half_precision.py", "mistakes.py", "monitor.py", "numpy_names.py", "optimizer_order.py"),
     *("precision.py", "progress_line.py", "resume.py", "stage_schedule.py"),
     *("trainer_hooks.py", "training.py"),

@@ -356,5 +356,5 @@ def test_a_name_without_a_value_and_without_a_default_is_refused():
 @pytest.mark.parametrize("n", [257, {"default": 1000}])
 def test_more_than_256_centroids_are_refused_by_name(n):
     plan = Plan.of({"stages": [{"match": "fc", "n_centroids": n, "block_size": 4}]})
-    with refuses("n_centroids is .* for fc; a code is a byte, give at most 256"):
+    with refuses("n_centroids is .* for the weight of module 'fc'; a code is a byte, give at most 256"):
         resolve_stages(plan, zoo())
