@@ -99,7 +99,7 @@ class IPQCriterion(FairseqCriterion):
         loss, sample_size, logging_output = self.inner(recorder, sample, reduce=reduce)
         if self.training and self.teacher_path and self.weight > 0:
             regression = getattr(self.inner, "regression_target", False)
-            distilled = distillation_loss(recorder, self._teacher(loss), sample, self.padding_idx, regression)
+            distilled = distillation_loss(recorder, self._teacher(model), sample, self.padding_idx, regression)
             logging_output["ipq_distillation"] = distilled.data
             loss = (1 - self.weight) * loss + self.weight * distilled
         now, dense = model_bytes(model)
@@ -113,12 +113,13 @@ class IPQCriterion(FairseqCriterion):
                 _check_distillation(type(self.inner))
                 self.teachers.append(_load_teacher(self.teacher_path, self.task))
 
-    def _teacher(self, like: Any) -> nn.Module:
+    def _teacher(self, student: nn.Module) -> nn.Module:
+        """The teacher where the student is, and in its precision: a half-precision Trainer casts the inputs of both."""
         self.load_teacher()
         teacher = self.teachers[0]
-        first = next(teacher.parameters())
-        if first.device != like.device:
-            self.teachers[0] = teacher = teacher.to(like.device)
+        first, theirs = next(teacher.parameters()), next(student.parameters())
+        if (first.device, first.dtype) != (theirs.device, theirs.dtype):
+            self.teachers[0] = teacher = teacher.to(theirs.device, theirs.dtype)
         return teacher
 
     @classmethod

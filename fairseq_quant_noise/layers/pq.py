@@ -78,7 +78,7 @@ class PQWeight(QuantizedWeight):
     ) -> None:
         super().__init__()
         if codebook is not None:
-            self.register_buffer(CODEBOOK, torch.tensor(codebook, dtype=torch.int32))
+            self.register_buffer(CODEBOOK, torch.tensor(codebook, dtype=torch.int32, device=codes.device))
         self.codebook_number = codebook
         self.users: tuple[PQWeight, ...] = (self,)  # of the codebook, this weight among them
         self._turned: tuple[Tensor, Tensor] | None = None  # the codes of before, and transposed
@@ -88,7 +88,8 @@ class PQWeight(QuantizedWeight):
         self.register_buffer(CODES, self._laid_out(codes))
         self.centroids = nn.Parameter(centroids)
         if centroid_bits != 16:  # so that checkpoints with fp16 centroids hold codes and centroids alone
-            self.register_buffer(CENTROID_BITS, torch.tensor(centroid_bits, dtype=torch.uint8))
+            bits = torch.tensor(centroid_bits, dtype=torch.uint8, device=codes.device)
+            self.register_buffer(CENTROID_BITS, bits)
         self.bits = centroid_bits
         self._stored: tuple[Tensor, Tensor] | None = None  # the centroids of before, and rounded
         self.shape = torch.Size(shape)

@@ -91,9 +91,15 @@ class Codebook(Distortion):
         rows = hit.nonzero()[:, 0]
         return blocks.index_copy(0, rows, self._nearest(blocks.index_select(0, rows)))
 
+    def to(self, device: torch.device) -> None:
+        """Move what was measured to where the weight is: a checkpoint brings it to the CPU."""
+        if self.centroids is not None and self.codes is not None and self.codes.device != device:
+            self.centroids, self.codes = self.centroids.to(device), self.codes.to(device)
+
     def _nearest(self, blocks: Tensor) -> Tensor:
-        assert self.centroids is not None
-        centroids = self.centroids.to(blocks.device)
+        self.to(blocks.device)
+        centroids = self.centroids
+        assert centroids is not None
         if not bool(blocks.isfinite().all()):
             raise _diverged(self.name)
         return centroids.index_select(0, nearest(blocks, centroids)).to(blocks.dtype)
@@ -129,6 +135,7 @@ class Scalar(Distortion):
     def __call__(self, blocks: Tensor, hit: Tensor | None) -> Tensor:
         """(n, d), every number rounded to its code."""
         assert self.affine is not None
+        self.affine = self.affine.to(blocks.device)  # a checkpoint brings it to the CPU
         return fake_quantize(blocks.reshape(self.rows, -1), self.affine).view_as(blocks)
 
     def state(self) -> dict[str, Tensor]:

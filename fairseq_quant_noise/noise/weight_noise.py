@@ -48,6 +48,7 @@ class RuleNoise:
             return None
         if self.clusters is None:
             return draw_blocks(self.n_blocks, p, generator)
+        self.clusters.to(generator.device)
         assert self.clusters.codes is not None
         assert self.clusters.centroids is not None
         return draw_clusters(self.clusters.codes, len(self.clusters.centroids), p, generator)

@@ -58,6 +58,12 @@ class Affine:
         """What `to_tensor` gave."""
         return cls(both[0], both[1].int(), bits)
 
+    def to(self, device: torch.device) -> "Affine":
+        """The same codes, for numbers on `device`."""
+        if self.scale.device == device:
+            return self
+        return Affine(self.scale.to(device), self.zero_point.to(device), self.bits)
+
     def rounded(self, weight: Tensor) -> Tensor:
         """q as float32, of the shape of `weight`."""
         scale, zero_point = self._spread(weight.dim())

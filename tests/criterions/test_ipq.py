@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fairseq.criterions import CRITERION_REGISTRY
+from half import PRECISIONS
 from lm_fixture import batch, both_kinds, ipq_flags, state_of
 from roberta_fixture import (
     ENCODER,
@@ -187,10 +188,24 @@ def test_the_distillation_is_logged_in_bits_a_prediction(runs, kind):
     assert "ipq_distillation" not in runs.ipq(kind).valid[-1]
 
 
-def test_a_teacher_in_half_precision_training(lab, runs):
-    flags = [*ipq_flags("plain"), "--ipq-teacher", runs.stock("plain").path, "--bf16"]
+@pytest.mark.parametrize("precision", ["fp16", "memory-efficient fp16", "bf16", "amp"])
+def test_a_teacher_has_the_precision_of_the_training(lab, runs, precision):
+    flags = [*ipq_flags("plain"), "--ipq-teacher", runs.stock("plain").path, *PRECISIONS[precision]]
     run = lab.train(*flags, updates=2)
-    assert all(math.isfinite(float(log["loss"])) for log in run.updates)
+    assert all(math.isfinite(float(log["loss"])) and float(log["ipq_distillation"]) > 0 for log in run.updates)
+    dtypes = {p.dtype for net in (run.model, run.trainer.get_criterion().teachers[0]) for p in net.parameters()}
+    assert dtypes == {torch.bfloat16 if precision == "bf16" else torch.float32 if precision == "amp" else torch.float16}
+
+
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_in_half_precision_teaches_the_same(lab, runs, kind, dtype):
+    criterion = lab.criterion(*ipq_flags(kind), "--ipq-teacher", runs.stock(kind).path, kind=kind).train()
+    model = lab.model("--dropout", 0, kind=kind).train()
+    expected = float(criterion(model, batch())[2]["ipq_distillation"])
+    found = float(criterion(model.to(dtype), batch())[2]["ipq_distillation"])
+    assert found == pytest.approx(expected, rel=0.03)
+    assert {p.dtype for p in criterion.teachers[0].parameters()} == {dtype}
 
 
 REGRESSION = ["--criterion", "ipq", "--ipq-criterion", SENTENCES, "--num-classes", 1, "--regression-target"]

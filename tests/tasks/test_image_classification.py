@@ -70,6 +70,12 @@ def test_the_loss_falls_and_top1_is_the_share_of_images_whose_likeliest_class_is
     assert dense.valid[-1]["top5"] == 100
 
 
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
+def test_a_teacher_of_images_takes_the_inputs_of_half_precision(images, dense, precision):
+    run = images.train("--criterion", "ipq", "--ipq-teacher", dense.path, precision, "--max-update", 1)
+    assert float(run.updates[0]["ipq_distillation"]) > 0
+
+
 def test_the_stages_leave_every_product_in_codes_and_log_the_size(ipq):
     names = state_of(ipq.path)["model"]
     assert "classifier.weight.codes" in names
