@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, open_dict
 
 from .cli_errors import exits_on_user_error
-from .models.equivalents import check_noise
+from .models.equivalents import check_noise, check_task
 
 _call_main = fairseq.distributed.utils.call_main
 
@@ -22,6 +22,7 @@ def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
     """fairseq's function of this name, with the configuration checked, and that of a half-precision run put right."""
     with exits_on_user_error():
         check_noise(getattr(cfg, "model", None))  # of fairseq's programs, only those that train have a model in it
+        check_task(getattr(cfg, "model", None), getattr(cfg, "task", None))
     if isinstance(cfg, DictConfig):
         _mend(cfg)
     return _call_main(cfg, main, **kwargs)

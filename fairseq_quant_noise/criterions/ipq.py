@@ -9,7 +9,8 @@ loss is on one call of the model that gives a distribution over words or classes
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -96,7 +97,8 @@ class IPQCriterion(FairseqCriterion):
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Any, Any, dict[str, Any]]:
         """As any criterion's: (loss, sample size, logging output). Validation reports the wrapped loss alone."""
         recorder = Recorder(model)
-        loss, sample_size, logging_output = self.inner(recorder, sample, reduce=reduce)
+        with exits_on_user_error(), _fits(self.inner, sample):
+            loss, sample_size, logging_output = self.inner(recorder, sample, reduce=reduce)
         if self.training and self.teacher_path and self.weight > 0:
             regression = getattr(self.inner, "regression_target", False)
             distilled = distillation_loss(recorder, self._teacher(model), sample, self.padding_idx, regression)
@@ -142,6 +144,26 @@ class IPQCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """Replaced in `build_criterion`'s subclass by the wrapped criterion's answer."""
         return False
+
+
+@contextmanager
+def _fits(criterion: FairseqCriterion, sample: Any) -> Iterator[None]:
+    """Inside, a KeyError for what the task's batches lack is a UserError that names the criterion."""
+    try:
+        yield
+    except KeyError as error:
+        key = error.args[0] if error.args else None
+        if not isinstance(key, str) or key in sample:
+            raise
+        raise UserError(
+            f"--ipq-criterion {_name(criterion)}: reads {key!r}, which the batches of this task do not have; give the "
+            "criterion of the dense training, and its task"
+        ) from error
+
+
+def _name(criterion: FairseqCriterion) -> str:
+    """As it is registered."""
+    return next((name for name, kind in CRITERION_REGISTRY.items() if kind is type(criterion)), "")
 
 
 def log_size(mib: float, ratio: float) -> None:

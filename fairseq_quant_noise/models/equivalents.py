@@ -12,6 +12,8 @@ from fairseq.models import (
     MODEL_REGISTRY,
     register_model_architecture,
 )
+from fairseq.tasks import TASK_REGISTRY
+from fairseq.tasks.multilingual_translation import MultilingualTranslationTask
 
 from ..errors import UserError
 from ..trained import NOISE_FLAGS, PREFIX
@@ -43,16 +45,39 @@ def check_noise(options: Any) -> None:
     Raises:
         UserError: it names the option, the model, and the architecture to train.
     """
-    name = getattr(options, "_name", None) or getattr(options, "arch", None) or ""
-    model = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+    model = _model(options)
     if model is None or _is_ours(model):
         return
+    name = getattr(options, "_name", None) or options.arch
     for flag in NOISE_FLAGS:
         if getattr(options, flag, None):
             raise UserError(
                 f"--{flag.replace('_', '-')}: {name} would train under fairseq's own noise, which overwrites the "
                 f"weights; {cure(name)}"
             )
+
+
+def check_task(options: Any, task: Any) -> None:
+    """Refuse a model of this package for a task that trains a model of models, one for each pair of languages.
+
+    Args:
+        options: `cfg.model` of a training.
+        task: `cfg.task`.
+    Raises:
+        UserError: it names the task, the model, and a task that trains one model for all pairs.
+    """
+    model, kind = _model(options), TASK_REGISTRY.get(getattr(task, "_name", None) or getattr(task, "task", None) or "")
+    if model is not None and kind is not None and _is_ours(model) and issubclass(kind, MultilingualTranslationTask):
+        raise UserError(
+            f"--task {task._name}: trains fairseq's multilingual_transformer, one model for each pair of languages, "
+            "which this package does not have; give --task translation_multi_simple_epoch"
+        )
+
+
+def _model(options: Any) -> Any:
+    """The class of the model that these options are of."""
+    name = getattr(options, "_name", None) or getattr(options, "arch", None) or ""
+    return ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
 
 
 def _is_ours(model: Any) -> bool:

@@ -4,6 +4,7 @@ The architectures themselves stay fairseq's, with fairseq's parameter names. Onl
 out of the way, since they overwrite the weights that they should only disturb.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..cli_errors import exits_on_user_error
 from ..errors import UserError
-from ..layers import adopt_quantized, quantize_inputs_, to_int_
+from ..layers import adopt_quantized, quantize_inputs_, quantized_weights, to_int_
 from ..layers.pq import row_major
 from ..monitor import probe_next_forward
 from ..noise import attach_rules, detach_noise, fitted_rules, noise_of
@@ -101,6 +102,26 @@ class Quantizable:
             if every > 0 and num_updates % every == 0 and num_updates != self._probed:
                 self._probed = num_updates  # fairseq says it again for each part of an update
                 probe_next_forward(self)  # type: ignore[arg-type]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: fairseq's own model with the same weights, for TorchScript knows no noise.
+
+        Raises:
+            UserError: weights in codes or seen through them, which it cannot express.
+        """
+        if quantized_weights(self):  # type: ignore[arg-type]
+            raise UserError(
+                "torch.jit.script: cannot express quantized weights; make an ordinary checkpoint with "
+                "`fairseq-quant-noise to-dense FILE --out CKPT` and script that"
+            )
+        model: Any = copy.deepcopy(self) if noise_of(self) is not None else copy.copy(self)  # type: ignore[arg-type]
+        detach_noise(model)
+        for name in ("quant_noise_layers", "quant_noise_options", "_probed"):
+            vars(model).pop(name, None)
+        kind = type(self)
+        model.__class__ = next(base for base in kind.__mro__[1:] if not issubclass(base, Quantizable))
+        scriptable: nn.Module = model
+        return scriptable
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As fairseq's, codes in the usual order: fairseq sends a checkpoint to other ranks as it lies in memory."""

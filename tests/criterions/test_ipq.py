@@ -82,6 +82,13 @@ def test_a_wrong_option_ends_in_one_line(lab, flags, names):
     assert all(name in str(caught.value) for name in names), caught.value
 
 
+def test_a_criterion_of_another_task_is_named(lab):
+    """fairseq ends in a KeyError: the batches of language_modeling hold no `prev_target`."""
+    criterion = lab.criterion("--criterion", "ipq", "--ipq-criterion", "nat_loss")
+    with refuses("--ipq-criterion nat_loss: reads 'prev_target', which the batches of this task do not have"):
+        criterion(lab.model(), batch())
+
+
 @both_kinds
 def test_the_log_holds_the_size_of_the_model(runs, kind):
     run = runs.ipq(kind)

@@ -7,7 +7,7 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from lm_fixture import FFN
 from toys import refuses
 
-from fairseq_quant_noise.models.equivalents import check_noise, cure
+from fairseq_quant_noise.models.equivalents import check_noise, check_task, cure
 from fairseq_quant_noise.models.quantizable import Quantizable
 
 OURS = ("transformer_lm_gbw", "transformer_lm_gpt2_small", "transformer_wmt_en_de", "roberta_large", "xlm")
@@ -53,6 +53,16 @@ def test_a_training_whose_prefix_was_forgotten_ends_in_a_line(lab, capsys, flags
         lab.train(*flags, arch="transformer_lm_gbw", kind="untied")
     assert end.value.code == 2
     assert "train with --arch quant_noise_transformer_lm_gbw" in last_error(capsys)
+
+
+def test_a_task_of_many_models_is_refused():
+    task = Namespace(_name="multilingual_translation")
+    for name in ("quant_noise_transformer", "quant_noise_transformer_small"):
+        with refuses("--task multilingual_translation: .*give --task translation_multi_simple_epoch"):
+            check_task(Namespace(_name=name), task)
+    check_task(Namespace(_name="multilingual_transformer"), task)
+    check_task(Namespace(_name="quant_noise_transformer"), Namespace(_name="translation"))
+    check_task(None, task)
 
 
 def last_error(capsys):
