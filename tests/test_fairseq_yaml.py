@@ -107,7 +107,10 @@ NO_VALUE = [
     ({"block_sizes": setting("fuzzy_name", {1: 8})}, "fc"),
     ({"block_sizes": setting("fuzzy_name", {"fc": 0})}, "block_size for fc is 0; give a whole number"),
     ({"n_centroids": setting("in_features", {"16": 256})}, "no value for fc"),
-    ({"n_centroids": setting("in_features", {"*": 300})}, "n_centroids is 300 for fc"),
+    (
+        {"n_centroids": setting("in_features", {"*": 300})},
+        "n_centroids is 300 for the weight of module .fc.; a code is a byte",
+    ),
     ({"n_centroids": setting("in_features", {"*": 0})}, "n_centroids for fc is 0"),
     ({"n_centroids": setting("in_features", {"*": -8})}, "n_centroids for fc is -8"),
 ]
