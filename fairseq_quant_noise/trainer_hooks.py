@@ -10,7 +10,7 @@ from typing import Any
 
 import fairseq.trainer
 
-from . import checksums, ema, resume
+from . import checksums, ema, input_ranges, resume
 from .best_so_far import forget_patience
 from .checkpoint_files import newest_whole
 from .cli_errors import exits_on_user_error
@@ -29,6 +29,7 @@ STATE_KEY = "quant_noise"  # in a checkpoint's extra_state
 _LAYER = re.compile(r"(?<=\blayers)\.\d+")
 
 _Trainer = fairseq.trainer.Trainer
+_consolidate_optimizer = _Trainer.consolidate_optimizer
 _begin_epoch, _save_checkpoint, _load_checkpoint = (
     _Trainer.begin_epoch,
     _Trainer.save_checkpoint,
@@ -41,6 +42,7 @@ _reduce_and_log_stats = _Trainer._reduce_and_log_stats
 
 def begin_epoch(trainer: Any, epoch: int) -> Any:
     """Trainer.begin_epoch, and the noise's."""
+    input_ranges.begin_epoch(trainer, epoch)
     result = _begin_epoch(trainer, epoch)
     noise = noise_of(trainer.get_model())
     if noise is not None:
@@ -49,9 +51,10 @@ def begin_epoch(trainer: Any, epoch: int) -> Any:
 
 
 def begin_valid_epoch(trainer: Any, epoch: int) -> Any:
-    """Trainer.begin_valid_epoch; the gap is measured anew, and --patience waits for the last stage."""
+    """Trainer.begin_valid_epoch; ranges and the gap are measured anew, and --patience waits for the last stage."""
     if getattr(trainer.quantizer, "to_come", 0):
         forget_patience()
+    input_ranges.calibrate(trainer)
     options = getattr(trainer.get_model(), "quant_noise_options", {})
     with exits_on_user_error():
         trainer.quant_noise_gap = Gap(trainer, options.get("quant_noise_gap_batches", 0))
@@ -65,6 +68,12 @@ def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
     if gap is not None:
         gap.step(sample)
     return result
+
+
+def consolidate_optimizer(trainer: Any) -> Any:
+    """Trainer.consolidate_optimizer, which every rank calls before the first one saves; ranges of inputs are found."""
+    input_ranges.calibrate(trainer)
+    return _consolidate_optimizer(trainer)
 
 
 def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
@@ -158,5 +167,6 @@ def install() -> None:
     _Trainer.begin_valid_epoch = begin_valid_epoch
     _Trainer.valid_step = valid_step
     _Trainer._reduce_and_log_stats = reduce_and_log_stats
+    _Trainer.consolidate_optimizer = consolidate_optimizer
     _Trainer.save_checkpoint = save_checkpoint
     _Trainer.load_checkpoint = load_checkpoint

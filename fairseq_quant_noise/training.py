@@ -8,19 +8,17 @@ the state is in the checkpoint, ties stay tied, and the k-means of the weights i
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from typing import Any
 
 import fairseq.quantization_utils
-import fairseq.utils
 import torch
 from fairseq.file_io import PathManager
 from torch import Tensor
 
 from .batch_statistics import batch_norms, estimating
 from .best_so_far import start_anew
-from .calibration import FIRST_BATCHES, squared_gradients
+from .calibration import FIRST_BATCHES, first_batches, squared_gradients
 from .checkpoints import is_packed
 from .cli_errors import exits_on_user_error
 from .endings import watch_end
@@ -136,7 +134,7 @@ class StageController:
             quantize_inputs(self.trainer.get_model(), self.plan.activations, targets)
         if batch_norms(self.trainer.get_model()):  # or validation sees those of the weights before for long
             with estimating(self.trainer.get_model()):
-                for sample in _first_batches(self.trainer, self.epoch):
+                for sample in first_batches(self.trainer, self.epoch):
                     self.trainer.get_model()(**sample["net_input"])
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
         self._rebuild_optimizer()
@@ -240,27 +238,7 @@ def _moments_in_file(filename: str, model: Any) -> dict[str, Tensor]:
 def _gradients(trainer: Any, epoch: int) -> dict[str, Tensor]:
     """Squared gradients on the first batches of the training data; a rank's own, which encodes its own share."""
     scale = getattr(getattr(trainer.optimizer, "scaler", None), "loss_scale", 1.0)
-    return squared_gradients(trainer.get_model(), trainer.get_criterion(), _first_batches(trainer, epoch), scale)
-
-
-def _first_batches(trainer: Any, epoch: int) -> Iterator[Any]:
-    """The first batches of the training data, the same ones on every rank, on the model's device."""
-    data, cfg = trainer.task.dataset(trainer.cfg.dataset.train_subset), trainer.cfg.dataset
-    batches = trainer.task.get_batch_iterator(
-        data,
-        max_tokens=cfg.max_tokens,
-        max_sentences=cfg.batch_size,
-        max_positions=fairseq.utils.resolve_max_positions(
-            trainer.task.max_positions(), trainer.get_model().max_positions()
-        ),
-        ignore_invalid_inputs=True,
-        required_batch_size_multiple=cfg.required_batch_size_multiple,
-        seed=trainer.cfg.common.seed,
-        epoch=epoch,
-        disable_iterator_cache=True,  # or the training would go on behind these batches
-    ).next_epoch_itr(shuffle=True)
-    for sample in islice(batches, FIRST_BATCHES):
-        yield trainer._prepare_sample(sample)[0]
+    return squared_gradients(trainer.get_model(), trainer.get_criterion(), first_batches(trainer, epoch), scale)
 
 
 def _check_trainer(trainer: Any, plan: Plan) -> None:

@@ -98,9 +98,10 @@ def train_rank(rank, lab, jobs, outs):
         torch.save({**held, **draws, "words": words, "encoded": encoded}, f"{out}-{rank}")
 
 
-def job(lab, updates, *flags, structure=None, **settings):
+def job(lab, updates, *flags, structure=None, activations=None, **settings):
     """A run of the stages, with noise."""
-    plan = lab.plan({**PLANS["adaptive"], "structure": structure or {}})
+    plan = {**PLANS["adaptive"], "structure": structure or {}}
+    plan = lab.plan(plan if activations is None else {**plan, "activations": activations})
     flags = ["--quant-noise-pq", 0.1, "--quantization-config-path", plan, *flags]
     return {"flags": flags, "updates": updates, "folder": lab.new(), **settings}
 
@@ -123,6 +124,7 @@ def cluster(lab, runs):
         },
         "whole": job(lab, 3, "--finetune-from-model", stock),
         "shared": job(lab, 3, "--finetune-from-model", stock, structure={"share_layers": 2}),
+        "inputs": job(lab, 3, "--finetune-from-model", stock, activations={"calibration_batches": 3}),
         "1 to 2": job(lab, 6, *few, "--restore-file", checkpoint),
         "astray": job(lab, 3, "--finetune-from-model", stock, astray=True),
         "NaN": job(lab, 3, "--finetune-from-model", lab.checkpoint(broken)),
@@ -167,6 +169,17 @@ def test_two_processes_train_the_stages_together(lab, runs, cluster, name, struc
     codes = {name: t for name, t in alone.items() if name.endswith(".codes")}
     assert len(codes) == 4
     assert all(torch.equal(t, saved["model"][name]) for name, t in codes.items())
+
+
+def test_the_ranges_of_inputs_are_the_same_on_all_processes(cluster):
+    """Each has seen other batches in training; what rank 0 saves is what all of them hold."""
+    first, second = (of_rank["model"] for of_rank in cluster["inputs"]["ranks"])
+    saved = state_of(cluster["inputs"]["folder"] / "checkpoint_last.pt")["model"]
+    ranges = {name: t for name, t in saved.items() if name.endswith("input_quantizer.range")}
+    assert len(ranges) > 10
+    assert all(t.any() for t in ranges.values())
+    for held in (first, second):
+        assert same({name: held[name] for name in saved}, saved)
 
 
 def test_each_process_draws_noise_of_its_own(cluster):

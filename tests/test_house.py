@@ -17,6 +17,16 @@ ADAPTERS = (  # these know fairseq
     *("best_so_far.py", "calibration.py", "checkpoint_files.py", "checkpoints.py", "data_parallel.py"),
     *("diverged.py", "ema.py", "endings.py"),
     *("half_precision.py", "mistakes.py", "monitor.py", "numpy_names.py", "optimizer_order.py"),
+    *(
+        "best_so_far.py",
+        "calibration.py",
+        "checkpoint_files.py",
+        "checkpoints.py",
+        "diverged.py",
+        "ema.py",
+        "endings.py",
+    ),
+    *("half_precision.py", "input_ranges.py", "mistakes.py", "monitor.py", "numpy_names.py", "optimizer_order.py"),
     *("precision.py", "progress_line.py", "resume.py", "stage_schedule.py"),
     *("trainer_hooks.py", "training.py"),
 )

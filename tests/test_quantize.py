@@ -186,7 +186,7 @@ def test_a_plan_with_activations_and_no_calibration_is_refused_before_any_work()
 
 
 def test_a_calibration_that_misses_a_module_is_refused_by_name():
-    with refuses("^fc: no calibration input reached it"):
+    with refuses("^fc: no finite calibration input reached it"):
         quantized(plan=INPUTS_PLAN, calibration=[])
 
 

@@ -1,5 +1,6 @@
 """int4 and int8 in fairseq-train: as stages, with --quant-noise-scalar, with iPQ; activations; the file; resume."""
 
+import copy
 import functools
 
 import pytest
@@ -9,9 +10,11 @@ from toys import refuses
 
 import fairseq_quant_noise
 from fairseq_quant_noise.artifact import read
+from fairseq_quant_noise.calibration import first_batches
 from fairseq_quant_noise.cli import main
 from fairseq_quant_noise.layers import IntWeight, LatentIntWeight, PQWeight, input_quantizers, quantized_weights
 from fairseq_quant_noise.noise import noise_of
+from fairseq_quant_noise.scalar.ranges import histogram_range
 from fairseq_quant_noise.weights import find_weights
 
 INT4 = {"match": r"decoder\.layers\.\d+\.fc[12]", "scheme": "int4", "range": "histogram"}
@@ -66,6 +69,27 @@ def test_training_the_checkpoint_and_the_file_have_one_score(lab, mixed, kind):
     if kind == "plain":
         assert run.ppl == pytest.approx(lab.eval_lm(path), rel=1e-5)
     assert {entry.scheme for entry in read(path).manifest.tensors.values()} == {"int4", "int8", "pq"}
+
+
+@both_kinds
+@pytest.mark.parametrize("how", ["stages", "--quant-noise-scalar"])
+def test_ranges_are_those_of_the_saved_weights_in_evaluation_mode(mixed, scalar, kind, how):
+    """Not of weights that have gone since, nor under dropout and noise: the mean over batches of the training data."""
+    run = (mixed if how == "stages" else scalar)(kind)
+    saved = {name: t for name, t in state_of(run.path)["model"].items() if name.endswith("input_quantizer.range")}
+    model, criterion = copy.deepcopy(run.model).eval(), run.trainer.get_criterion().eval()
+    quantizers, found = input_quantizers(model), {}
+    for name, quantizer in quantizers.items():
+        quantizer.calibrating = True  # it passes its input on as it is
+        quantizer.register_forward_hook(lambda q, x, y, name=name: found.setdefault(name, []).append(y))
+    with torch.no_grad():
+        for sample in first_batches(run.trainer, run.trainer.quant_noise_epoch, 8):
+            criterion(model, sample)
+    assert len(saved) == len(found) == len(quantizers) > 4
+    for name, inputs in found.items():
+        assert 1 < len(inputs) <= 8
+        mean = torch.stack([torch.cat(histogram_range(x, 8)) for x in inputs]).mean(0)
+        torch.testing.assert_close(saved[f"{name}.input_quantizer.range"], mean)
 
 
 @both_kinds

@@ -4,12 +4,14 @@ A module that holds a quantized weight and multiplies by it (any holder but an E
 `input_quantizer`, which its state holds as `….fc1.input_quantizer.range`. In eval mode the input is rounded to the
 codes of that range. The range is the mean over calibration forwards of each one's range:
 
-- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320);
+- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320); `fairseq-train` does so
+  before each validation and checkpoint (`input_ranges.py`);
 - in training, the first `batches` forwards, and one in a hundred from then on, so that it follows the weights.
 
 Until the first of them, the range is that of the input itself.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -65,23 +67,22 @@ class InputQuantizer(nn.Module):
 
     @property
     def count(self) -> int:
-        """Forwards seen in training or calibration."""
+        """Forwards with finite inputs, seen in training or calibration."""
         if self._count is None:
             self._count = int(self.seen)
         return self._count
 
     def _observe(self, x: Tensor) -> None:
         seen = self.count
+        if self.calibrating or seen < self.batches or seen % SPARSE == 0:
+            found = torch.stack(x.float().aminmax())
+            if not bool(found.isfinite().all()):  # the batch overflowed under fp16: the next one takes its place
+                return
+            if self.kind == "histogram":
+                found = torch.cat(histogram_range(x, self.bits))
+            self.range += (found - self.range) / min(seen + 1, self.batches)
         self.seen += 1
         self._count = seen + 1
-        if not self.calibrating and seen >= self.batches and seen % SPARSE:
-            return
-        if self.kind == "histogram":
-            found = torch.cat(histogram_range(x, self.bits))
-        else:
-            found = torch.stack(x.float().aminmax())
-        if bool(found.isfinite().all()):  # a batch that overflowed under fp16 is skipped by the optimizer too
-            self.range += (found - self.range) / min(seen + 1, self.batches)
 
     def reset(self) -> None:
         """Forget the range."""
@@ -165,14 +166,18 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
 
 
 @contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module, required: bool = True) -> Iterator[None]:
     """Find the ranges anew: the model runs in eval mode inside, on inputs that are as they will be.
 
+    Args:
+        model: with input quantizers.
+        required: whether each of them must see an input; else those that see none keep the range they had.
     Raises:
-        UserError: no input reached a quantizer.
+        UserError: no input reached a quantizer that is required to see one.
     """
     quantizers = input_quantizers(model)
     modes = {module: module.training for module in model.modules()}
+    before = {name: copy.deepcopy(quantizer.state_dict()) for name, quantizer in quantizers.items()}
     model.eval()
     for quantizer in quantizers.values():
         quantizer.reset()
@@ -186,5 +191,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
     silent = [name for name, quantizer in quantizers.items() if not quantizer.count]
-    if silent:
-        raise UserError(f"{silent[0]}: no calibration input reached it; give batches that use the whole model")
+    if silent and required:
+        raise UserError(f"{silent[0]}: no finite calibration input reached it; give batches that use the whole model")
+    for name in silent:
+        quantizers[name].load_state_dict(before[name])
