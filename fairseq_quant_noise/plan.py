@@ -199,7 +199,7 @@ class Activations:
 
     bits: int = 8  # N, 2 to 8
     range: str = "histogram"  # or tensor
-    calibration_batches: int = 8  # forwards that a range is the mean of, 255 at most; `fairseq-train`: before each validation
+    calibration_batches: int = 8  # forwards that a range is the mean of, 255 at most
 
     def __post_init__(self) -> None:
         from .layers.inputs import KINDS
