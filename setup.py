@@ -49,7 +49,7 @@ setup(
         "cluster": requirements("cluster"),
         "dev": [line for name in ("recipes", "vision", "cluster", "dev") for line in requirements(name)],
     },
-    entry_points={"console_scripts": ["fairseq-quant-noise = fairseq_quant_noise.cli:main"]},
+    entry_points={"console_scripts": ["fairseq-quant-noise = fairseq_quant_noise.cli.main:main"]},
     zip_safe=False,
     classifiers=[
         "Programming Language :: Python :: 3.10",

@@ -13,7 +13,7 @@ from side_by_side import Claim, at_least, at_most, parser, positive, report, rou
 from torch import Tensor, nn
 
 from fairseq_quant_noise.layers import quantize_weight_
-from fairseq_quant_noise.weights import find_weights
+from fairseq_quant_noise.weights.discovery import find_weights
 
 D, K = 8, 256
 

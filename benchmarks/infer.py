@@ -14,7 +14,7 @@ from side_by_side import Claim, at_least, parser, positive, report, rounds
 from torch import nn
 
 from fairseq_quant_noise.layers import quantize_weight_
-from fairseq_quant_noise.weights import find_weights
+from fairseq_quant_noise.weights.discovery import find_weights
 
 K = 256
 SHAPES = ((4096, 1024, 8), (1024, 4096, 8), (1024, 1024, 4))

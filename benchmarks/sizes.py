@@ -21,10 +21,10 @@ import torch
 import yaml
 
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.cli import main as verb
-from fairseq_quant_noise.cli_print import format_rows, inspection
+from fairseq_quant_noise.cli.main import main as verb
+from fairseq_quant_noise.cli.printing import format_rows, inspection
 from fairseq_quant_noise.networks import build
-from fairseq_quant_noise.table import MIB
+from fairseq_quant_noise.quantization.table import MIB
 
 PLANS = Path(__file__).parents[1] / "configs/plans"
 HALVES = {"share_layers": 2, "keep_layers": "every-other"}
@@ -58,7 +58,7 @@ CASES = (
 
 def checkpoint(case: Case, folder: Path) -> Path:
     """A checkpoint of the case's network with random weights, as fairseq-train writes it; made once."""
-    from fairseq_quant_noise.models.architectures import architecture_options
+    from fairseq_quant_noise.plugin.models.architectures import architecture_options
 
     path = folder / ("-".join((case.arch, *case.settings)).replace("=", "-") + ".pt")
     if not path.exists():

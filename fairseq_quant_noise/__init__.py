@@ -8,8 +8,8 @@ import sys
 
 from .api import attach_noise, detach_noise, keep_layers_, load, noise_of, quantize_, save, share_layers_
 from .errors import DamagedFileError, UserError
-from .importance import second_moments
-from .plan import Plan
+from .plan.rules import Plan
+from .quantization.importance import second_moments
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,23 +38,13 @@ def register() -> None:
     Raises:
         ImportError: fairseq is not installed.
     """
-    from . import (  # noqa: F401
-        checkpoint_files,
-        checkpoints,
-        criterions,
-        data_parallel,
-        diverged,
-        ema,
-        half_precision,
-        mistakes,
-        models,
-        numpy_names,
-        precision,
-        resume,
-        tasks,
-        trainer_hooks,
-        training,
-    )
+    from .plugin import criterions, data_parallel, mistakes, models, numpy_names, precision, tasks
+    from .plugin import loading as checkpoints
+    from .plugin import saving as checkpoint_files  # noqa: F401
+    from .plugin.training import divergence as diverged  # noqa: F401
+    from .plugin.training import ema, half_precision, resume
+    from .plugin.training import hooks as trainer_hooks
+    from .plugin.training import stages as training
 
     files, halves = (checkpoints, checkpoint_files, numpy_names), (precision, half_precision, data_parallel)
     for part in (*files, diverged, ema, *halves, resume, trainer_hooks, training, mistakes):

@@ -1,5 +1,5 @@
 """`python -m fairseq_quant_noise VERB`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

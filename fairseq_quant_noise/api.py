@@ -18,10 +18,10 @@ from .errors import DamagedFileError, UserError
 from .layers import adopt_quantized
 from .networks import build
 from .noise import attach_rules, detach_noise, noise_of
-from .plan import Plan
-from .quantize import quantize_
+from .plan.rules import Plan
+from .quantization.quantize import quantize_
 from .structure.modules import fit_stacks, keep_layers_, share_layers_, tie_layers_
-from .weights import load_without_copy
+from .weights.discovery import load_without_copy
 
 __all__ = ["attach_noise", "detach_noise", "keep_layers_", "load", "noise_of", "quantize_", "save", "share_layers_"]
 

@@ -158,7 +158,7 @@ finished() {
   [ -f "$1/checkpoint_last.pt" ] && python - "$@" 2>/dev/null <<'PYTHON'
 import sys
 
-from fairseq_quant_noise.safe_load import safe_load
+from fairseq_quant_noise.checkpoints.safe_load import safe_load
 
 state = safe_load(f"{sys.argv[1]}/checkpoint_last.pt")
 sys.exit(state["optimizer_history"][-1]["num_updates"] < int(sys.argv[2]))

@@ -5,7 +5,7 @@ python -m recipes.n_layers CKPT
 
 import sys
 
+from fairseq_quant_noise.checkpoints.network import read_checkpoint
 from fairseq_quant_noise.structure.state import stack_sizes
-from fairseq_quant_noise.trained import read_checkpoint
 
 print(*stack_sizes(read_checkpoint(sys.argv[1])["model"]).values())

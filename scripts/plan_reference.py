@@ -16,10 +16,10 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from fairseq_quant_noise import plan as source
+from fairseq_quant_noise.plan import rules as source
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plan.md"
-MARK = "<!-- From here on written by scripts/plan_reference.py from the dataclasses in fairseq_quant_noise/plan.py. -->"
+MARK = "<!-- From here on written by scripts/plan_reference.py from the dataclasses in fairseq_quant_noise/plan. -->"
 SECTIONS = (
     (source.NoiseRule, "`noise`: a list of rules", "Several rules on one weight act one after the other."),
     (source.Schedule, "`schedule` of a noise rule", ""),

@@ -1,7 +1,4 @@
-"""Puts this folder on the path, so that every test can import `toys`, and keeps torch to one thread.
-
-pytest's default import mode does the first for a folder with a conftest.py.
-"""
+"""Fixtures that every test may use; torch keeps to one thread. The helpers' folder is on the path by pyproject.toml."""
 
 import importlib.util
 import logging

@@ -11,18 +11,18 @@ from torch import nn
 from toys import INPUTS_PLAN, INT_PLANS, SHARED_PLAN, TOKENS, ZOO_PLAN, quiet, zoo
 
 from fairseq_quant_noise import attach_noise, load, noise_of, quantize_, save, second_moments
-from fairseq_quant_noise.batch_statistics import estimating
-from fairseq_quant_noise.criterions.distillation import Recorder, distillation_loss
-from fairseq_quant_noise.importance import sound
 from fairseq_quant_noise.layers import PQWeight, adopt_quantized, calibrating
+from fairseq_quant_noise.layers.batch_statistics import estimating
 from fairseq_quant_noise.layers.pq import _Lookup
 from fairseq_quant_noise.noise import distortions
 from fairseq_quant_noise.noise.measure import Probe
-from fairseq_quant_noise.plan import Plan
+from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plugin.distillation import Recorder, distillation_loss
 from fairseq_quant_noise.pq import encode
-from fairseq_quant_noise.quantize import quantized_values, swapped
-from fairseq_quant_noise.table import resolve_stages
-from fairseq_quant_noise.weights import find_weights
+from fairseq_quant_noise.quantization.importance import sound
+from fairseq_quant_noise.quantization.quantize import quantized_values, swapped
+from fairseq_quant_noise.quantization.table import resolve_stages
+from fairseq_quant_noise.weights.discovery import find_weights
 
 NOISES = {
     "proxy": {"kind": "proxy"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toys import WITHOUT_FAIRSEQ
 
-from fairseq_quant_noise.plan import Plan
+from fairseq_quant_noise.plan.rules import Plan
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fairseq_quant_noise"

@@ -13,7 +13,7 @@ from toys import python
 from translation_fixture import WORDS, write_pairs
 from vision_fixture import write_images
 
-from fairseq_quant_noise.criterions.ipq import IPQCriterionConfig
+from fairseq_quant_noise.plugin.criterions.ipq import IPQCriterionConfig
 
 WRITTEN = sorted(p for p in CONFIGS.rglob("*.yaml") if "plans" not in p.parts)
 LM = "language_modeling"

@@ -30,7 +30,7 @@ from ..errors import DamagedFileError
 from ..layers.pq import pq_bytes
 from ..layers.scalar import int_bytes
 from ..scalar import BITS, SCHEMES, bits_of
-from .bits import code_bits
+from ..utils.bits import code_bits
 
 FORMAT_VERSION = 4  # that of a file with shared codebooks
 _WITHOUT_SHARED = 3  # that of any other file, as before there were any

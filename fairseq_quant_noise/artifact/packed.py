@@ -13,11 +13,11 @@ from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..layers.inputs import InputQuantizer
 from ..layers.pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight
 from ..layers.scalar import AFFINE, SPEC
-from ..plan import Plan
+from ..plan.rules import Plan
 from ..scalar import Affine
 from ..structure.state import layer_ties, maps_and_ties
-from ..weights import tensor_name
-from .bits import pack_bits, unpack_bits
+from ..utils.bits import pack_bits, unpack_bits
+from ..weights.discovery import tensor_name
 from .manifest import Manifest, QuantizedTensor
 
 PARTS = (CODES, CENTROIDS, AFFINE)

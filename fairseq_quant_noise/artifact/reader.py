@@ -18,11 +18,11 @@ from torch import Tensor
 from ..errors import DamagedFileError, UserError, is_about_a_file
 from ..layers.pq import CENTROIDS, CODES
 from ..layers.scalar import AFFINE, SPEC
-from .bits import largest_code, packed_size
+from ..utils.bits import largest_code, packed_size
 from .configuration import check_configuration
+from .limits import check_sizes, longest_header
 from .manifest import METADATA_KEY, ZERO_HASH, Manifest, QuantizedTensor, parse_json
 from .packed import PARTS, Packed
-from .sizes import check_sizes, longest_header
 
 _MAX_COPIES = 1_000_000  # tensors that ties and shared layers stand for: a small file must not ask for much memory
 #: The parts by which a state says that a weight is quantized: those of a file are listed in its manifest.

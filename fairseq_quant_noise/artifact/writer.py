@@ -10,9 +10,9 @@ import safetensors.torch
 
 from ..errors import UserError, is_about_a_file
 from .configuration import check_configuration
+from .limits import check_sizes, longest_header
 from .manifest import METADATA_KEY, ZERO_HASH
 from .packed import Packed
-from .sizes import check_sizes, longest_header
 
 
 def write(packed: Packed, path: str | Path) -> int:

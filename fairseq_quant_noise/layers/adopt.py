@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..weights import Weight, find_weights
+from ..weights.discovery import Weight, find_weights
 from .inputs import adopt_input_quantizers
 from .pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight, is_multiplied, share_codebooks_
 from .quantized import QuantizedWeight, parts_of, quantized_weights, swap_in

@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..noise.draw import in_backward
 from ..scalar import RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
-from ..weights import find_weights
+from ..weights.discovery import find_weights
 
 NAME = "input_quantizer"
 SPARSE = 100  # in training, one forward in so many is looked at after the first ones

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..kernels import SETTLED, decode, linear, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine
-from ..weights import Weight
+from ..weights.discovery import Weight
 from .quantized import QuantizedWeight, dense_weight, swap_in
 
 CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE = "codes", "centroids", "centroid_bits", "file_affine"

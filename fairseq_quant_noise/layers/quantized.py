@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..access import intercept
 from ..errors import UserError
-from ..weights import Weight, find_weights
+from ..weights.access import intercept
+from ..weights.discovery import Weight, find_weights
 
 
 class QuantizedWeight(nn.Module):

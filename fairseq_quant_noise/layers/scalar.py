@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..noise.draw import in_backward
 from ..noise.psi import StraightThrough
 from ..scalar import RANGES, Affine, fake_quantize, fit_affine
-from ..weights import Weight
+from ..weights.discovery import Weight
 from .quantized import QuantizedWeight, dense_weight, swap_in
 
 LATENT, SPEC, AFFINE, CODES = "latent", "scalar", "affine", "codes"

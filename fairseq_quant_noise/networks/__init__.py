@@ -7,12 +7,12 @@ from torch import nn
 
 from ..errors import UserError
 from ..structure.modules import share_layers_
+from .decoder_config import given_options
 from .efficientnet import EfficientNet
 from .efficientnet_config import EfficientNetConfig
 from .roberta import Roberta, RobertaConfig
 from .transformer import Transformer, TransformerConfig
 from .transformer_lm import TransformerLM, TransformerLMConfig
-from .transformer_lm_config import given_options
 
 __all__ = [
     "NETWORKS",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..access import register_linear
+from ..weights.access import register_linear
 
 
 def bands(cutoffs: Sequence[int], vocab_size: int) -> list[tuple[int, int]]:

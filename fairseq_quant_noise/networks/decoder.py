@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .adaptive import AdaptiveInput, AdaptiveSoftmax, new_embedding
 from .attention import TransformerLayer, causal_mask
+from .decoder_config import TransformerLMConfig
 from .positions import check_length, new_positions, number_positions
-from .transformer_lm_config import TransformerLMConfig
 
 
 class TransformerDecoder(nn.Module):

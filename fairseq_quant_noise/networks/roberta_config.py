@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import UserError
-from .encoder import EncoderConfig
-from .transformer_lm_config import (
+from .decoder_config import (
     check_activation,
     check_heads,
     given_options,
@@ -18,6 +17,7 @@ from .transformer_lm_config import (
     number_of_layers,
     refuse_stock_int8,
 )
+from .encoder import EncoderConfig
 
 _CURE = "evaluate it with fairseq-validate --user-dir instead"
 #: Options that change the function, with the values (besides None) that `Roberta` implements.

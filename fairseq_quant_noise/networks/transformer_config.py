@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from .encoder import EncoderConfig
-from .transformer_lm_config import (
+from .decoder_config import (
     NOT_HERE,
     TransformerLMConfig,
     check_activation,
@@ -20,6 +19,7 @@ from .transformer_lm_config import (
     number_of_layers,
     refuse_options,
 )
+from .encoder import EncoderConfig
 
 _CURE = "evaluate it with fairseq-generate --user-dir instead"
 #: Options that change the function and that `Transformer` lacks; unset, zero and false are fine.

@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, V vocabulary.
 from torch import Tensor, nn
 
 from .decoder import TransformerDecoder
-from .transformer_lm_config import TransformerLMConfig
+from .decoder_config import TransformerLMConfig
 
 __all__ = ["TransformerLM", "TransformerLMConfig"]
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..access import intercept, release
-from ..blocks import check_block_size, fitting_block_size
 from ..errors import UserError
-from ..plan import NoiseRule, match_rules
-from ..weights import Weight, find_weights, warn_of_uncovered
+from ..plan.rules import NoiseRule, match_rules
+from ..weights.access import intercept, release
+from ..weights.blocks import check_block_size, fitting_block_size
+from ..weights.discovery import Weight, find_weights, warn_of_uncovered
 from .draw import NoiseDraw
 from .statistics import CleanStatistics
 from .weight_noise import WeightNoise

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..plan import NoiseRule
+from ..plan.rules import NoiseRule
 from ..pq.encode import nearest
 from ..pq.kmeans import effective_centroids, kmeans
 from ..scalar import BITS, SCHEMES, Affine, fake_quantize, fit_affine

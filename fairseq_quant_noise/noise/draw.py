@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..ranks import seed_of_rank
+from ..utils.ranks import seed_of_rank
 
 if TYPE_CHECKING:
     from .weight_noise import WeightNoise

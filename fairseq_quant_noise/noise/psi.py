@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import as_blocks
+from ..weights.blocks import as_blocks
 from .distortions import Distortion
 
 

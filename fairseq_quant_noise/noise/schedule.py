@@ -8,7 +8,7 @@ step       start + (p - start) * floor(t * steps) / steps
 
 import math
 
-from ..plan import Schedule
+from ..plan.rules import Schedule
 
 
 def p_at(p: float, schedule: Schedule | None, update: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batch_statistics import batch_norms
+from ..layers.batch_statistics import batch_norms
 from .draw import NoiseDraw, in_backward
 
 FIRST, EVERY = 50, 8

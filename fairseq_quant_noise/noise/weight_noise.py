@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..blocks import as_blocks
-from ..plan import EPOCH, NoiseRule
-from ..weights import Weight
+from ..plan.rules import EPOCH, NoiseRule
+from ..weights.blocks import as_blocks
+from ..weights.discovery import Weight
 from .distortions import Codebook, make_distortion
 from .draw import NoiseDraw, in_backward
 from .psi import draw_blocks, draw_clusters, psi

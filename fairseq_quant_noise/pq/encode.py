@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..blocks import as_blocks, code_shape
 from ..errors import UserError
 from ..kernels import nearest as nearest_centroid
+from ..weights.blocks import as_blocks, code_shape
 from .kmeans import kmeans
 
 ITERATIONS = 20  # of k-means, the paper's setting

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..artifact import Packed
-from ..artifact.bits import unpack_bits
 from ..layers.pq import CODES
+from ..utils.bits import unpack_bits
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import read
-from ..cli_print import inspection
+from ..checkpoints.network import STAGES
+from ..checkpoints.safe_load import safe_load
+from ..cli.printing import inspection
 from ..errors import UserError
-from ..safe_load import safe_load
-from ..trained import STAGES
 from .codebooks import CodebookUse, codebook_use
 from .logs import Log, finite, read_log
 from .scores import Point, data_of, distinct, label_of, points_of_result, points_of_row, read_json_lines, scores_in

@@ -14,9 +14,9 @@ from toys import refuses, zoo
 
 from fairseq_quant_noise import load, save
 from fairseq_quant_noise.artifact import pack, read, write
-from fairseq_quant_noise.artifact.bits import largest_code, pack_bits
 from fairseq_quant_noise.artifact.configuration import check_configuration
 from fairseq_quant_noise.errors import DamagedFileError, UserError
+from fairseq_quant_noise.utils.bits import largest_code, pack_bits
 
 MUTATIONS = {mutation.__name__: mutation for mutation in (*BLIND, *FORGED)}
 

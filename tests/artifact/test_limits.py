@@ -9,7 +9,7 @@ from mutations import Parts
 from packed_files import damaged, packed_zoo
 
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.artifact.sizes import longest_header
+from fairseq_quant_noise.artifact.limits import longest_header
 from fairseq_quant_noise.artifact.writer import serialize
 
 TEXT = (Path(__file__).parents[2] / "docs/file_format.md").read_text()

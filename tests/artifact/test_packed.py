@@ -9,10 +9,10 @@ from torch import nn
 from toys import INT_PLANS, TOKENS, ZOO_PLAN, adopting, quiet, zoo
 
 from fairseq_quant_noise.artifact import pack, read, write
-from fairseq_quant_noise.cli_print import inspection
-from fairseq_quant_noise.plan import Plan
-from fairseq_quant_noise.quantize import quantize_
-from fairseq_quant_noise.table import make_table, resolve_stages
+from fairseq_quant_noise.cli.printing import inspection
+from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.quantization.quantize import quantize_
+from fairseq_quant_noise.quantization.table import make_table, resolve_stages
 
 
 def reload(packed, model):

@@ -12,9 +12,9 @@ from toys import refuses
 
 from fairseq_quant_noise.artifact import manifest as manifest_module
 from fairseq_quant_noise.artifact import pack, read, write
-from fairseq_quant_noise.artifact.bits import pack_bits
 from fairseq_quant_noise.artifact.writer import serialize
 from fairseq_quant_noise.errors import DamagedFileError, UserError
+from fairseq_quant_noise.utils.bits import pack_bits
 
 
 @pytest.fixture(scope="module")

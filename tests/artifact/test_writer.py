@@ -15,8 +15,8 @@ from toys import quiet, refuses
 
 from fairseq_quant_noise.artifact import pack, writer
 from fairseq_quant_noise.artifact.writer import replace_file, serialize, write
-from fairseq_quant_noise.quantize import quantize_
-from fairseq_quant_noise.sizes import model_bytes
+from fairseq_quant_noise.quantization.quantize import quantize_
+from fairseq_quant_noise.quantization.sizes import model_bytes
 
 
 def header_bytes(content):

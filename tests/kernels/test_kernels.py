@@ -15,10 +15,10 @@ from torch import nn
 from toys import python
 
 from fairseq_quant_noise import kernels, quantize_
-from fairseq_quant_noise.access import intercept
 from fairseq_quant_noise.kernels import cpu, reference
 from fairseq_quant_noise.layers import adopt_quantized
 from fairseq_quant_noise.layers.pq import PQWeight
+from fairseq_quant_noise.weights.access import intercept
 
 FORMS = pytest.mark.parametrize("form", [reference, cpu], ids=["reference", "cpu"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

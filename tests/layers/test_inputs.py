@@ -11,7 +11,7 @@ from toys import INPUTS_PLAN, TOKENS, Tied, adopting, by_torch, quiet, refuses, 
 from fairseq_quant_noise import load, save
 from fairseq_quant_noise.layers import calibrating, input_quantizers
 from fairseq_quant_noise.layers.inputs import SPARSE, InputQuantizer, quantize_input_
-from fairseq_quant_noise.quantize import quantize_
+from fairseq_quant_noise.quantization.quantize import quantize_
 from fairseq_quant_noise.scalar import Affine
 from fairseq_quant_noise.scalar.ranges import histogram_range
 

@@ -10,9 +10,9 @@ from toys import INT_PLANS, TOKENS, ZOO_PLAN, adopting, by_torch, quiet, refuses
 from fairseq_quant_noise import load, save
 from fairseq_quant_noise.artifact import pack
 from fairseq_quant_noise.layers import PQWeight, adopt_quantized, quantize_weight_, quantized_weights
-from fairseq_quant_noise.quantize import quantize_
+from fairseq_quant_noise.quantization.quantize import quantize_
 from fairseq_quant_noise.scalar import fit_affine
-from fairseq_quant_noise.weights import find_weights
+from fairseq_quant_noise.weights.discovery import find_weights
 
 PLAN = INT_PLANS["int8 centroids"]
 CODES = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)

@@ -10,8 +10,8 @@ from torch import nn
 from toys import INT_PLANS, TOKENS, ZOO_PLAN, Tied, quiet, refuses, zoo
 
 from fairseq_quant_noise.layers import PQWeight, adopt_quantized, quantize_weight_, quantized_weights
-from fairseq_quant_noise.quantize import quantize_
-from fairseq_quant_noise.weights import find_weights
+from fairseq_quant_noise.quantization.quantize import quantize_
+from fairseq_quant_noise.weights.discovery import find_weights
 
 CODES = torch.tensor([[0, 1], [1, 1]], dtype=torch.uint8)
 CENTROIDS = torch.tensor([[0.1, 0.2], [0.3, -0.4], [5.0, 6.0]])

@@ -13,9 +13,9 @@ from fairseq_quant_noise import load, save
 from fairseq_quant_noise.artifact import pack
 from fairseq_quant_noise.layers import IntWeight, LatentIntWeight, adopt_quantized, quantized_weights, to_int_
 from fairseq_quant_noise.layers import scalar as scalar_module
-from fairseq_quant_noise.quantize import quantize_
+from fairseq_quant_noise.quantization.quantize import quantize_
 from fairseq_quant_noise.scalar import RANGES, fit_affine
-from fairseq_quant_noise.weights import find_weights
+from fairseq_quant_noise.weights.discovery import find_weights
 
 MODULES = {
     "Linear": lambda: (nn.Linear(6, 5), torch.randn(3, 6)),

@@ -10,12 +10,12 @@ from fairseq.models.roberta import RobertaModel
 from fairseq.models.roberta.model import base_architecture
 from toys import refuses
 
+from fairseq_quant_noise.checkpoints.network import meta_model, task_options, vocabulary_size
+from fairseq_quant_noise.checkpoints.old_names import modern_names
 from fairseq_quant_noise.networks import RobertaConfig, build
-from fairseq_quant_noise.networks.old_names import modern_names
-from fairseq_quant_noise.plan import Plan
-from fairseq_quant_noise.table import MIB, make_table, resolve_stages
-from fairseq_quant_noise.trained import meta_model, task_options, vocabulary_size
-from fairseq_quant_noise.weights import find_weights
+from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.quantization.table import MIB, make_table, resolve_stages
+from fairseq_quant_noise.weights.discovery import find_weights
 
 VOCAB = 60
 SMALL = {

@@ -8,12 +8,12 @@ import torch
 from toys import refuses
 from translation_fixture import as_of_2018
 
+from fairseq_quant_noise.checkpoints.network import task_options, vocabulary_size
+from fairseq_quant_noise.checkpoints.old_names import modern_names
 from fairseq_quant_noise.layers import adopt_quantized
 from fairseq_quant_noise.networks import Transformer, TransformerConfig, build
-from fairseq_quant_noise.networks.old_names import modern_names
-from fairseq_quant_noise.quantize import quantize_
-from fairseq_quant_noise.trained import task_options, vocabulary_size
-from fairseq_quant_noise.weights import find_weights
+from fairseq_quant_noise.quantization.quantize import quantize_
+from fairseq_quant_noise.weights.discovery import find_weights
 
 PAD, WORDS, SOURCE_WORDS = 1, 60, 44
 SMALL = {

@@ -10,7 +10,7 @@ from torch import nn
 from toys import TOKENS, Attention, Read, Zoo, hits, noised, refuses, stored, weight_of, zoo
 
 from fairseq_quant_noise.noise import attach_rules, detach_noise
-from fairseq_quant_noise.plan import NoiseRule
+from fairseq_quant_noise.plan.rules import NoiseRule
 
 
 def share_of_hits(model):

@@ -8,9 +8,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from toys import Attention, Read, Tied, hits, noised, stored, weight_of
 
-from fairseq_quant_noise import noise_of, ranks
+from fairseq_quant_noise import noise_of
 from fairseq_quant_noise.noise import attach_rules
-from fairseq_quant_noise.plan import NoiseRule
+from fairseq_quant_noise.plan.rules import NoiseRule
+from fairseq_quant_noise.utils import ranks
 
 WORDS = torch.arange(12)
 

@@ -10,7 +10,7 @@ from torch import nn
 from toys import TOKENS, Read, Tied, stored, zoo
 
 from fairseq_quant_noise.noise import DISTORTIONS, attach_rules, noise_of
-from fairseq_quant_noise.plan import NoiseRule
+from fairseq_quant_noise.plan.rules import NoiseRule
 
 COMPOSED = [("pq", "int8"), ("mean", "int4")]
 KINDS = ["proxy", "mean", "pq", "int2", "int4", "int8", *COMPOSED]

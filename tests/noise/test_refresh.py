@@ -9,7 +9,7 @@ from toys import Read, refuses, stored
 
 from fairseq_quant_noise.noise import attach_rules, noise_of
 from fairseq_quant_noise.noise.distortions import Codebook, Scalar
-from fairseq_quant_noise.plan import NoiseRule
+from fairseq_quant_noise.plan.rules import NoiseRule
 
 
 def read(kind, p=0.5, **rule):

@@ -12,7 +12,7 @@ from toys import Read, hits
 
 from fairseq_quant_noise.noise import attach_rules, noise_of
 from fairseq_quant_noise.noise.schedule import p_at
-from fairseq_quant_noise.plan import NoiseRule, Schedule
+from fairseq_quant_noise.plan.rules import NoiseRule, Schedule
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from toys import INT_PLANS, ZOO_PLAN, quiet, refuses, zoo
 
 from fairseq_quant_noise import quantize_, save
-from fairseq_quant_noise.cli import main
+from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.report import write_report
 from fairseq_quant_noise.report.codebooks import entropy
 from fairseq_quant_noise.report.logs import read_log
@@ -26,12 +26,12 @@ STAMP = "2026-01-02 03:04:05 | INFO"
 TRAINING = f"""\
 {STAMP} | train_inner | epoch 001:     50 / 357 loss=11.7, ppl=3474.95, num_updates=50, lr=0.0005, \
 distortion_fc1_weight=0.22, distortion_fc1_output=None
-{STAMP} | fairseq_quant_noise.training | stage 1 of 2: quantizing 1 weights, 'layers.*fc1'
-{STAMP} | fairseq_quant_noise.quantize | stage 1 of 2 [1/1] decoder.layers.0.fc1 (512, 128) d 8 K 256 relative error \
-0.5166, 1 s left
+{STAMP} | fairseq_quant_noise.plugin.training.stages | stage 1 of 2: quantizing 1 weights, 'layers.*fc1'
+{STAMP} | fairseq_quant_noise.quantization.quantize | stage 1 of 2 [1/1] decoder.layers.0.fc1 (512, 128) d 8 K 256 \
+relative error 0.5166, 1 s left
 {STAMP} | valid | epoch 001 | valid on 'valid' subset | loss 9 | ipq_mib 0.5 | ppl 512.25 | num_updates 60 | best_loss 9
 {STAMP} | valid | epoch 001 | valid on 'other' subset | loss 9 | ppl 2.35e+06 | num_updates 60
-{STAMP} | fairseq_quant_noise.training | stage 2 of 2: quantizing 1 weights, '{EVIL}'
+{STAMP} | fairseq_quant_noise.plugin.training.stages | stage 2 of 2: quantizing 1 weights, '{EVIL}'
 {STAMP} | valid | {{"epoch": 1, "valid_loss": "8.5", "valid_ppl": "362.04", "valid_num_updates": "90"}}
 {STAMP} | fairseq_cli.train | done training in 61.5 seconds
 """

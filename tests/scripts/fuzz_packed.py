@@ -4,7 +4,7 @@
     python tests/scripts/fuzz_packed.py --count 500 --seed 3      fewer, others
     python tests/scripts/fuzz_packed.py --seed 1 --only 4711      one of them again, with the traceback
 
-`tests/artifact/mutations.py` makes them. Each is read and verified; one whose hash holds is inspected, loaded and made
+`tests/support/mutations.py` makes them. Each is read and verified; one whose hash holds is inspected, loaded and made
 dense. A fault is any other exception, a refusal of several lines or with another exit code, more than 20 s, more memory
 than twice the file (and 64 MB), or something left on the disk. Prints what became of them; exit code 1 after a fault.
 """
@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/artifact")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 
 from fuzzing import Fault, outcome, sources, warm_up  # noqa: E402
 from mutations import mutate  # noqa: E402

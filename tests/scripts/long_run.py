@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
 os.environ.setdefault("LOGLEVEL", "WARNING")  # of fairseq, read when it is imported
 
 import fairseq.distributed.utils  # noqa: E402

@@ -1,0 +1,234 @@
+"""Checkpoints without running what is in them: `torch.load(weights_only=True)` and a short allow-list.
+
+A refusal names the global and what to do; there is no unsafe fallback.
+"""
+
+import contextlib
+import pickle
+import pickletools
+import re
+import zipfile
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import DamagedFileError, UserError
+from . import checksums
+from .pickled_config import allowed, check_no_placeholder, placeholder, plain_config
+from .pickled_numbers import RefusedError, with_arrays
+
+_GLOBAL = re.compile(r"GLOBAL (.+?) (?:was not an allowed|whose module)")
+_MOST_GLOBALS = 100  # of fairseq's own that one file may name
+_IF_TRUSTED = (
+    "if you trust it, load it once with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', "
+    "and save it again"
+)
+_FROM_PACKED = "give the checkpoint that it was made of, or make one of it with `fairseq-quant-noise to-dense`"
+_OTHER_PROGRAMS = "a safetensors file of another program; give a checkpoint that fairseq-train wrote"
+_AGAIN = "copy or download it again"
+#: Meters of old checkpoints: objects of classes that fairseq no longer has, and that it does not read.
+_METERS = ("train_meters", "valid_meters")
+
+#: What torch says of a pickle that it does not read, besides a global, and what it means.
+_MEANINGS = (
+    (r"unrecognized function (.+)", "its pickle calls {0}, which could run code; " + _IF_TRUSTED),
+    (r"Can only .* but got (<.+>)", "its pickle changes or makes {0}, which could run code; " + _IF_TRUSTED),
+    (r"([\w.]+)`* must be imported to load", "it holds tensors of {0}; save it with ordinary ones"),
+    (r"Unsupported operand (\d+)", "its pickle uses {0}; save it with torch.save and its default pickle_protocol"),
+    (r"persistent", "its pickle asks for something other than the numbers of a tensor; " + _IF_TRUSTED),
+)
+_HTML = (b"<!doctype", b"<html", b"<?xml")
+_ARCHIVES = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
+_TAR = slice(257, 262)  # where a tar file says so
+
+
+def clear_unwritten(tensors: Mapping[str, Tensor]) -> None:
+    """Set to zero, in place, what fairseq keeps for its dtype alone and never writes: stray memory, perhaps NaN."""
+    for name, tensor in tensors.items():
+        if name.endswith("_float_tensor") and tensor.numel() == 1 and tensor.device.type != "meta":
+            tensor.zero_()
+
+
+def safe_load(path: str | Path) -> dict[str, Any]:
+    """The content of a fairseq checkpoint, on the CPU.
+
+    A configuration that was pickled as an omegaconf object comes as plain dicts and lists.
+
+    Raises:
+        UserError: no such file, a file of another kind, or codes that were averaged.
+        DamagedFileError: not a whole checkpoint, or one that holds anything outside the allow-list.
+    """
+    try:
+        _check_kind(path)
+        _check_zip(path)
+        state = _load(path)
+    except UserError:
+        raise
+    except RefusedError as error:
+        raise DamagedFileError(f"checkpoint {path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"checkpoint {path}: {error.strerror}; give the path of a checkpoint") from None
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file it cannot read
+        raise _refusal(path, error) from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"checkpoint {path}: has no 'model'; give a checkpoint that fairseq-train wrote")
+    try:
+        plain = _plain(state)
+        _check_weights(plain["model"])
+        clear_unwritten(plain["model"])
+        _check_codes(path, plain)
+        return plain
+    except RefusedError as error:
+        raise DamagedFileError(f"checkpoint {path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
+    except (RecursionError, TypeError) as error:  # a list in itself; a list as a name
+        raise DamagedFileError(f"checkpoint {path}: refused, its configuration is none ({error}); {_AGAIN}") from None
+
+
+def _load(path: str | Path) -> Any:
+    """fairseq's own classes in it become placeholders: which those are depends on the checkpoint."""
+    known = allowed()
+    for _ in range(_MOST_GLOBALS):
+        try:
+            with torch.serialization.safe_globals(known):  # type: ignore[arg-type]
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = _GLOBAL.search(str(error))
+            if found is None or not found[1].startswith("fairseq."):
+                raise
+            known.append((placeholder(found[1]), found[1]))
+    raise pickle.UnpicklingError("more classes than fairseq has")
+
+
+def _check_kind(path: str | Path) -> None:
+    """torch.load itself reads some of what is no checkpoint, and never ends with a pipe."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"checkpoint {path}: is a device or a pipe; copy it to a file first")
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head:
+        raise DamagedFileError(f"checkpoint {path}: is empty; {_AGAIN}")
+    if head[8:10] == b'{"':
+        kind = f"a packed file; {_FROM_PACKED}" if str(path).endswith(".safetensors") else _other_kind(path)
+        other = b"fairseq_quant_noise" not in head and b"__metadata__" not in head
+        raise UserError(f"checkpoint {path}: {_OTHER_PROGRAMS if other else kind}")
+
+
+def _check_zip(path: str | Path) -> None:
+    """torch.save compresses nothing: a small file must not unfold into more than memory holds."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        unfolded, size = sum(entry.file_size for entry in archive.infolist()), Path(path).stat().st_size
+        if unfolded > size:
+            raise DamagedFileError(
+                f"checkpoint {path}: refused, it unfolds from {size:,} to {unfolded:,} bytes; save it with torch.save"
+            )
+
+
+def _check_weights(model: Any) -> None:
+    """Names and dense tensors, with memory for every number: a view of one number can ask for terabytes."""
+    if not isinstance(model, dict):
+        raise RefusedError(f"its 'model' is a {type(model).__name__}, not weights by name")
+    for name, tensor in model.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise RefusedError(f"its 'model' holds {name!r}: a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise RefusedError(f"tensor {name} is not an ordinary dense one")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise RefusedError(f"tensor {name} has {tensor.numel():,} numbers, more than the file stores for it")
+
+
+def _check_codes(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Refuse codes that have been changed since they were written, as by averaging checkpoints. Raises UserError."""
+    name = checksums.changed(state["model"], (state.get("extra_state") or {}).get(checksums.KEY))
+    if name is not None:
+        raise UserError(
+            f"checkpoint {path}: {name} is not as it was written, as after averaging, which adds codes and overflows; "
+            "average checkpoints from before the first stage, or give one of these as it is"
+        )
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    kinds: dict[str, type] = {"cfg": dict, "args": Namespace}
+    for name, kind in kinds.items():
+        if state.get(name) is not None:
+            state[name] = plain_config(state[name])
+            if not isinstance(state[name], kind):
+                raise RefusedError(f"its {name!r} is a {type(state[name]).__name__}")
+    options = (state.get("cfg") or {}).get("model")
+    if not isinstance(options, dict | Namespace | None):
+        raise RefusedError(f"its configuration of the model is a {type(options).__name__}")
+    extra = state.get("extra_state")
+    if not isinstance(extra, dict | None):
+        raise RefusedError(f"its 'extra_state' is a {type(extra).__name__}")
+    if extra is not None:
+        state["extra_state"] = {name: value for name, value in extra.items() if name not in _METERS}
+    for name in state.keys() - kinds.keys() - {"model"}:
+        state[name] = with_arrays(state[name])
+    check_no_placeholder(value for name, value in state.items() if name not in kinds)
+    return state
+
+
+def _refusal(path: str | Path, error: Exception) -> UserError:
+    """The error to raise instead of torch's, which is a page long and recommends weights_only=False."""
+    message = str(error)
+    found = _GLOBAL.search(message)
+    if found:
+        name = _printable(found[1])
+        reason = f"refused, its pickle calls for {name}, which could run code; {_IF_TRUSTED}"
+        return DamagedFileError(f"checkpoint {path}: {reason}")
+    other = _other_kind(path)
+    if other:
+        return UserError(f"checkpoint {path}: {other}")
+    for pattern, meaning in _MEANINGS if _is_pickle(path) else ():
+        found = re.search(pattern, message)
+        if found:
+            what = _operation(found[1]) if pattern.startswith("Unsupported") else "".join(found.groups())
+            return DamagedFileError(f"checkpoint {path}: refused, {meaning.format(_printable(what))}")
+    return DamagedFileError(f"checkpoint {path}: not a whole PyTorch checkpoint; {_AGAIN}")
+
+
+def _is_pickle(path: str | Path) -> bool:
+    """Whether torch's words are about a pickle; it takes the rest of a cut file, or a text, for one too."""
+    with open(path, "rb") as file:
+        return file.read(1) == pickle.PROTO or bool(_names_in_zip(path))
+
+
+def _names_in_zip(path: str | Path) -> set[str]:
+    """The files of a zip file, without folders; none of another file, or of a zip file that is cut."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {Path(name).name for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        return set()
+
+
+def _other_kind(path: str | Path) -> str | None:
+    """What a file is that is no checkpoint, and the cure, by its first bytes."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    names = _names_in_zip(path)
+    if "constants.pkl" in names:
+        return "a TorchScript program, which holds no configuration; give the checkpoint that fairseq-train wrote"
+    if head.startswith(_ARCHIVES) or head[_TAR] == b"ustar" or (names and "data.pkl" not in names):
+        return "an archive, as .tar.gz and .zip files are; unpack it and give the .pt file in it"
+    if head.lstrip().lower().startswith(_HTML):
+        return "a web page, not a checkpoint; download it with the address of the file itself"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the checkpoint; run git lfs pull"
+    if head[8:10] == b'{"':
+        return "a packed file; its name must end in .safetensors"
+    return None
+
+
+def _operation(code: str) -> str:
+    """The name of a pickle's operation."""
+    known = pickletools.code2op.get(chr(int(code)))  # type: ignore[attr-defined]
+    return f"the operation {known.name}" if known else f"an unknown operation, {code}"
+
+
+def _printable(text: object) -> str:
+    """A name out of an untrusted file must not steer the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(text))

@@ -1,0 +1,109 @@
+"""What the verbs print: a table for people, JSON for programs."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..artifact import Packed
+from ..quantization.table import MIB, Table, rest_bits
+
+
+def print_table(table: Table) -> None:
+    """A row a tensor and the totals, of a plan's dry run."""
+    rows = [
+        (r.name, r.scheme, _shape(r.shape), r.block_size, r.n_centroids, f"{r.bytes:,.0f}", _tie(r.tied_to))
+        for r in table.rows
+    ]
+    print(format_rows(("tensor", "scheme", "shape", "d", "K", "bytes", ""), rows))
+    info = table.to_dict()
+    print(
+        f"{table.parameters:,} parameters; {table.dense_bytes / MIB:.2f} MiB dense, "
+        f"{table.paper_bytes / MIB:.2f} MiB by the paper's accounting (x{info['ratio']:.2f})"
+    )
+    if info["original_bytes"] != info["dense_bytes"]:
+        print(
+            f"{info['original_bytes'] / MIB:.2f} MiB dense before layers were shared or pruned "
+            f"(x{info['original_ratio']:.2f})"
+        )
+
+
+def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) -> None:
+    """What is in a packed file that is on disk."""
+    info = inspection(path, packed)
+    if as_json:
+        print(json.dumps(info))
+        return
+    rows = [
+        (
+            t["name"],
+            t["scheme"],
+            _shape(t["shape"]),
+            t["block_size"],
+            t["n_centroids"],
+            f"{t['bytes']:,}",
+            _tie(t["tied_to"]),
+        )
+        for t in info["tensors"]
+    ]
+    print(format_rows(("tensor", "scheme", "shape", "d", "K", "bytes", ""), rows))
+    print(
+        f"{path}: {info['file_bytes'] / MIB:.3f} MiB on disk ({info['file_bytes']:,} bytes), "
+        f"{info['paper_bytes'] / MIB:.3f} MiB by the paper's accounting, "
+        f"{info['dense_bytes'] / MIB:.2f} MiB dense, x{info['ratio']:.2f}"
+    )
+
+
+def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
+    """The keys of `inspect --json`. `ratio` is dense bytes over bytes on disk."""
+    manifest = packed.manifest
+    rest = rest_bits(entry.scheme for entry in manifest.tensors.values())
+    rows = [_row(packed, name, None) for name in manifest.tensors]
+    rows += [_row(packed, name, None, rest) for name in packed.dense_names]
+    rows += [_row(packed, copy, owner) for copy, owner in packed.ties.items()]
+    file_bytes = Path(path).stat().st_size
+    dense_bytes = sum(4 * math.prod(r["shape"]) for r in rows if r["tied_to"] is None)
+    return {
+        "format_version": manifest.format_version,
+        "file_bytes": file_bytes,
+        "paper_bytes": sum(r["paper_bytes"] for r in rows),
+        "dense_bytes": dense_bytes,
+        "ratio": dense_bytes / file_bytes,
+        "producer": manifest.producer,
+        "model": manifest.model.get("architecture"),
+        "plan": manifest.plan,
+        "inputs": manifest.inputs,
+        "tensors": sorted(rows, key=lambda r: r["name"]),
+    }
+
+
+def _row(packed: Packed, name: str, tied_to: str | None, rest: int = 32) -> dict[str, Any]:
+    entry = packed.manifest.tensors.get(tied_to or name)
+    dense = None if entry else packed.tensors[tied_to or name]
+    shape = list(entry.shape) if entry else list(dense.shape)  # type: ignore[union-attr]
+    return {
+        "name": name,
+        "scheme": entry.scheme if entry else "dense",
+        "shape": shape,
+        "block_size": entry.block_size if entry else None,
+        "n_centroids": entry.n_centroids if entry else None,
+        "bytes": 0 if tied_to else packed.tensor_bytes(name),
+        "paper_bytes": 0.0 if tied_to else entry.paper_bytes if entry else math.prod(shape) * rest / 8,
+        "tied_to": tied_to,
+    }
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "1"
+
+
+def _tie(tied_to: str | None) -> str:
+    return f"tied to {tied_to}" if tied_to else ""
+
+
+def format_rows(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """Columns of text, as wide as their widest entry."""
+    lines = [tuple("" if cell is None else str(cell) for cell in row) for row in [header, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,1 @@
+"""The plan: its rules and their checks, and fairseq's own YAML as one."""

@@ -1,0 +1,64 @@
+"""Checks of the values in a plan. `where` names the section, rule and key, for the message."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError, is_about_a_file
+
+
+def check_keys(where: str, source: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise UserError for a key that is not known."""
+    unknown = [str(key) for key in source if key not in known]
+    if unknown:
+        raise UserError(f"{where}: unknown key '{unknown[0]}'; known keys: {', '.join(known)}")
+
+
+def check_setting(where: str, value: Any) -> None:
+    """Raise UserError for a setting that is no number from 1 up, and no mapping from patterns to such."""
+    if not isinstance(value, Mapping):
+        check_positive(where, value)
+        return
+    for pattern, number in value.items():
+        if isinstance(number, Mapping):
+            continue  # fairseq's form, checked by setting_by_feature
+        check_regex(where, str(pattern))
+        check_positive(f"{where}: '{pattern}'", number)
+
+
+def check_positive(where: str, value: Any) -> None:
+    """Raise UserError for what is not a whole number from 1 up."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{where} is {value!r}; give a whole number from 1 up")
+
+
+def check_probability(where: str, value: Any) -> None:
+    """Raise UserError for what is not a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{where} is {value!r}; give a probability from 0 to 1")
+
+
+def check_regex(where: str, pattern: Any) -> None:
+    """Raise UserError for what is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{where} rule '{pattern}': not a regular expression ({error})") from None
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file. Raises UserError where there is none."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        if not is_about_a_file(error):
+            raise
+        raise UserError(f"plan {path}: {error.strerror}; give the path of a YAML file") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date like 2001-99-99
+        raise UserError(f"plan {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"plan {path}: must hold a mapping with noise, stages, …; it holds {type(content).__name__}")
+    return content

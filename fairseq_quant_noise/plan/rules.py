@@ -1,0 +1,389 @@
+"""The plan: what is noised while training, what is quantized, in which order. One YAML file, checked before any work.
+
+    noise:
+      - {match: 'decoder\\.layers\\.\\d+\\.fc[12]', kind: proxy, p: 0.05, block_size: 8}
+    stages:
+      - {match: 'decoder\\.layers\\.\\d+\\.fc[12]', scheme: pq, block_size: 8, n_centroids: 256, updates: 4500}
+      - {match: 'decoder\\.embed_tokens\\..*', block_size: {default: 8, '.*\\.1': 4}}
+      - {match: 'decoder\\.layers\\.\\d+\\.self_attn\\..*', scheme: int8, range: channel}
+    centroids: {dtype: fp16}
+    activations: {bits: 8, range: histogram, calibration_batches: 8}
+    structure: {share_layers: 2, keep_layers: every-other}
+    tuning: {schedule: restart}
+
+`match` is a regular expression that must match a whole module name. A rule that matches nothing, a weight that two
+stages match, an unknown key: errors, before any work. fairseq's own quantization YAML is a plan too
+(`fairseq_yaml.py`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from ..errors import UserError
+from ..scalar import BITS, RANGES, SCHEMES, bits_of
+from ..structure.layer_map import START, parse_keep
+from .checks import check_keys, check_positive, check_probability, check_regex, check_setting, read_yaml
+from .fairseq_yaml import is_fairseq_format, setting_by_feature, stages_of
+
+#: One number for all, a number per name (`default` and regular expressions), or fairseq's per module type.
+Setting = int | Mapping[str, Any]
+D = TypeVar("D")
+SCHEDULES = ("constant", "linear", "cosine", "step")
+_CENTROID_BITS = {"fp16": 16, "int8": 8}
+CHOICES = ("subvectors", "clusters")
+CODEBOOKS = ("own", "shared")
+CONTINUE, RESTART = "continue", "restart"
+EPOCH = "epoch"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How p gets from `start` (in YAML: `from`) to the rule's p over the first `updates` (`noise/schedule.py`)."""
+
+    kind: str = "constant"  # constant, linear, cosine, step
+    start: float = 0.0  # p at the first update
+    updates: int = 0  # until p is reached
+    steps: int = 4  # of equal height, of kind step
+
+    def __post_init__(self) -> None:
+        if self.kind not in SCHEDULES:
+            raise UserError(f"schedule: unknown kind {self.kind!r}; known kinds: {', '.join(SCHEDULES)}")
+        check_probability("schedule: from", self.start)
+        check_positive("schedule: steps", self.steps)
+        if self.kind != "constant":
+            check_positive("schedule: updates", self.updates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in YAML."""
+        return {"kind": self.kind, "from": self.start, "updates": self.updates, "steps": self.steps}
+
+
+@dataclass(frozen=True)
+class NoiseRule:
+    """Noise for the weights whose module name matches."""
+
+    match: str  # regular expression over module names, full match
+    p: float  # the share of blocks hit in each forward, in [0, 1]; 1 is quantization-aware training
+    kind: str | tuple[str, ...] = "proxy"  # proxy, mean, pq, int2 … int8 (noise/distortions.py), or a list to compose
+    block_size: int | None = None  # d; without it, 1 where all kinds are intN, else 8
+    choice: str = "subvectors"  # blocks are hit independently, or with all blocks of their centroid: clusters
+    n_centroids: int = 256  # K of the codebook that pq and clusters need
+    range: str = "tensor"  # of intN: tensor, channel, histogram (scalar/ranges.py)
+    refresh: int | str | None = None  # codebooks and ranges are found anew after so many updates, or each `epoch`
+    schedule: Schedule | None = None  # of p
+
+    def __post_init__(self) -> None:
+        from ..noise.distortions import DISTORTIONS
+
+        where = f"noise rule '{self.match}'"
+        check_regex("noise", self.match)
+        check_probability(f"{where}: p", self.p)
+        if isinstance(self.kind, list):
+            object.__setattr__(self, "kind", tuple(self.kind))
+        if self.schedule is not None and not isinstance(self.schedule, Schedule):
+            object.__setattr__(self, "schedule", _schedule(where, self.schedule))
+        strange = [kind for kind in self.kinds or ((),) if not isinstance(kind, str) or kind not in DISTORTIONS]
+        if strange:
+            raise UserError(f"{where}: unknown kind {strange[0]!r}; known kinds: {', '.join(DISTORTIONS)}")
+        for name, value, known in (("choice", self.choice, CHOICES), ("range", self.range, RANGES)):
+            if value not in known:
+                raise UserError(f"{where}: unknown {name} {value!r}; known: {', '.join(known)}")
+        check_positive(f"{where}: block_size", self.d)
+        check_positive(f"{where}: n_centroids", self.n_centroids)
+        if self.n_centroids > 256:
+            raise UserError(f"{where}: n_centroids is {self.n_centroids}; a code is a byte, give at most 256")
+        if self.refresh not in (None, EPOCH):
+            check_positive(f"{where}: refresh (updates, or '{EPOCH}')", self.refresh)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds in the order in which they are applied."""
+        return self.kind if isinstance(self.kind, tuple) else (self.kind,)
+
+    @property
+    def d(self) -> int:
+        """The block size in numbers."""
+        if self.block_size is not None:
+            return self.block_size
+        return 1 if all(bits_of(kind) for kind in self.kinds) else 8
+
+    @property
+    def interval(self) -> int | str:
+        """Updates between fits, or `epoch`: a codebook each epoch, a histogram each 100 updates, min and max always."""
+        if self.refresh is not None:
+            return self.refresh
+        if "pq" in self.kinds or self.choice == "clusters":
+            return EPOCH
+        return 100 if self.range == "histogram" else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in YAML, without what is the default."""
+        plain = _given(self)
+        if isinstance(self.kind, tuple):
+            plain["kind"] = list(self.kind)
+        if self.schedule is not None:
+            plain["schedule"] = self.schedule.to_dict()
+        return plain
+
+
+@dataclass(frozen=True)
+class StageRule:
+    """One stage: the weights whose module name matches are quantized together."""
+
+    match: str  # regular expression over module names, full match
+    scheme: str = "pq"  # pq (product quantization), or int2 … int8
+    block_size: Setting = 8  # d, of pq
+    n_centroids: Setting = 256  # K of pq, 256 at most: a code is a byte
+    codebook: str = "own"  # of pq: each weight has its own, or those of one d share one: shared
+    range: str = "tensor"  # of intN: tensor, channel, histogram (scalar/ranges.py)
+    updates: int | None = None  # of fine-tuning in this stage; without it, the stages share --max-update
+
+    def __post_init__(self) -> None:
+        check_regex("stage", self.match)
+        schemes = ("pq", *SCHEMES)
+        if self.scheme not in schemes:
+            raise UserError(
+                f"stage '{self.match}': unknown scheme {self.scheme!r}; known schemes: {', '.join(schemes)}"
+            )
+        for name, value, known in (("range", self.range, RANGES), ("codebook", self.codebook, CODEBOOKS)):
+            if value not in known:
+                raise UserError(f"stage '{self.match}': unknown {name} {value!r}; known: {', '.join(known)}")
+        if self.updates is not None:
+            check_positive(f"stage '{self.match}': updates", self.updates)
+
+    @property
+    def bits(self) -> int | None:
+        """N of intN; None for pq."""
+        return bits_of(self.scheme)
+
+    def block_size_of(self, name: str, module: nn.Module) -> int:
+        """d for the weight of `module`. Raises UserError when the rule gives it none."""
+        return _resolve(f"stage '{self.match}': block_size", self.block_size, name, module)
+
+    def n_centroids_of(self, name: str, module: nn.Module) -> int:
+        """K for the weight of `module`. Raises UserError when the rule gives it none, or more than 256."""
+        n = _resolve(f"stage '{self.match}': n_centroids", self.n_centroids, name, module)
+        if n > 256:
+            what = f"stage '{self.match}': n_centroids is {n} for the weight of module '{name}'"
+            raise UserError(f"{what}; a code is a byte, give at most 256")
+        return n
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """How centroids are found and stored."""
+
+    dtype: str = "fp16"  # of the centroids in the file, and of the centroids that evaluation uses: fp16 or int8
+    weighted: bool = True  # k-means weighs errors by squared gradients, which Adam has or data give (importance.py)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _CENTROID_BITS:
+            raise UserError(f"centroids: unknown dtype {self.dtype!r}; known dtypes: {', '.join(_CENTROID_BITS)}")
+        if type(self.weighted) is not bool:
+            raise UserError(f"centroids: weighted is {self.weighted!r}; give true or false")
+
+    @property
+    def bits(self) -> int:
+        """Of a number."""
+        return _CENTROID_BITS[self.dtype]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The inputs of the quantized weights' products, in N bits (`layers/inputs.py`)."""
+
+    bits: int = 8  # N, 2 to 8
+    range: str = "histogram"  # or tensor
+    calibration_batches: int = 8  # forwards that a range is the mean of, 255 at most
+
+    def __post_init__(self) -> None:
+        from ..layers.inputs import KINDS
+
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise UserError(f"activations: bits is {self.bits!r}; give 2 to 8")
+        if self.range not in KINDS:
+            raise UserError(f"activations: unknown range {self.range!r}; known: {', '.join(KINDS)}")
+        check_positive("activations: calibration_batches", self.calibration_batches)
+        if self.calibration_batches > 255:
+            raise UserError(f"activations: calibration_batches is {self.calibration_batches}; give at most 255")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Which layers are stored and in use: shared first, then pruned (`structure/`)."""
+
+    share_layers: int = 1  # adjacent layers that have one set of weights
+    share_from: str = "first"  # where they differ so far: the chunk's first layer, or the mean over its layers
+    keep_layers: Any = (
+        None  # every-other, a list of layers, or either by stack: {encoder: [0, 2], decoder: every-other}
+    )
+    layerdrop: float | None = None  # in training: probability of leaving out a chunk; without it, what the flags say
+
+    def __post_init__(self) -> None:
+        check_positive("structure: share_layers", self.share_layers)
+        if self.share_from not in START:
+            raise UserError(f"structure: unknown share_from {self.share_from!r}; known: {', '.join(START)}")
+        if self.layerdrop is not None:
+            check_probability("structure: layerdrop", self.layerdrop)
+            if self.layerdrop >= 1:
+                raise UserError("structure: layerdrop is 1, which leaves out every layer; give less")
+        by_stack = self.keep_layers if isinstance(self.keep_layers, Mapping) else {"": self.keep_layers}
+        for stack, keep in by_stack.items():
+            if self.keep_layers is not None:
+                parse_keep(f"structure: keep_layers{f' of {stack}' if stack else ''}", keep)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the network is trained in the stages, on what the training's own options leave open."""
+
+    schedule: str = CONTINUE  # the learning rate's: one over all stages, or a new one in each: restart
+
+    def __post_init__(self) -> None:
+        if self.schedule not in (CONTINUE, RESTART):
+            raise UserError(f"tuning: unknown schedule {self.schedule!r}; known: {CONTINUE}, {RESTART}")
+
+    @property
+    def restarts(self) -> bool:
+        """Whether each stage has a learning-rate schedule of its own."""
+        return self.schedule == RESTART
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked plan. `Plan.of` makes one from a path, a mapping or a Plan."""
+
+    noise: tuple[NoiseRule, ...] = ()
+    stages: tuple[StageRule, ...] = ()
+    centroids: Centroids = field(default_factory=Centroids)
+    activations: Activations | None = None  # left as they are without it
+    structure: Structure | None = None  # left as it is without it
+    tuning: Tuning = field(default_factory=Tuning)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether k-means takes place and weighs errors."""
+        return self.centroids.weighted and any(rule.bits is None for rule in self.stages)
+
+    @classmethod
+    def of(cls, source: "str | Path | Mapping[str, Any] | Plan") -> "Plan":
+        """The plan of a YAML file, a mapping, or a Plan (returned as it is).
+
+        Raises:
+            UserError: one line that names the file, rule or key and the cure.
+        """
+        if isinstance(source, Plan):
+            return source
+        if isinstance(source, str | Path):
+            return cls.of(read_yaml(Path(source)))
+        if is_fairseq_format(source):
+            return cls.of({"stages": stages_of(source)})
+        check_keys("plan", source, [f.name for f in fields(cls)])
+        return cls(
+            noise=_rules(NoiseRule, "noise", source.get("noise") or ()),
+            stages=_rules(StageRule, "stages", source.get("stages") or ()),
+            centroids=_build(Centroids, "centroids", source.get("centroids") or {}),
+            activations=_given_or_none(Activations, "activations", source),
+            structure=_given_or_none(Structure, "structure", source),
+            tuning=_build(Tuning, "tuning", source.get("tuning") or {}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dicts, without what is the default; `Plan.of` takes them back."""
+        return {
+            "noise": [rule.to_dict() for rule in self.noise],
+            "stages": [_given(rule) for rule in self.stages],
+            "centroids": {"dtype": self.centroids.dtype, **_given(self.centroids)},
+            "activations": None if self.activations is None else asdict(self.activations),
+            **({} if self.structure is None else {"structure": _given(self.structure)}),
+            **({} if self.tuning == Tuning() else {"tuning": _given(self.tuning)}),
+        }
+
+
+def _given(rule: Any) -> dict[str, Any]:
+    """The fields of a rule that are not the default."""
+    return {f.name: value for f in fields(rule) if (value := getattr(rule, f.name)) != f.default}
+
+
+def _given_or_none(cls: type[D], where: str, source: Mapping[str, Any]) -> D | None:
+    """`activations: {}` stands for the defaults; without the key, or with none after it, there is no such section."""
+    given = source.get(where)
+    return None if given is None else _build(cls, where, given)
+
+
+class Rule(Protocol):
+    """What `match_rules` needs of a rule."""
+
+    @property
+    def match(self) -> str:
+        """A regular expression."""
+
+
+R = TypeVar("R", bound=Rule)
+
+
+def match_rules(what: str, rules: Sequence[R], names: Sequence[str]) -> list[list[R]]:
+    """For each name the rules that match the whole of it, in order.
+
+    Raises:
+        UserError: a rule matches no name.
+    """
+    matches: list[list[R]] = [[] for _ in names]
+    for rule in rules:
+        hits = [i for i, name in enumerate(names) if re.fullmatch(rule.match, name)]
+        if not hits:
+            some = ", ".join([*names[:2], "…", *names[-2:]] if len(names) > 4 else names) or "none"
+            raise UserError(
+                f"{what} rule '{rule.match}' matches no weight of this model; its weights are {some} "
+                "(`fairseq-quant-noise plan` lists them; match needs the whole name)"
+            )
+        for i in hits:
+            matches[i].append(rule)
+    return matches
+
+
+def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
+    if isinstance(setting, int):
+        return setting
+    value = setting_by_feature(setting, name, module)
+    if value is None:
+        patterns = [k for k in setting if k != "default" and isinstance(setting[k], int)]
+        value = next((setting[k] for k in patterns if re.fullmatch(k, name)), setting.get("default"))
+    if not isinstance(value, int):
+        raise UserError(f"{what} gives no value for {name}; add a pattern that matches it, or a default")
+    check_positive(f"{what} for {name}", value)
+    return value
+
+
+def _rules(cls: type[D], where: str, source: Any) -> tuple[D, ...]:
+    if not isinstance(source, Sequence) or isinstance(source, str):
+        raise UserError(f"plan: {where} must be a list of rules, not {type(source).__name__}")
+    return tuple(_build(cls, f"{where}[{i}]", rule) for i, rule in enumerate(source))
+
+
+def _build(cls: type[D], where: str, source: Any) -> D:
+    if not isinstance(source, Mapping):
+        raise UserError(f"plan: {where} must be a mapping of keys to values, not {type(source).__name__}")
+    wanted = fields(cls)  # type: ignore[arg-type]
+    check_keys(f"plan: {where}", source, [f.name for f in wanted])
+    needed = [f.name for f in wanted if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in source]
+    if missing:
+        raise UserError(f"plan: {where} lacks the key '{missing[0]}'")
+    for f in wanted:
+        if cls is StageRule and f.name in ("block_size", "n_centroids") and f.name in source:
+            check_setting(f"plan: {where}: {f.name}", source[f.name])
+    return cls(**source)
+
+
+def _schedule(where: str, source: Any) -> Schedule:
+    """A schedule from its keys in YAML, where `start` is called `from`."""
+    if not isinstance(source, Mapping):
+        raise UserError(f"{where}: schedule must be a mapping such as {{kind: linear, from: 0.0, updates: 1000}}")
+    check_keys(f"{where}: schedule", source, ["kind", "from", "updates", "steps"])
+    return Schedule(**{("start" if key == "from" else key): value for key, value in source.items()})

@@ -1,0 +1,45 @@
+"""How a user's mistake ends a program: one line on standard error, an exit code, no traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from ..errors import UserError
+
+_PROGRAMS = "fairseq_cli"  # the package of fairseq's programs
+
+
+@contextmanager
+def exits_on_user_error(always: bool = False) -> Iterator[None]:
+    """In a program, a UserError becomes `error: …` and its exit code; a caller in Python gets the UserError itself.
+
+    SystemExit also passes through the `except Exception` of fairseq's programs, which would replace the message by
+    their own.
+
+    Args:
+        always: for what is a program itself, as our own command is.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not always and not _in_a_program():
+            raise
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from error  # for who catches it in a notebook
+
+
+def _in_a_program() -> bool:
+    """Whether one of fairseq's programs is among the callers: an installed one, a module or a script."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        names = frame.f_globals
+        spec, name = names.get("__spec__"), names.get("__name__", "")
+        if name == "__main__":
+            name = spec.name if spec is not None else Path(names.get("__file__", "")).parent.name
+        if name.partition(".")[0] == _PROGRAMS:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,165 @@
+"""fairseq's loading of checkpoints, made safe, and taught to read the packed file.
+
+Nothing untrusted is unpickled (`safe_load.py`).
+"""
+
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import fairseq.checkpoint_utils
+import fairseq.distributed.utils
+import torch
+from fairseq.dataclass.configs import GenerationConfig
+from fairseq.dataclass.utils import merge_with_parent
+from fairseq.file_io import PathManager
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..api import network_of
+from ..artifact import Packed, read
+from ..artifact.configuration import check_evaluated
+from ..checkpoints.network import PREFIX, SECTIONS, as_fairseq
+from ..checkpoints.safe_load import safe_load
+from ..checkpoints.stock import no_training
+from ..errors import DamagedFileError, UserError
+from .exits import exits_on_user_error
+from .literals import install_literals
+
+_upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
+_overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
+
+
+#: Sections that `from_pretrained` looks into, or sets.
+_FOR_THE_HUB = {
+    "bpe": None,
+    "tokenizer": None,
+    "generation": asdict(GenerationConfig()),
+    "dataset": {"max_tokens": None, "batch_size": None},
+}
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether `path` names a packed file, by its ending."""
+    return str(path).endswith(".safetensors")
+
+
+def load_checkpoint_to_cpu(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
+    """What fairseq's function of this name returns, for a checkpoint or a packed file.
+
+    Args:
+        path: of a checkpoint, or of a packed file (`.safetensors`).
+        arg_overrides: values to set in the configuration, by name.
+        load_on_all_ranks: as in fairseq; a local path needs no barrier.
+    """
+    with exits_on_user_error():
+        return load_state(path, arg_overrides)
+
+
+def load_state(path: str | Path, arg_overrides: Any = None) -> dict[str, Any]:
+    """As `load_checkpoint_to_cpu`, for callers in Python.
+
+    Args:
+        path: of a checkpoint, or of a packed file (`.safetensors`).
+        arg_overrides: values to set in the configuration, by name.
+
+    Raises:
+        UserError: no such file, or one of another kind.
+        DamagedFileError: a file that is not whole, or holds anything outside the allow-list.
+    """
+    path = PathManager.get_local_path(str(path))
+    if is_packed(path):
+        return _with_overrides(packed_state(path), arg_overrides)
+    state = safe_load(path)
+    _check_options(path, state)
+    try:
+        return _upgrade_state_dict(_with_overrides(_with_history(state), arg_overrides))
+    except Exception as error:  # fairseq, Hydra and omegaconf have many; the configuration may hold anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise DamagedFileError(
+            f"checkpoint {path}: fairseq cannot read its configuration ({type(error).__name__}: {reason})"
+        ) from None
+
+
+def _check_options(path: str | Path, state: dict[str, Any]) -> None:
+    """Refuse code in an option that fairseq evaluates; what this does not know meets `literals`."""
+    for options in ((state.get("cfg") or {}).get("model"), state.get("args")):
+        try:
+            check_evaluated(options if isinstance(options, dict) else vars(options or Namespace()))
+        except DamagedFileError as error:
+            raise DamagedFileError(f"checkpoint {path}: refused, {error}") from None
+
+
+def _with_history(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint that was saved again with its model and configuration alone lacks what fairseq looks into."""
+    if not state.get("optimizer_history") and "best_loss" not in state:
+        state["optimizer_history"] = no_training()["optimizer_history"]
+    if state.get("extra_state") is None and "epoch" not in state:
+        state["extra_state"] = no_training()["extra_state"]
+    return state
+
+
+def _with_overrides(state: dict[str, Any], arg_overrides: Any) -> dict[str, Any]:
+    if state.get("args") is not None and arg_overrides is not None:
+        vars(state["args"]).update(arg_overrides)
+    if state.get("cfg") is not None:
+        state["cfg"] = OmegaConf.create(state["cfg"], flags={"allow_objects": True})
+        if arg_overrides is not None:
+            _overwrite_args_by_name(state["cfg"], arg_overrides)
+    return state
+
+
+def packed_state(path: str | Path) -> dict[str, Any]:
+    """A packed file as the state that fairseq's loading expects: configuration and (quantized) model."""
+    packed = read(path)
+    config = packed.manifest.model
+    if "cfg" not in config:
+        raise UserError(f"{path}: was saved without a fairseq configuration; load it with fairseq_quant_noise.load")
+    _check_network(path, packed)
+    sections = {name: config["cfg"][name] for name in SECTIONS if name in config["cfg"]}
+    return {
+        "args": None,
+        "cfg": {**_FOR_THE_HUB, **as_fairseq(sections)},
+        "model": packed.state_dict(),
+        **no_training(),
+        "task_state": {"classes": config["classes"]} if config.get("classes") else {},
+    }
+
+
+def _check_network(path: str | Path, packed: Packed) -> None:
+    """Refuse a file whose configuration is not of its tensors: fairseq would first make what it describes.
+
+    Raises:
+        DamagedFileError: a model that no packed file names, or one that the weights do not fit.
+    """
+    name = packed.manifest.model["cfg"].get("model", {}).get("_name")
+    if not isinstance(name, str) or not name.startswith(PREFIX):
+        raise DamagedFileError(f"{path}: its configuration is damaged (model {name!r} is none of a packed file's)")
+    network_of(path, packed)
+    try:
+        options = OmegaConf.create({"model": packed.manifest.model["cfg"]["model"]}).model
+        if name in MODEL_DATACLASS_REGISTRY:
+            merge_with_parent(MODEL_DATACLASS_REGISTRY[name](), options, remove_missing=True)
+    except (OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedFileError(f"{path}: its configuration is damaged ({reason})") from None
+
+
+def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
+    """What fairseq's `_broadcast_object_slow` returns: `obj` of rank `src_rank`, on every rank.
+
+    fairseq sends what rank 0 has loaded through torch.save and torch.load, which refuses its configuration since torch
+    2.6, so that no checkpoint loads on several processes. The other ranks are this program: what they send is trusted.
+    """
+    box = [obj]
+    torch.distributed.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
+    return box[0]
+
+
+def install() -> None:
+    """Make fairseq's programs load through this module."""
+    install_literals()
+    fairseq.checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+    fairseq.distributed.utils._broadcast_object_slow = broadcast_object

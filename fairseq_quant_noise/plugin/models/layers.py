@@ -1,0 +1,129 @@
+"""What fairseq's options and a plan say of a model's layers: which are in use, and which share their weights.
+
+fairseq prunes while it loads a checkpoint (`--decoder-layers-to-keep`). It checks no index, loses the layers of the
+other side where only one is pruned, and records a number of layers that its own evaluation then misses (UPSTREAM 22).
+So its options are taken over here: they are checked when the model is built and applied when weights are loaded.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, open_dict
+from torch import Tensor, nn
+
+from ...checkpoints.structure import layer_options
+from ...errors import UserError
+from ...networks.efficientnet_config import LAYER_OPTIONS
+from ...plan.rules import Structure
+from ...structure.layer_map import START, Keep, kept_layers, parse_keep, side_of
+from ...structure.modules import apply_structure, find_stacks, keep_by_stack, share_layers_
+from ...structure.state import keep_state, share_state, stack_sizes
+
+logger = logging.getLogger(__name__)
+
+SIDES = ("encoder", "decoder", *(option.removesuffix("_layers") for option in LAYER_OPTIONS))
+
+
+class Layers:
+    """Which layers of a checkpoint a model takes over, and how."""
+
+    def __init__(self, chunk: int = 1, start: str = START[0]) -> None:
+        self.chunk, self.start = chunk, start  # adjacent layers that share, and what they start from
+        self.keep: dict[str, tuple[str, Keep]] = {}  # by stack or side: the option that says so, and the layers
+        self.own_checkpoint = False  # what is loaded was saved by this run, after pruning
+
+    def taken(self, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of `state` that the model takes over, under its own names.
+
+        Raises:
+            UserError: a layer to keep that there is not, or a part of a chunk.
+        """
+        kept, ours = {}, find_stacks(model)
+        for stack, n in stack_sizes(state).items() if self.keep else ():
+            where, keep = self.keep.get(stack) or self.keep.get(side_of(stack)) or ("", ())
+            pruned = self.own_checkpoint and stack in ours and n == len(ours[stack])
+            if keep and not pruned:
+                kept[stack] = kept_layers(where, keep, stack, n, self.chunk)
+        taken = keep_state(state, kept) if kept else dict(state)
+        if self.chunk == 1:
+            return taken
+        taken, changed = share_state(taken, self.chunk, self.start)
+        if changed:
+            how = "their first layer" if self.start == "first" else "the mean over their layers"
+            logger.info(f"{', '.join(changed)}: chunks of {self.chunk} layers share their weights, starting from {how}")
+        return taken
+
+    def restructure(self, model: nn.Module, structure: Structure) -> None:
+        """Apply a plan's `structure` to a model without noise; weights that it loads later are taken over accordingly.
+
+        Raises:
+            UserError: it contradicts the options, or does not fit the model.
+        """
+        if structure.share_layers > 1 and self.chunk not in (1, structure.share_layers):
+            raise UserError(
+                f"--share-layers {self.chunk} and the plan's share_layers {structure.share_layers} differ; give one"
+            )
+        if structure.keep_layers is not None and self.keep:
+            option = next(iter(self.keep.values()))[0]
+            raise UserError(f"{option} and the plan's keep_layers both prune; give one of them")
+        apply_structure(model, structure)
+        if structure.share_layers > 1:
+            self.chunk, self.start = structure.share_layers, structure.share_from
+        if structure.keep_layers is not None:
+            where = "structure: keep_layers"
+            by_stack = keep_by_stack(where, structure.keep_layers, list(find_stacks(model)))
+            self.keep = {stack: (where, keep) for stack, keep in by_stack.items()}
+
+
+def layers_of(options: Any) -> Layers:
+    """Read the options of a model about its layers; `*_layers_to_keep` turn into the number of layers.
+
+    Args:
+        options: fairseq's `cfg.model`, changed in place.
+    Raises:
+        UserError: layers to keep that are none, twice there, out of range, or a part of a chunk.
+    """
+    chunk, start = getattr(options, "share_layers", 1) or 1, getattr(options, "share_from", None) or START[0]
+    if type(chunk) is not int or chunk < 1:
+        raise UserError(f"--share-layers is {chunk}; give how many adjacent layers share, from 1 up")
+    if start not in START:
+        raise UserError(f"--share-from is {start!r}; give {' or '.join(START)}")
+    layers = Layers(chunk, start)
+    for side in SIDES:
+        given, n = getattr(options, f"{side}_layers_to_keep", None), getattr(options, f"{side}_layers", None)
+        if given is None:
+            continue
+        where = f"--{side.replace('_', '-')}-layers-to-keep"
+        keep = parse_keep(where, given)
+        if n is None:
+            raise UserError(
+                f"{where} {given}: how many layers there are is not known; give {where[: -len('-to-keep')]} too"
+            )
+        update_options(options, layer_options({side: len(kept_layers(where, keep, f"the {side}", n, chunk))}))
+        layers.keep[side] = where, keep
+    return layers
+
+
+def share(model: nn.Module, layers: Layers) -> None:
+    """Tie the layers of a model that was just built, as its options say. Raises UserError where N does not divide."""
+    if layers.chunk > 1:
+        share_layers_(model, layers.chunk)
+
+
+def record_layers(model: Any, options: Any) -> None:
+    """Make `options`, which go into a checkpoint, say how many layers the model has now, and which share."""
+    layers = getattr(model, "quant_noise_layers", None)
+    if layers is None or (layers.chunk == 1 and not layers.keep):
+        return
+    counts = {side_of(stack): len(stack_of) for stack, stack_of in find_stacks(model).items()}
+    update_options(options, {**layer_options(counts), "share_layers": layers.chunk})
+
+
+def update_options(options: Any, values: Mapping[str, Any]) -> None:
+    """Set options of a model, whatever fairseq holds them in."""
+    if isinstance(options, DictConfig):
+        with open_dict(options):
+            options.update(values)
+    else:
+        vars(options).update(values)

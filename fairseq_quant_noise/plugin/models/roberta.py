@@ -1,0 +1,147 @@
+"""`quant_noise_roberta`: fairseq's RoBERTa, with Quant-Noise and iPQ that work."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.roberta import RobertaHubInterface
+from fairseq.models.roberta.model import (
+    RobertaLMHead,
+    RobertaModel,
+    base_architecture,
+    roberta_large_architecture,
+)
+from fairseq.utils import safe_getattr
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ...layers.pq import CENTROIDS, CODES
+from ..exits import exits_on_user_error
+from .hub import hub_interface
+from .quantizable import Quantizable, add_noise, without_fairseq_noise
+from .roberta_config import QuantNoiseRobertaConfig
+
+logger = logging.getLogger(__name__)
+
+_WORDS, _OUTPUT = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
+_IN_A_HEAD = re.compile(rf"classification_heads\..+\.weight\.{CODES}")
+
+
+class _LinearLMHead(RobertaLMHead, nn.Linear):
+    """fairseq's head with a weight of its own, made known as the Linear that it is, for noise and plans."""
+
+
+@register_model("quant_noise_roberta", dataclass=QuantNoiseRobertaConfig)
+class QuantNoiseRoberta(Quantizable, RobertaModel):
+    """fairseq's `roberta` with noise on every Linear and Embedding, learned positions and heads included."""
+
+    def __init__(self, args: Any, encoder: nn.Module) -> None:
+        super().__init__(args, encoder)
+        head: Any = encoder.lm_head
+        if args.untie_weights_roberta:
+            head.__class__ = _LinearLMHead
+            head.out_features, head.in_features = head.weight.shape
+
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """The dataclass's options; fairseq's RobertaModel has a list of its own."""
+        super(RobertaModel, cls).add_args(parser)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> nn.Module:
+        """fairseq's model, with noise on its weights where the options ask for it."""
+        for name in ("mha_heads_to_keep", "ffn_blocks_to_remove"):
+            with exits_on_user_error():
+                if safe_getattr(args, name, -1) != -1:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise UserError(f"{flag}: replaces layers after they got their noise; prune with --arch roberta")
+        return super().build_model(args, task)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | Path,
+        checkpoint_file: str = "model.pt",
+        data_name_or_path: str | Path = ".",
+        bpe: str | None = "gpt2",
+        **overrides: Any,
+    ) -> RobertaHubInterface:
+        """As fairseq's, with the model of this package, and for packed files too.
+
+        Args:
+            model_name_or_path: a folder, or a name or address that fairseq's `roberta` downloads.
+            checkpoint_file: in that folder: a checkpoint, published or trained, or a packed file (`.safetensors`).
+            data_name_or_path: the folder of the dictionary; one that begins with a dot is relative to the model's.
+            bpe: fairseq's name of the encoding of text. For gpt2, `encoder.json` and `vocab.bpe` in the model's folder
+                are used if they are there; None for tokens only.
+            overrides: values to set in the checkpoint's configuration, as `gpt2_encoder_json`.
+
+        Raises:
+            UserError: no such folder, file or dictionary, or a checkpoint of another model.
+            DamagedFileError: a file that is not whole, or that is refused (see `safe_load`).
+        """
+        model = cls.hub_models().get(str(model_name_or_path), model_name_or_path)
+        return hub_interface(model, checkpoint_file, data_name_or_path, bpe, overrides)
+
+    def register_classification_head(
+        self, name: str, num_classes: int | None = None, inner_dim: int | None = None, **kwargs: Any
+    ) -> None:
+        """fairseq's; tasks call it once the model is built, and the head's weights get their noise now."""
+        with exits_on_user_error():
+            with without_fairseq_noise(self.args):
+                super().register_classification_head(name, num_classes, inner_dim, **kwargs)
+            add_noise(self, self.args)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
+        """As fairseq's; names of old checkpoints and heads are settled before weights become quantized ones."""
+        self.upgrade_state_dict(state_dict)
+        self._leave_out_own_output(state_dict)
+        return super().load_state_dict(state_dict, strict, model_cfg, args)
+
+    def _leave_out_own_output(self, state: dict[str, Tensor]) -> None:
+        """Keep an untied masked language model's output from replacing the words of a classifier, which needs none.
+
+        Both are one weight in a model without --untie-weights-roberta, and the last one loaded would stay.
+        """
+        words, output = state.get(_WORDS), state.get(_OUTPUT)
+        if self.args.untie_weights_roberta or not len(self.classification_heads) or words is None or output is None:
+            return
+        if words.shape == output.shape and not torch.equal(words, output):
+            logger.info(f"{_OUTPUT}: left out, since a classifier does not use it (--untie-weights-roberta keeps it)")
+            state[_OUTPUT] = words
+
+    def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
+        """As fairseq's, which looks at the `weight` of every head; those in codes have one of no memory meanwhile."""
+        names = [key.removesuffix(f".{CODES}") for key in state_dict if _IN_A_HEAD.fullmatch(key)]
+        stand_ins = {key: torch.empty(_dense_shape(state_dict, key), device="meta") for key in names}
+        state_dict.update(stand_ins)
+        super().upgrade_state_dict_named(state_dict, name)
+        for key, tensor in stand_ins.items():
+            if state_dict.get(key) is tensor:  # a head of another size has been replaced by the model's own
+                del state_dict[key]
+
+
+def _dense_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
+    codes, centroids = state[f"{name}.{CODES}"], state.get(f"{name}.{CENTROIDS}")
+    return codes.shape[0], codes.shape[1] * (1 if centroids is None else centroids.shape[1])
+
+
+register_model_architecture("quant_noise_roberta", "quant_noise_roberta_base")(base_architecture)
+register_model_architecture("quant_noise_roberta", "quant_noise_roberta_large")(roberta_large_architecture)
+
+
+@register_model_architecture("quant_noise_roberta", "quant_noise_roberta_small")
+def small(args: Any) -> None:
+    """A model for a CPU, of the size of quant_noise_transformer_lm_small: 4 layers, d 128."""
+    sizes = {
+        "encoder_layers": 4,
+        "encoder_embed_dim": 128,
+        "encoder_ffn_embed_dim": 512,
+        "encoder_attention_heads": 4,
+    }
+    for name, value in sizes.items():
+        setattr(args, name, safe_getattr(args, name, value))
+    base_architecture(args)

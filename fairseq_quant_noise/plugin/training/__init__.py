@@ -1,0 +1,1 @@
+"""What fairseq's Trainer does differently: stages, optimizer, resume, ends of a run."""

@@ -1,0 +1,98 @@
+"""What a checkpoint keeps of a training in half precision, so that it goes on with the same bits.
+
+fairseq's FP16Optimizer (`--fp16`, `--bf16`) steps fp32 copies of the weights, and its checkpoints hold the weights
+alone: a run that resumes starts from rounded copies. Of the loss scale they hold the value, not when it is due to grow;
+with `--amp` neither. Here they hold all of it, which takes 4 bytes more for each number of the weights.
+
+The optimizer's state lies in one flat tensor with `--fp16`, or one by one for each parameter, as after a stage
+(`optimizer_carry.py`) and with `--fp16-no-flatten-grads`. Either form loads into an optimizer of either form.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from fairseq.optim import AMPOptimizer
+from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin, _MemoryEfficientFP16OptimizerMixin
+from torch import nn
+
+from .optimizer import copied_part, part_of, slices_of, step_apart
+
+COPIES, SCALER = "quant_noise_fp32_params", "quant_noise_scaler"  # in a checkpoint's optimizer state
+
+_OPTIMIZERS: tuple[Any, ...] = (_FP16OptimizerMixin, _MemoryEfficientFP16OptimizerMixin, AMPOptimizer)
+_originals = [(kind.state_dict, kind.load_state_dict) for kind in _OPTIMIZERS]
+
+
+def state_dict(optimizer: Any, of_fairseq: Any) -> dict[str, Any]:
+    """fairseq's state of a half-precision optimizer, with the fp32 copy of each parameter and all of the loss scale."""
+    state: dict[str, Any] = of_fairseq(optimizer)
+    if hasattr(optimizer, "fp32_params"):
+        places = slices_of(optimizer)
+        pairs = ((places[id(p)], p.shape) for p in optimizer.fp16_params)
+        state[COPIES] = [part_of(stepped.data, cut, shape) for (stepped, cut), shape in pairs]
+    if optimizer.scaler is not None:
+        state[SCALER] = _state_of(optimizer.scaler)
+    return state
+
+
+def load_state_dict(optimizer: Any, state: Mapping[str, Any], overrides: Any = None, *, of_fairseq: Any) -> None:
+    """Take back what `state_dict` gave, in either form; or what fairseq gives without this package.
+
+    A copy that does not round to its weight is left aside: the weight is another one, a mean of checkpoints say.
+    """
+    is_wrapped = hasattr(optimizer, "fp32_params")
+    of_fairseq(optimizer, _in_form(optimizer, state) if is_wrapped else state, overrides)
+    if is_wrapped:
+        places = slices_of(optimizer)
+        for parameter, copy in zip(optimizer.fp16_params, state.get(COPIES, ()), strict=False):
+            stepped, cut = places[id(parameter)]
+            own = copy.to(parameter.device)
+            if torch.equal(own.to(parameter.dtype), parameter.data):
+                part_of(stepped.data, cut, parameter.shape).copy_(own)
+    if optimizer.scaler is not None:
+        _load_into(optimizer.scaler, state.get(SCALER, {}))
+
+
+def _state_of(scaler: Any) -> dict[str, Any]:
+    """What changes in fairseq's loss scaler, or in torch's, which is empty where there is no GPU."""
+    state = vars(scaler) if not isinstance(scaler, torch.amp.GradScaler) else scaler.state_dict()
+    return {name: value for name, value in state.items() if name.startswith("_") or name == "scale"}
+
+
+def _load_into(scaler: Any, state: Mapping[str, Any]) -> None:
+    known = {name: state[name] for name in _state_of(scaler) if name in state}
+    if not isinstance(scaler, torch.amp.GradScaler):
+        vars(scaler).update(known)
+    elif known:
+        scaler.load_state_dict({**scaler.state_dict(), **known})
+
+
+def _in_form(optimizer: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state in the optimizer's form; or a flat optimizer takes the form of a state that is not flat."""
+    saved = sum(len(group["params"]) for group in state["param_groups"])
+    parameters, copies = optimizer.fp16_params, optimizer.fp32_params
+    if saved == len(parameters) != len(copies):
+        step_apart(optimizer)
+    return _apart(state, parameters) if saved == 1 < len(copies) else state
+
+
+def _apart(state: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """The state of one flat tensor as one of each of the parameters, which lie in it end to end."""
+    found: dict[int, dict[str, Any]] = {}
+    (flat,) = state["state"].values() or [{}]
+    start = 0
+    for i, parameter in enumerate(parameters):
+        cut = slice(start, start + parameter.numel())
+        start = cut.stop
+        found[i] = {name: copied_part(value, cut, parameter.shape) for name, value in flat.items()}
+    groups = [{**state["param_groups"][0], "params": list(found)}]
+    return {**state, "state": found, "param_groups": groups}
+
+
+def install() -> None:
+    """Put these in fairseq's place."""
+    for kind, (save, load) in zip(_OPTIMIZERS, _originals, strict=True):
+        kind.state_dict = functools.partialmethod(state_dict, of_fairseq=save)
+        kind.load_state_dict = functools.partialmethod(load_state_dict, of_fairseq=load)

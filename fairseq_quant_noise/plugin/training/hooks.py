@@ -1,0 +1,173 @@
+"""What fairseq's Trainer must tell the noise, what its checkpoints must keep of it, and when it is measured.
+
+The noise goes by updates, which fairseq tells the model itself, and by epochs, which it does not. Codebooks and ranges
+that were found at an earlier update are in the checkpoint, so that a resumed run makes the noise it would have made.
+Where it was in its data is `resume.py`'s.
+"""
+
+import re
+from typing import Any
+
+import fairseq.trainer
+
+from ...checkpoints import checksums
+from ...errors import UserError
+from ...layers import QuantizedWeight
+from ...noise import noise_of
+from ..exits import exits_on_user_error
+from ..metrics import Gap, drop_unmeasured
+from ..mistakes import mismatch_in
+from ..models.layers import record_layers
+from ..saving import newest_whole
+from . import ema, input_ranges, resume
+from .best_so_far import forget_patience
+from .endings import has_stages
+from .optimizer_order import state_by_name
+from .progress import log_progress
+
+STATE_KEY = "quant_noise"  # in a checkpoint's extra_state
+
+_LAYER = re.compile(r"(?<=\blayers)\.\d+")
+
+_Trainer = fairseq.trainer.Trainer
+_consolidate_optimizer = _Trainer.consolidate_optimizer
+_begin_epoch, _save_checkpoint, _load_checkpoint = (
+    _Trainer.begin_epoch,
+    _Trainer.save_checkpoint,
+    _Trainer.load_checkpoint,
+)
+_catalog_shared_params = fairseq.trainer._catalog_shared_params
+_begin_valid_epoch, _valid_step = _Trainer.begin_valid_epoch, _Trainer.valid_step
+_reduce_and_log_stats = _Trainer._reduce_and_log_stats
+
+
+def begin_epoch(trainer: Any, epoch: int) -> Any:
+    """Trainer.begin_epoch, and the noise's."""
+    input_ranges.begin_epoch(trainer, epoch)
+    result = _begin_epoch(trainer, epoch)
+    noise = noise_of(trainer.get_model())
+    if noise is not None:
+        noise.begin_epoch(epoch)
+    return result
+
+
+def begin_valid_epoch(trainer: Any, epoch: int) -> Any:
+    """Trainer.begin_valid_epoch; ranges and the gap are measured anew, and --patience waits for the last stage."""
+    if getattr(trainer.quantizer, "to_come", 0):
+        forget_patience()
+    input_ranges.calibrate(trainer)
+    options = getattr(trainer.get_model(), "quant_noise_options", {})
+    with exits_on_user_error():
+        trainer.quant_noise_gap = Gap(trainer, options.get("quant_noise_gap_batches", 0))
+    return _begin_valid_epoch(trainer, epoch)
+
+
+def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
+    """Trainer.valid_step, and the gap on the same batch."""
+    result = _valid_step(trainer, sample, raise_oom)
+    gap = trainer.__dict__.get("quant_noise_gap")
+    if gap is not None:
+        gap.step(sample)
+    return result
+
+
+def consolidate_optimizer(trainer: Any) -> Any:
+    """Trainer.consolidate_optimizer, which every rank calls before the first one saves; ranges of inputs are found."""
+    input_ranges.calibrate(trainer)
+    return _consolidate_optimizer(trainer)
+
+
+def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
+    """Trainer.save_checkpoint, with the state of noise and data, checksums of codes, and layers in the options."""
+    record_layers(trainer.get_model(), trainer.cfg.model)
+    extra_state = {**extra_state, resume.KEY: resume.state(trainer), **ema.state(trainer)}
+    codes = checksums.checksums(trainer.get_model().state_dict())
+    if codes:
+        extra_state = {**extra_state, checksums.KEY: codes}
+    noise = noise_of(trainer.get_model())
+    if noise is not None:
+        extra_state = {**extra_state, STATE_KEY: noise.state_dict()}
+    return _save_checkpoint(trainer, filename, extra_state)
+
+
+def load_checkpoint(
+    trainer: Any,
+    filename: str,
+    reset_optimizer: bool = False,
+    reset_lr_scheduler: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Trainer.load_checkpoint; a run that goes on takes the state of noise and data, one that starts anew does not."""
+    own = resume.is_own(trainer, filename)
+    layers = getattr(trainer.get_model(), "quant_noise_layers", None)
+    if layers is not None:
+        layers.own_checkpoint = own
+    if own and trainer.cfg.checkpoint.restore_file == "checkpoint_last.pt" and not trainer.checkpoint_suffix:
+        filename = newest_whole(filename)
+    with exits_on_user_error(), ema.left_out(trainer):
+        resume.check_given(trainer, filename, has_stages(trainer))
+        extra_state = _load(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
+    ema.load(trainer, extra_state)
+    if extra_state is None or reset_optimizer:
+        return extra_state
+    if not trainer.cfg.checkpoint.reset_dataloader:
+        if not reset_lr_scheduler:
+            resume.load_schedule(trainer, extra_state)
+        resume.load(trainer, extra_state)
+    noise = noise_of(trainer.get_model())
+    if noise is not None and STATE_KEY in extra_state:
+        noise.load_state_dict(extra_state[STATE_KEY])
+    if not has_stages(trainer):  # else when the state of the stages is known
+        resume.end_if_complete(trainer, filename)
+    return extra_state
+
+
+def _load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
+    """Trainer.load_checkpoint, which says that the architectures differ, and hides how. Raises UserError."""
+    try:
+        with state_by_name(trainer):
+            return _load_checkpoint(trainer, filename, *args, **kwargs)
+    except Exception as error:
+        mismatch = mismatch_in(error)
+        if mismatch is None:
+            raise
+        raise UserError(f"{filename}: {mismatch}") from None
+
+
+def reduce_and_log_stats(trainer: Any, logging_outputs: Any, sample_size: Any, grad_norm: Any = None) -> Any:
+    """Trainer._reduce_and_log_stats, of an update (with `grad_norm`) or a validation batch, and where the run is."""
+    result = _reduce_and_log_stats(trainer, logging_outputs, sample_size, grad_norm)
+    log_progress(trainer, training=grad_norm is not None)
+    drop_unmeasured()
+    return result
+
+
+def catalog_shared_params(module: Any, *args: Any) -> Any:
+    """fairseq's list of tied parameters, for the Trainer to tie again, without quantized weights and shared layers.
+
+    The Trainer logs a line for each; layers stay tied where they are. The holders of a quantized weight
+    share the whole of it, which stays shared; and its parts cannot be set from outside.
+    """
+    shared = _catalog_shared_params(module, *args)
+    if args:  # a call within the recursion
+        return shared
+    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # an absent bias is no parameter
+    shared = [paths for paths in shared if paths[0] in held]
+    shared = [paths for paths in shared if len({_LAYER.sub("", path) for path in paths}) > 1]  # of shared layers
+    inside = {
+        f"{name}." for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, QuantizedWeight)
+    }
+    return [paths for paths in shared if not paths[0].startswith(tuple(inside))] if inside else shared
+
+
+def install() -> None:
+    """Put these methods in the Trainer's place."""
+    fairseq.trainer._catalog_shared_params = catalog_shared_params
+    _Trainer.begin_epoch = begin_epoch
+    _Trainer.begin_valid_epoch = begin_valid_epoch
+    _Trainer.valid_step = valid_step
+    _Trainer._reduce_and_log_stats = reduce_and_log_stats
+    _Trainer.consolidate_optimizer = consolidate_optimizer
+    _Trainer.save_checkpoint = save_checkpoint
+    _Trainer.load_checkpoint = load_checkpoint

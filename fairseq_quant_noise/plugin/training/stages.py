@@ -1,0 +1,279 @@
+"""iPQ inside fairseq's Trainer: `--quantization-config-path PLAN` drives these stages.
+
+fairseq calls its Quantizer at the start of an epoch and after every update; this one takes its place. At its first
+call it quantizes the weights of the plan's first stage, then fine-tunes for that stage's updates, and so on. What is
+fixed against fairseq's own: stages need not divide --max-update, the optimizer and the schedule go on across a stage,
+the state is in the checkpoint, ties stay tied, and the k-means of the weights is shared among the ranks.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import fairseq.quantization_utils
+import torch
+from fairseq.file_io import PathManager
+from torch import Tensor
+
+from ...checkpoints.network import IMPORTANCE, STAGES, importance_in, read_checkpoint
+from ...errors import UserError
+from ...layers.batch_statistics import batch_norms, estimating
+from ...noise import attach_rules
+from ...plan.rules import Plan
+from ...quantization.importance import follow, sound
+from ...quantization.quantize import quantize_inputs, quantize_targets, quantized_state
+from ...quantization.table import MIB, Table, make_table, resolve_stages
+from ...utils.ranks import check_same, gather, rank_and_world
+from ..calibration import FIRST_BATCHES, first_batches, squared_gradients
+from ..exits import exits_on_user_error
+from ..loading import is_packed
+from ..models.equivalents import cure
+from ..models.quantizable import Quantizable
+from .best_so_far import start_anew
+from .endings import watch_end
+from .optimizer import carry_over, second_moments
+from .resume import end_if_complete
+from .stage_schedule import restart_in_stages
+from .stage_times import EPOCH, UPDATE, StageTimes
+
+logger = logging.getLogger(__name__)
+
+
+class StageController:
+    """Takes the place of `fairseq.quantization_utils.Quantizer`, with the calls that fairseq's Trainer makes."""
+
+    def __init__(self, config_path: str, max_epoch: int, max_update: int) -> None:
+        with exits_on_user_error():
+            self.plan = Plan.of(config_path)
+            self.times = StageTimes(self.plan, max_epoch, max_update)
+        self.done = 0  # stages quantized so far
+        self.importance: dict[str, Tensor] = {}  # of the weights of the stages to come, in bfloat16 on the CPU
+        self.epoch = 1
+        self.loading = False
+        self.schedule_is_reset = False  # a stage is in progress, and its learning-rate schedule was not loaded
+
+    @property
+    def to_come(self) -> int:
+        """How many stages have not begun."""
+        return len(self.plan.stages) - self.done
+
+    @property
+    def next_stage(self) -> str:
+        """The first stage that has not begun, for messages."""
+        return f"stage {self.done + 1} of {len(self.plan.stages)}"
+
+    def set_trainer(self, trainer: Any) -> None:
+        """Check the plan against the model, before any training, and hook into checkpoints."""
+        self.trainer = trainer
+        model = trainer.get_model()
+        with exits_on_user_error():
+            _check_trainer(trainer, self.plan)
+            if self.plan.structure is not None:
+                model.restructure(self.plan.structure, trainer.cfg.model)
+            if self.plan.noise:
+                attach_rules(model, self.plan.noise)
+            if self.plan.stages and self.plan.tuning.restarts:
+                restart_in_stages(trainer)
+            load_teacher = getattr(trainer.get_criterion(), "load_teacher", None)
+            if load_teacher is not None:  # a missing teacher stops the run now, not after the first k-means
+                load_teacher()
+            self.targets = resolve_stages(self.plan, model)
+            self.table = make_table(model, self.targets)
+        _log_table(self.table)
+        self._save, self._load = trainer.save_checkpoint, trainer.load_checkpoint
+        trainer.save_checkpoint = self._save_checkpoint
+        trainer.load_checkpoint = self._load_checkpoint
+        if self.plan.stages:
+            watch_end(trainer)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called by the Trainer as an epoch (from 1) begins."""
+        self.epoch = epoch
+        if self.times.origin is None and self.times.unit == EPOCH:
+            self._begin(epoch - 1)
+        if self.schedule_is_reset:
+            self.schedule_is_reset = False
+            self._restart_schedule(self.done - 1)
+            self.trainer.lr_step_update()
+        self._advance(epoch - 1 if self.times.unit == EPOCH else self.trainer.get_num_updates())
+
+    def _begin(self, now: int) -> None:
+        """The first stage starts at this update (or epoch): refuse what cannot be done from here on."""
+        with exits_on_user_error():
+            if self.times.origin is None:
+                self.times.begin(now)
+            self.times.check(self.done, getattr(self.trainer.cfg.lr_scheduler, "warmup_updates", 0))
+
+    def step_update(self, num_updates: int) -> None:
+        """Called by the Trainer after every update."""
+        if not self.loading and self.times.unit == UPDATE:
+            self._advance(num_updates)
+
+    def _advance(self, now: int) -> None:
+        while self.done < self.times.due(now):
+            with exits_on_user_error():
+                self._quantize_stage(self.done)
+            self.done += 1
+
+    def _quantize_stage(self, stage: int) -> None:
+        targets = [t for t in self.targets if t.stage == stage]
+        if stage == 0 and self.plan.weighs and not self.importance:
+            moments = second_moments(self.trainer.get_model(), self.trainer.optimizer)
+            self._weigh_by(moments, "the second moments of Adam in this training")
+        if stage == 0 and self.plan.weighs and not self.importance:
+            self._weigh_by(_gradients(self.trainer, self.epoch), f"the gradients of {FIRST_BATCHES} batches")
+        where = self.next_stage
+        logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
+        started = time.perf_counter()
+        quantize_targets(targets, seed=self.trainer.cfg.common.seed, importance=self.importance, where=f"{where} ")
+        for target in targets:
+            self.importance.pop(target.weight.tensor_name, None)
+        check_same(quantized_state(self.trainer.get_model()), f"after {where}")
+        if self.plan.activations is not None:
+            quantize_inputs(self.trainer.get_model(), self.plan.activations, targets)
+        if batch_norms(self.trainer.get_model()):  # or validation sees those of the weights before for long
+            with estimating(self.trainer.get_model()):
+                for sample in first_batches(self.trainer, self.epoch):
+                    self.trainer.get_model()(**sample["net_input"])
+        logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
+        self._rebuild_optimizer()
+
+    def _weigh_by(self, moments: Mapping[str, Tensor], what: str) -> None:
+        """Keep what k-means needs of the moments, if there are any: the dense network's, for all stages."""
+        found = sound(moments, self._dense())
+        if found:
+            self.importance = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in found.items()}
+            logger.info(f"k-means weighs errors by {what}")
+
+    def _dense(self) -> dict[str, Tensor]:
+        """The weights that k-means will quantize, by name."""
+        stored = {t.weight.tensor_name: t.weight.stored for t in self.targets if t.block_size is not None}
+        return {name: weight for name, weight in stored.items() if isinstance(weight, Tensor)}
+
+    def _rebuild_optimizer(self) -> None:
+        """A new optimizer for the new parameters, with the old one's memory; the schedule is as the plan says."""
+        trainer = self.trainer
+        optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+        trainer.reinitialize()
+        carry_over(optimizer, trainer.optimizer)
+        if self.plan.tuning.restarts:
+            self._restart_schedule(self.done)
+        else:
+            trainer.lr_scheduler.load_state_dict(scheduler.state_dict())
+        start_anew(trainer, self.done + 1)
+        trainer.lr_step_update()
+
+    def _restart_schedule(self, stage: int) -> None:
+        """The learning rates of a run of its own for what is left of a stage."""
+        now = self.trainer.get_num_updates()
+        left = self.times.left(stage, now)
+        self.trainer.lr_scheduler.begin(now, self.epoch, None if left is None else max(left, 1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the model: the plan, the stages done, where they start."""
+        return {"plan": self.plan.to_dict(), "done": self.done, **self.times.state_dict()}
+
+    def _save_checkpoint(self, filename: str, extra_state: dict[str, Any]) -> Any:
+        if self.plan.stages:
+            extra_state = {**extra_state, STAGES: self.state_dict()}
+        if self.importance:
+            extra_state = {**extra_state, IMPORTANCE: self.importance}
+        return self._save(filename, extra_state)
+
+    def _load_checkpoint(
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        self.loading = True  # the Trainer reports the checkpoint's update before the state below is read
+        try:
+            extra_state = self._load(filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
+        finally:
+            self.loading = False
+        state = (extra_state or {}).get(STAGES)
+        with exits_on_user_error():
+            if state is not None and state["plan"]["stages"]:  # else a plan of noise alone trained it
+                self._resume(filename, state, reset_optimizer)
+                reset = reset_optimizer or reset_lr_scheduler
+                self.schedule_is_reset = reset and self.plan.tuning.restarts and self.done > 0
+                self.importance = sound(extra_state.get(IMPORTANCE), self._dense())
+            elif extra_state is not None and reset_optimizer and self.plan.weighs:
+                moments = _moments_in_file(filename, self.trainer.get_model())
+                self._weigh_by(moments, f"the second moments of Adam in {filename}")
+        if self.times.unit == UPDATE or self.times.origin is not None:
+            self._begin(self.trainer.get_num_updates())
+        if extra_state is not None and not reset_optimizer and self.plan.stages and not self.to_come:
+            end_if_complete(self.trainer, filename)
+        return extra_state
+
+    def _resume(self, filename: str, state: dict[str, Any], reset: bool) -> None:
+        if Plan.of(state["plan"]).stages != self.plan.stages:
+            raise UserError(
+                f"{filename}: was trained with other stages than this plan's; give --quantization-config-path the plan "
+                "it started with, or --restore-file a dense checkpoint"
+            )
+        check_same(quantized_state(self.trainer.get_model()), f"loaded from {filename}")
+        self.done = state["done"]
+        self.times.load_state_dict(state)
+        if reset and self.done:  # updates count from 0 again: the stage in progress begins now
+            self.times.origin = -self.times.starts[self.done - 1]
+        self.trainer._wrapped_model = None  # a DDP wrapper from before holds the dense parameters
+
+
+def _moments_in_file(filename: str, model: Any) -> dict[str, Tensor]:
+    """Those that the checkpoint holds from which the model was loaded; rank 0 reads it, as for the loading."""
+    found: dict[str, Tensor] = {}
+    if rank_and_world()[0] == 0 and not is_packed(filename):
+        state = read_checkpoint(PathManager.get_local_path(filename))
+        taken = model.quant_noise_layers.taken(model, state["model"])
+        found = follow(importance_in(filename, state), state["model"], taken)
+    of_rank: list[dict[str, Tensor]] = gather(found)
+    return of_rank[0]
+
+
+def _gradients(trainer: Any, epoch: int) -> dict[str, Tensor]:
+    """Squared gradients on the first batches of the training data; a rank's own, which encodes its own share."""
+    scale = getattr(getattr(trainer.optimizer, "scaler", None), "loss_scale", 1.0)
+    return squared_gradients(trainer.get_model(), trainer.get_criterion(), first_batches(trainer, epoch), scale)
+
+
+def _check_trainer(trainer: Any, plan: Plan) -> None:
+    if not isinstance(trainer.get_model(), Quantizable):
+        name = getattr(trainer.cfg.model, "_name", None) or "this model"
+        raise UserError(f"--quantization-config-path: {name} cannot hold quantized weights; {cure(name)}")
+    int8 = bool(getattr(trainer.cfg.model, "quant_noise_scalar", 0))
+    if int8 and plan.stages:
+        raise UserError(
+            "--quant-noise-scalar makes every weight int8, and the plan has stages; give --quant-noise-pq P "
+            "--quant-noise-kind int8 for the noise alone, or leave the stages out"
+        )
+    if trainer.cfg.ema.store_ema and plan.stages:
+        raise UserError("--store-ema: the average cannot follow weights that turn into codes; leave it out of iPQ")
+    if trainer.is_fsdp:
+        raise UserError("--ddp-backend fully_sharded: iPQ needs whole weights; use legacy_ddp")
+
+
+def _log_table(table: Table) -> None:
+    info = table.to_dict()
+    logger.info(
+        f"plan: {table.parameters:,} parameters, {table.dense_bytes / MIB:.2f} MiB dense, "
+        f"{table.paper_bytes / MIB:.2f} MiB quantized (x{info['ratio']:.1f})"
+    )
+
+
+def _skip_scalar_modules(model: Any, model_cfg: Any) -> Any:
+    """fairseq replaces layers by its own int8 ones for `--quant-noise-scalar`; the models of this package need none."""
+    return model if isinstance(model, Quantizable) else _fairseq_quantize_model_scalar(model, model_cfg)
+
+
+_fairseq_quantize_model_scalar = fairseq.quantization_utils.quantize_model_scalar
+
+
+def install() -> None:
+    """Make fairseq-train use these stages."""
+    fairseq.quantization_utils.Quantizer = StageController
+    fairseq.quantization_utils.quantize_model_scalar = _skip_scalar_modules

@@ -1,0 +1,283 @@
+"""Weights of a model to codes and centroids, in place: all of a plan at once, or the weights of one stage."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..layers import calibrating, quantize_inputs_, quantize_weight_, quantized_weights, share_codebooks_, to_int_
+from ..layers.batch_statistics import batch_norms, estimating
+from ..layers.pq import PQWeight
+from ..layers.quantized import dense_weight
+from ..plan.rules import Activations, Plan
+from ..pq.encode import encode_together
+from ..scalar import fake_quantize, fit_affine
+from ..structure.modules import apply_structure
+from ..utils import ranks
+from ..utils.progress import watched
+from ..weights.discovery import warn_of_uncovered
+from .importance import check_importance
+from .table import Target, resolve_stages
+
+logger = logging.getLogger(__name__)
+
+#: Said where nothing is given to estimate batch statistics on.
+STALE = (
+    "batch normalisation keeps the statistics of the dense weights, by which a quantized network may fall to chance; "
+    "give data to estimate them on: --calibration-data DATA, or calibration=BATCHES in Python"
+)
+
+
+def quantize_(
+    model: nn.Module,
+    plan: Plan | Mapping[str, Any] | str | Path,
+    *,
+    seed: int = 0,
+    importance: Mapping[str, Tensor] | None = None,
+    calibration: Iterable[Any] | Callable[[nn.Module], object] | None = None,
+    progress: Callable[[str], None] = logger.info,
+) -> nn.Module:
+    """Quantize the weights of any module in place, all stages of the plan at once, without fine-tuning.
+
+    Args:
+        model: any nn.Module; its Linear, Embedding and Conv2d weights are what a plan can name.
+        plan: a path, a mapping or a Plan. Its `structure` comes first: layers are shared, then pruned.
+        seed: of k-means; the same model, plan, importance and seed give the same codes.
+        importance: by a tensor's name, how much the squared error of each of its numbers counts in k-means: squared
+            gradients (`second_moments(model, optimizer)` of its Adam), or squared inputs. A tensor that is not named,
+            and a plan with `centroids: {weighted: false}`, counts all alike.
+        calibration: inputs like those of evaluation, without labels, for what must be measured on data: the running
+            statistics of batch normalisation, which are estimated anew over all of them, then the ranges of
+            `activations`, over the first `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of
+            them, or a function that runs the model on inputs of its own; such a function may also stand for all.
+        progress: called with a line for each weight.
+    Returns:
+        The same model.
+    Raises:
+        UserError: the plan does not fit the model, which is then unchanged (but for its `structure`); or the
+            calibration inputs do not reach all of it, which is quantized by then.
+    """
+    plan = Plan.of(plan)
+    if not plan.stages:
+        raise UserError("the plan has no stages; add a 'stages' section that says what to quantize")
+    if plan.activations is not None and calibration is None:
+        raise UserError("the plan quantizes activations, whose ranges need data; give calibration inputs")
+    if plan.structure is not None:
+        apply_structure(model, plan.structure)
+    given = (importance or {}) if plan.centroids.weighted else {}
+    targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
+    warn_of_uncovered(model)  # of the dense network, whose parameters still count
+    check_importance(given, {t.weight.tensor_name: t.weight.shape for t in targets})
+    quantize_targets(targets, seed=seed, importance=given, progress=progress)
+    ranks.check_same(quantized_state(model), "after the encoding")
+    if plan.activations is not None:
+        quantize_inputs(model, plan.activations, targets)
+    if calibration is not None:
+        _calibrate(model, calibration, plan.activations, progress)
+    elif batch_norms(model):
+        logger.warning(STALE)
+    return model
+
+
+def quantize_inputs(model: nn.Module, activations: Activations, targets: Iterable[Target]) -> None:
+    """Give the modules that multiply by the targets' weights input quantizers, not calibrated yet."""
+    names = [t.weight.name for t in targets]
+    quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)
+
+
+def _calibrate(
+    model: nn.Module, calibration: Any, activations: Activations | None, progress: Callable[[str], None]
+) -> None:
+    """Batch statistics over all batches, then ranges over the first ones: a range depends on the statistics before it.
+
+    An iterator is read once, and no further than is needed.
+    """
+    batches = iter([calibration] if callable(calibration) else calibration)
+    first = [] if activations is None else list(islice(batches, activations.calibration_batches))
+    if batch_norms(model):
+        with estimating(model):
+            for batch in watched(chain(first, batches), None, "estimating batch statistics", progress):
+                _forward(model, batch)
+    if activations is not None:
+        with calibrating(model):
+            for batch in watched(first, len(first), "calibrating activations", progress):
+                _forward(model, batch)
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    if callable(batch):  # and no tensor is
+        batch(model)
+    elif isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(*(batch if isinstance(batch, tuple) else (batch,)))
+
+
+def quantize_targets(
+    targets: Sequence[Target],
+    *,
+    seed: int,
+    importance: Mapping[str, Tensor] | None = None,
+    where: str = "",
+    progress: Callable[[str], None] = logger.info,
+) -> None:
+    """Codes for each target, in the model, the same bits on every rank; `importance` as in `quantize_`.
+
+    k-means of the weights with scheme pq; in a distributed run each rank encodes its share of them and sends the result
+    to the others. Weights with scheme intN are seen through their codes from now on, and stay trainable.
+
+    Raises:
+        UserError: a weight is quantized already, not finite, or not the same on every rank; on all ranks alike.
+    """
+    dense: dict[str, Tensor] = {}
+    for target in targets:
+        if isinstance(target.weight.stored, nn.Module):
+            raise UserError(f"{target.weight.name} is quantized already; start from a dense model")
+        dense[target.weight.name] = target.weight.stored
+    ranks.check_same(dense, f"before {where or 'the encoding'}".strip())
+    found = _encode_together(targets, importance or {}, seed, where, progress)
+    quantized = []
+    for target, pair in zip(targets, found, strict=True):
+        if pair is not None:
+            quantized.append(quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook))
+        else:
+            to_int_(target.weight, target.rule.bits or 0, target.rule.range)
+    share_codebooks_(quantized)
+
+
+@torch.no_grad()
+def quantized_values(
+    targets: Sequence[Target],
+    *,
+    seed: int,
+    importance: Mapping[str, Tensor] | None = None,
+    progress: Callable[[str], None] = logger.info,
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Each target's weight with the value that evaluation would see after `quantize_targets`; the model stays dense.
+
+    Args:
+        targets: weights that are dense.
+        seed, importance, progress: as in `quantize_targets`.
+    Raises:
+        UserError: a weight is not finite.
+    """
+    found = _encode_together(targets, importance or {}, seed, "", progress)
+    values = []
+    for target, pair in zip(targets, found, strict=True):
+        stored = dense_weight(target.weight)
+        if pair is None:
+            affine = fit_affine(target.weight.name, stored, target.rule.bits or 0, target.rule.range)
+            values.append((stored, fake_quantize(stored.detach(), affine)))
+        else:
+            parts = pair[0].to(stored.device), pair[1].to(stored)
+            made = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval()
+            values.append((stored, made.decode()))
+    return values
+
+
+@contextmanager
+def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """The parameters have the other values inside."""
+    kept = [parameter.data for parameter, _ in values]
+    try:
+        for parameter, value in values:
+            parameter.data = value
+        yield
+    finally:
+        for (parameter, _), before in zip(values, kept, strict=True):
+            parameter.data = before
+
+
+def quantized_state(model: nn.Module) -> dict[str, Tensor]:
+    """Codes, centroids, scales, ... of all quantized weights, by name."""
+    found = quantized_weights(model).items()
+    return {f"{name}.{part}": tensor for name, weight in found for part, tensor in weight.state_dict().items()}
+
+
+def _encode_together(
+    targets: Sequence[Target],
+    importance: Mapping[str, Tensor],
+    seed: int,
+    where: str,
+    progress: Callable[[str], None],
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Codes and centroids of each weight with scheme pq, None for the others; each rank encodes its share.
+
+    Raises:
+        UserError: of any rank, in all of them: else the others would wait for ever.
+    """
+    rank, world = ranks.rank_and_world()
+    groups = _by_codebook(targets)
+    by_all = [targets[of[0]].rule.bits is not None for of in groups]  # intN takes no time
+    owners = ranks.divide([0 if b else _numbers(targets, of) for b, of in zip(by_all, groups, strict=True)], world)
+    mine = [of for b, of, owner in zip(by_all, groups, owners, strict=True) if b or owner == rank]
+    found: dict[int, tuple[Tensor, Tensor] | UserError] = {}
+    left, began = sum(_numbers(targets, of) for of in mine), time.perf_counter()
+    all_numbers = left
+    for of in mine:
+        try:
+            pairs, how = _encode([targets[i] for i in of], importance, seed)
+        except UserError as error:
+            found[of[0]] = error
+            break
+        left -= _numbers(targets, of)
+        seconds = (time.perf_counter() - began) * left / max(all_numbers - left, 1)
+        for i, pair, line in zip(of, pairs, how, strict=True):
+            if pair is not None:
+                found[i] = pair if world == 1 else (pair[0].cpu(), pair[1].cpu())
+            progress(
+                f"{where}[{i + 1}/{len(targets)}] {targets[i].weight.name} {tuple(targets[i].weight.shape)} {line}"
+                + (f", {seconds:.0f} s left" if left else "")
+            )
+    together = {i: pair for part in ranks.gather(found) for i, pair in part.items()}
+    for _, pair in sorted(together.items()):
+        if isinstance(pair, UserError):
+            raise pair
+    return [together.get(i) for i in range(len(targets))]
+
+
+def _numbers(targets: Sequence[Target], of: Sequence[int]) -> int:
+    return sum(math.prod(targets[i].weight.shape) for i in of)
+
+
+def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
+    """Which targets are encoded together: those of a shared codebook, and every other one by itself."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, target in enumerate(targets):
+        key = ("own", i) if target.codebook is None else ("shared", target.codebook)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _encode(
+    targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int
+) -> tuple[Sequence[tuple[Tensor, Tensor] | None], list[str]]:
+    """Codes and centroids of weights with one codebook, None with scheme intN; and a line about each."""
+    rule, d, k = targets[0].rule, targets[0].block_size, targets[0].n_centroids
+    if d is None or k is None:
+        error = _int_error(targets[0])
+        return [None], [f"{rule.scheme} range {rule.range} relative error {error:.4f}"]
+    names, counts = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
+    stored: list[Tensor] = [t.weight.stored for t in targets]  # type: ignore[misc]
+    found = encode_together(names, stored, d, k, seed=seed, importance=counts)
+    how = "" if None in counts else "weighted, "
+    how += "" if len(targets) == 1 else f"a codebook of {len(targets)} weights, "
+    return (
+        [(one.codes, one.centroids) for one in found],
+        [f"{how}d {d} K {k} relative error {one.relative_error:.4f}" for one in found],
+    )
+
+
+def _int_error(target: Target) -> float:
+    """||W - W_hat|| / ||W|| of the codes; raises UserError for a weight that is not finite."""
+    dense: Tensor = target.weight.stored.detach().float()  # type: ignore[operator]
+    seen = fake_quantize(dense, fit_affine(target.weight.name, dense, target.rule.bits or 0, target.rule.range))
+    return float(torch.linalg.vector_norm(seen - dense) / torch.linalg.vector_norm(dense).clamp(min=1e-30))

@@ -1,0 +1,1 @@
+"""Files, ranks, bits, progress and autograd: what several rooms need and no room owns."""

@@ -1,0 +1,66 @@
+"""The verb `bench`: the programs in benchmarks/, with what programs read of them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from lm_fixture import one_error
+from toys import python
+
+from fairseq_quant_noise.cli import main as cli
+
+SMALL = {
+    "noise": "--layers 1 --dim 64 --words 200 --tokens 128",
+    "finetune": "--layers 1 --dim 64 --words 200 --tokens 128",
+    "encode": "--rows 64 --columns 64",
+    "infer": "--batches 64",
+    "generate": "--tokens 2 --layers 1 --dim 128 --words 1000",
+}
+
+
+@pytest.mark.parametrize("claim", SMALL)
+def test_a_benchmark_prints_its_claims(claim, monkeypatch):
+    ran = []
+    run = SimpleNamespace(run=lambda line: ran.append(python(*line[1:], fresh=False)) or ran[0])
+    monkeypatch.setattr(cli, "subprocess", run)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", claim, *SMALL[claim].split(), "--repeats", "1", "--threads", "1", "--json"])
+    assert end.value.code == 0, ran[0].stderr[-2000:]
+    claims = json.loads(ran[0].stdout.splitlines()[-1])
+    assert len(claims) >= 2
+    for found in claims:
+        assert {"claim", "ours", "peer", "peer_name", "ratio", "target", "unit", "holds", "machine"} <= set(found)
+        sign, bound = found["target"].split()
+        assert found["holds"] == (found["ratio"] <= float(bound) if sign == "<=" else found["ratio"] >= float(bound))
+        assert found["ratio"] in (
+            pytest.approx(found["ours"] / found["peer"]),
+            pytest.approx(found["peer"] / found["ours"]),
+        )
+
+
+def test_without_a_checkout_it_says_where_to_run_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "fairseq_quant_noise" / "cli.py"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", "noise"])
+    assert caught.value.code == 2
+    assert "run it in a checkout of the repository" in one_error(capsys.readouterr())
+
+
+def test_growth_prints_what_was_measured_beside_the_floor():
+    arguments = "--largest 294912 --tokens 128 --repeats 1 --threads 1 --json"
+    done = python("benchmarks/growth.py", *arguments.split(), fresh=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    encode, noise = json.loads(done.stdout.splitlines()[-1])
+    assert (encode["what"], encode["numbers"], noise["what"], noise["tokens"]) == ("encode", 294_912, "noise", 128)
+    assert encode["floor"] > 0
+    assert noise["floor"] > 0
+
+
+@pytest.mark.parametrize("option", ["--batches 0", "--threads -1", "--repeats x"])
+def test_a_count_that_counts_nothing_is_refused(option):
+    name, value = option.split()
+    done = python("benchmarks/infer.py", f"{name}={value}", fresh=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"infer.py: error: argument {name}: '{value}': give a whole number, 1 or more"
+    )

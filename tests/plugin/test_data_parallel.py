@@ -1,0 +1,61 @@
+"""fairseq's default back end for several processes, on a CPU and under LayerDrop."""
+
+import fairseq.trainer
+import pytest
+import torch
+import torch.distributed as dist
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.distributed import LegacyDistributedDataParallel
+from fairseq.modules import LayerDropModuleList
+from omegaconf import OmegaConf
+from torch import nn
+from toys import refuses
+
+import fairseq_quant_noise
+from fairseq_quant_noise.plugin import data_parallel
+
+fairseq_quant_noise.register()  # for another test may have imported the package before fairseq
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def section(**options):
+    return OmegaConf.merge(OmegaConf.structured(FairseqConfig), {"distributed_training": options}).distributed_training
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_the_trainer_wraps_its_model_here():
+    assert fairseq.trainer.models.DistributedFairseqModel is data_parallel.distributed_fairseq_model
+
+
+@pytest.mark.parametrize("backend", ["c10d", "pytorch_ddp", "legacy_ddp"])
+def test_on_a_cpu_it_is_legacy_ddp(alone, backend):
+    args = section(ddp_backend=backend)
+    wrapped = data_parallel.distributed_fairseq_model(args, nn.Linear(2, 2), alone, CPU)
+    assert isinstance(wrapped.module, LegacyDistributedDataParallel)
+    assert args.ddp_backend == backend  # what the user gave is what a checkpoint records
+    wrapped(torch.ones(1, 2)).sum().backward()
+    wrapped.all_reduce_grads()
+
+
+def dropping(p):
+    layers = LayerDropModuleList(p, [nn.Linear(2, 2)])
+    return nn.ModuleDict({"decoder": nn.ModuleDict({"layers": layers})})
+
+
+@pytest.mark.parametrize("backend", ["c10d", "pytorch_ddp"])
+def test_on_gpus_layerdrop_is_refused_with_the_cure(monkeypatch, backend):
+    monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
+    wrap = data_parallel.distributed_fairseq_model
+    cure = f"--decoder-layerdrop 0.2: .* --ddp-backend {backend} stops at; give --ddp-backend legacy_ddp or "
+    with refuses(cure + "--find-unused-parameters"):
+        wrap(section(ddp_backend=backend), dropping(0.2), None, GPU)
+    for options, p in (({}, 0.0), ({"find_unused_parameters": True}, 0.2)):
+        model = dropping(p)
+        assert wrap(section(ddp_backend=backend, **options), model, None, GPU) == (backend, model)
