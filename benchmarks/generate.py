@@ -26,8 +26,8 @@ from fairseq_quant_noise import save
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.layers import quantize_weight_
 from fairseq_quant_noise.layers.pq import PQWeight
-from fairseq_quant_noise.plan.rules import Plan
-from fairseq_quant_noise.quantization.table import resolve_stages
+from fairseq_quant_noise.plan.plan import Plan
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 ARCH = "quant_noise_transformer_lm_wikitext103"
 PLAN = Path(__file__).parents[1] / "configs/plans/wikitext103.yaml"

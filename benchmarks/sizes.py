@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import yaml
 
+from fairseq_quant_noise.accounting import MIB
 from fairseq_quant_noise.artifact import read
+from fairseq_quant_noise.artifact.inspection import inspection
 from fairseq_quant_noise.cli.main import main as verb
-from fairseq_quant_noise.cli.printing import format_rows, inspection
-from fairseq_quant_noise.networks import build
-from fairseq_quant_noise.quantization.table import MIB
+from fairseq_quant_noise.cli.printing import format_rows
+from fairseq_quant_noise.networks.registry import build
 
 PLANS = Path(__file__).parents[1] / "configs/plans"
 HALVES = {"share_layers": 2, "keep_layers": "every-other"}

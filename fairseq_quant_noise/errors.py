@@ -5,6 +5,8 @@ prints it as ``error: …`` without a traceback; from Python both are ordinary e
 """
 
 import errno
+import sys
+from typing import NoReturn
 
 _LONGEST = 2000  # characters of a message: a file's names may be of any length
 
@@ -24,6 +26,17 @@ class DamagedFileError(UserError):
     """A packed file that is damaged, hostile or of an unknown version. Exit code 3."""
 
     exit_code = 3
+
+
+def end_program(error: UserError) -> NoReturn:
+    """End this program as a user's mistake ends one: `error: …` on standard error, and the exit code.
+
+    Raises:
+        SystemExit: with the code; with the code, and `error` as its cause.
+    """
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(error.exit_code) from error
 
 
 #: The system's errors in writing a file that is open, which name no file: no room left, of several kinds.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .errors import UserError
-from .networks.efficientnet import import_vision
+from .networks.vision import import_vision
 
 #: Mean and standard deviation of ImageNet's pixels, by channel, from 0 to 1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

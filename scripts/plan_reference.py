@@ -1,4 +1,4 @@
-"""The tables of docs/plan.md from the dataclasses in plan.py: keys, types, defaults, and the comment beside each field.
+"""The tables of docs/plan.md from the dataclasses in plan/: keys, types, defaults, and the comment beside each field.
 
     python scripts/plan_reference.py          writes docs/plan.md
     python scripts/plan_reference.py --check  exit code 1 if it is not what the dataclasses say

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Everything a change must pass: style, format, types, tests. Sets up .venv first, if need be.
+# Everything a change must pass: style, format, types, the direction of imports, tests. Sets up .venv first, if need be.
 #
 #     bash scripts/test.sh                    all of it
 #     bash scripts/test.sh tests/pq           the arguments go to pytest
 #     bash scripts/test.sh -n 0 -x            in one process; by default a worker for each core, and 8 at the most
 #
-# Exit code 0 only if all four pass. pytest comes last, so its closing line is the end of the output.
+# Exit code 0 only if all five pass. pytest comes last, so its closing line is the end of the output.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh --dev
@@ -21,6 +21,7 @@ check() {
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy
+check "imports" lint-imports --no-logo
 STATUS=0
 echo "== pytest"
 # The tests and what they start take one thread each: the cores are busy with the other workers. A worker that is

@@ -16,7 +16,7 @@ from fairseq_quant_noise.artifact.manifest import Manifest
 from fairseq_quant_noise.artifact.packed import Packed
 from fairseq_quant_noise.artifact.writer import serialize
 from fairseq_quant_noise.errors import DamagedFileError
-from fairseq_quant_noise.networks import build
+from fairseq_quant_noise.networks.registry import build
 
 ROOT = Path(__file__).parents[1]
 NOISE = {"noise": [{"match": ".*", "p": 0.5, "block_size": 1}]}

@@ -16,12 +16,12 @@ from fairseq_quant_noise.layers.batch_statistics import estimating
 from fairseq_quant_noise.layers.pq import _Lookup
 from fairseq_quant_noise.noise import distortions
 from fairseq_quant_noise.noise.measure import Probe
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.plugin.distillation import Recorder, distillation_loss
 from fairseq_quant_noise.pq import encode
 from fairseq_quant_noise.quantization.importance import sound
 from fairseq_quant_noise.quantization.quantize import quantized_values, swapped
-from fairseq_quant_noise.quantization.table import resolve_stages
+from fairseq_quant_noise.quantization.targets import resolve_stages
 from fairseq_quant_noise.weights.discovery import find_weights
 
 NOISES = {

@@ -28,7 +28,7 @@ from lm_fixture import ROOT, USER_DIR, forgetful_fairseq
 from torch import nn
 
 from fairseq_quant_noise.cli.main import _VERBS, main, make_parser
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARK = re.compile(r"<!-- (?:not run: (.+?)|file: (\S+)) -->")

@@ -9,7 +9,7 @@
      "inputs":  {"decoder.layers.0.fc1": {"bits": 8, "low": -1.5, "high": 2.25}, ...},
      "sha256":  "<64 hexadecimal digits>"}
 
-`tensors` lists the quantized tensors. Tensor NAME is stored, codes packed as `bits.py` says, as
+`tensors` lists the quantized tensors. Tensor NAME is stored, codes packed as `utils/bits.py` says, as
 
     scheme pq     NAME.codes (U8), NAME.centroids (F16); with centroid_bits 8: U8, and NAME.affine (F32, (2, 1));
                   with "codebook": OTHER, the codes alone: centroids and affine are those of the tensor OTHER
@@ -26,9 +26,8 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from ..accounting import int_bytes, pq_bytes
 from ..errors import DamagedFileError
-from ..layers.pq import pq_bytes
-from ..layers.scalar import int_bytes
 from ..scalar import BITS, SCHEMES, bits_of
 from ..utils.bits import code_bits
 
@@ -69,7 +68,7 @@ class QuantizedTensor:
 
     @property
     def paper_bytes(self) -> float:
-        """By the paper's accounting (`table.py`)."""
+        """By the paper's accounting (`accounting.py`)."""
         if self.block_size is None or self.n_centroids is None:
             return int_bytes(math.prod(self.shape), self.bits or 32)
         return pq_bytes(self.n_codes, self.block_size, self.n_centroids, 0 if self.codebook else self.centroid_bits)

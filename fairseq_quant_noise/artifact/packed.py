@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._version import __version__
 from ..layers import QuantizedWeight, input_quantizers, quantized_weights
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..layers.inputs import InputQuantizer
 from ..layers.pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight
 from ..layers.scalar import AFFINE, SPEC
-from ..plan.rules import Plan
+from ..plan.plan import Plan
 from ..scalar import Affine
 from ..structure.state import layer_ties, maps_and_ties
 from ..utils.bits import pack_bits, unpack_bits
@@ -105,8 +106,6 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
         plan: the plan that quantized it, recorded.
         config: how to build the network (`Manifest.model`), recorded.
     """
-    from .. import __version__
-
     quantized = {tensor_name(name): weight for name, weight in quantized_weights(model).items()}
     codebooks = _codebooks(quantized)
     entries = {

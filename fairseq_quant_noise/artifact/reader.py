@@ -195,3 +195,8 @@ def _is_affine(both: Tensor, entry: QuantizedTensor) -> bool:
     top = 2 ** (entry.bits or entry.centroid_bits) - 1
     whole = (zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= top)
     return bool(((scale * (top + 1)).isfinite() & (scale > 0) & whole).all())
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether `path` names a packed file, by its ending."""
+    return str(path).endswith(".safetensors")

@@ -10,18 +10,16 @@ from typing import Any
 import torch
 
 from ..artifact import dense_state, read
-from ..artifact.writer import replace_file
-from ..networks.efficientnet import timm_names
-from .network import (
+from ..networks.registry import OF_IMAGES, PREFIX, stock_name
+from ..networks.timm_weights import timm_names
+from ..utils.files import replace_file
+from .options import (
     EMBEDDING_LAYER,
     FAIRSEQ_NOISE_OPTIONS,
     NOISE_FLAGS,
-    OF_IMAGES,
-    PREFIX,
     STRUCTURE_OPTIONS,
     as_fairseq,
     find_embedding_layer,
-    stock_name,
     unwrapped,
 )
 from .safe_load import safe_load

@@ -12,11 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..networks.registry import PREFIX, stock_name
 from ..quantization.importance import follow
 from ..structure.layer_map import kept_layers, side_of
 from ..structure.modules import keep_by_stack
 from ..structure.state import keep_state, share_state, stack_sizes
-from .network import IMPORTANCE, PREFIX, STAGES, Trained, as_trained, importance_in, read_checkpoint, stock_name
+from .moments import importance_in
+from .network import Trained, as_trained, read_checkpoint
+from .options import IMPORTANCE, STAGES
 from .stock import no_training
 
 

@@ -1,13 +1,14 @@
 """What the verbs print: a table for people, JSON for programs."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..accounting import MIB
 from ..artifact import Packed
-from ..quantization.table import MIB, Table, rest_bits
+from ..artifact.inspection import inspection
+from ..quantization.table import Table
 
 
 def print_table(table: Table) -> None:
@@ -53,45 +54,6 @@ def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) ->
         f"{info['paper_bytes'] / MIB:.3f} MiB by the paper's accounting, "
         f"{info['dense_bytes'] / MIB:.2f} MiB dense, x{info['ratio']:.2f}"
     )
-
-
-def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
-    """The keys of `inspect --json`. `ratio` is dense bytes over bytes on disk."""
-    manifest = packed.manifest
-    rest = rest_bits(entry.scheme for entry in manifest.tensors.values())
-    rows = [_row(packed, name, None) for name in manifest.tensors]
-    rows += [_row(packed, name, None, rest) for name in packed.dense_names]
-    rows += [_row(packed, copy, owner) for copy, owner in packed.ties.items()]
-    file_bytes = Path(path).stat().st_size
-    dense_bytes = sum(4 * math.prod(r["shape"]) for r in rows if r["tied_to"] is None)
-    return {
-        "format_version": manifest.format_version,
-        "file_bytes": file_bytes,
-        "paper_bytes": sum(r["paper_bytes"] for r in rows),
-        "dense_bytes": dense_bytes,
-        "ratio": dense_bytes / file_bytes,
-        "producer": manifest.producer,
-        "model": manifest.model.get("architecture"),
-        "plan": manifest.plan,
-        "inputs": manifest.inputs,
-        "tensors": sorted(rows, key=lambda r: r["name"]),
-    }
-
-
-def _row(packed: Packed, name: str, tied_to: str | None, rest: int = 32) -> dict[str, Any]:
-    entry = packed.manifest.tensors.get(tied_to or name)
-    dense = None if entry else packed.tensors[tied_to or name]
-    shape = list(entry.shape) if entry else list(dense.shape)  # type: ignore[union-attr]
-    return {
-        "name": name,
-        "scheme": entry.scheme if entry else "dense",
-        "shape": shape,
-        "block_size": entry.block_size if entry else None,
-        "n_centroids": entry.n_centroids if entry else None,
-        "bytes": 0 if tied_to else packed.tensor_bytes(name),
-        "paper_bytes": 0.0 if tied_to else entry.paper_bytes if entry else math.prod(shape) * rest / 8,
-        "tied_to": tied_to,
-    }
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -5,7 +5,7 @@ A module that holds a quantized weight and multiplies by it (any holder but an E
 codes of that range. The range is the mean over calibration forwards of each one's range:
 
 - `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320); `fairseq-train` does so
-  before each validation and checkpoint (`input_ranges.py`);
+  before each validation and checkpoint (`plugin/training/input_ranges.py`);
 - in training, the first `batches` forwards, and one in a hundred from then on, so that it follows the weights.
 
 Until the first of them, the range is that of the input itself.
@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..noise.draw import in_backward
-from ..scalar import RANGES, Affine, fake_quantize
+from ..scalar import INPUT_RANGES, RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
+from ..utils.autograd import in_backward
 from ..weights.discovery import find_weights
 
 NAME = "input_quantizer"
 SPARSE = 100  # in training, one forward in so many is looked at after the first ones
-KINDS = ("tensor", "histogram")
 
 
 class InputQuantizer(nn.Module):
@@ -162,7 +161,7 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
             quantize_input_(module, bits, RANGES[index], batches)
             changed = True
     if changed:
-        quantize_inputs_(model, (), 0, KINDS[0], 0)
+        quantize_inputs_(model, (), 0, INPUT_RANGES[0], 0)
 
 
 @contextmanager

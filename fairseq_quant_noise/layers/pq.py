@@ -3,13 +3,13 @@
 Several weights may share one codebook: they hold the same Parameter, and the number of the codebook says so in a state.
 """
 
-import math
 from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..accounting import pq_bytes
 from ..errors import UserError
 from ..kernels import SETTLED, decode, linear, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine
@@ -42,11 +42,6 @@ class _Lookup(torch.autograd.Function):
         gradient = gradients[0].float()  # sums over thousands of blocks overflow or drown in half precision
         total = gradient.new_zeros(ctx.n_centroids, gradient.shape[1]).index_add_(0, codes, gradient)  # (K, d)
         return (total / count**GRADIENT_POWER).to(gradients[0].dtype), None, None, None
-
-
-def pq_bytes(n_blocks: int, block_size: int, n_centroids: int, centroid_bits: int = 16) -> float:
-    """Codes and centroids of one weight by the paper's accounting: log2 K bits a code, fp16 or int8 centroids."""
-    return n_blocks * math.log2(max(n_centroids, 1)) / 8 + n_centroids * block_size * centroid_bits / 8
 
 
 class PQWeight(QuantizedWeight):

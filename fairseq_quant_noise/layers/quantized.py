@@ -49,7 +49,7 @@ class QuantizedWeight(nn.Module):
 
     @property
     def paper_bytes(self) -> float:
-        """Its size by the paper's accounting (`table.py`)."""
+        """Its size by the paper's accounting (`accounting.py`)."""
         raise NotImplementedError
 
     @property

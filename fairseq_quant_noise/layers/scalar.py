@@ -6,19 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..noise.draw import in_backward
-from ..noise.psi import StraightThrough
+from ..accounting import int_bytes
 from ..scalar import RANGES, Affine, fake_quantize, fit_affine
+from ..utils.autograd import StraightThrough, in_backward
 from ..weights.discovery import Weight
 from .quantized import QuantizedWeight, dense_weight, swap_in
 
 LATENT, SPEC, AFFINE, CODES = "latent", "scalar", "affine", "codes"
 HISTOGRAM_REFRESH = 100  # training forwards between two searches for a histogram's range
-
-
-def int_bytes(numbers: int, bits: int) -> float:
-    """N bits a number; the scales apart, as the paper counts."""
-    return numbers * bits / 8
 
 
 class _ScalarWeight(QuantizedWeight):

@@ -10,44 +10,16 @@ from timm's in this alone:
 Legend: N images, H x W pixels.
 """
 
-import re
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError, is_about_a_file
 from ..structure.state import stack_sizes
 from .efficientnet_config import LAYER_OPTIONS, EfficientNetConfig
-
-NEEDS = "pip install 'fairseq-quant-noise[vision]'"
-_THEIRS = re.compile(r"blocks\.(\d+)\.(\d+)\.")
-_OURS = re.compile(r"blocks\.(\d+)\.(?:first|layers\.(\d+))\.")
-#: Under which timm's checkpoints keep the weights, in the order in which timm itself looks.
-_PLACES = ("state_dict_ema", "model_ema", "state_dict", "model")
-
-
-def import_vision(name: str) -> ModuleType:
-    """timm, torchvision or one of their modules.
-
-    Raises:
-        UserError: it is not installed, or does not fit the torch that is.
-    """
-    try:
-        return __import__(name, fromlist=["_"])
-    except ModuleNotFoundError as error:
-        raise UserError(f"images need {error.name}, which is not installed; run: {NEEDS}") from None
-    except (ImportError, RuntimeError) as error:  # a torchvision that was built for another torch
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"images need torchvision, which does not load ({reason}); install the one that was built for torch "
-            f"{torch.__version__}: https://pytorch.org/get-started/previous-versions"
-        ) from None
+from .vision import import_vision
 
 
 class Stage(nn.Module):
@@ -108,89 +80,8 @@ def _timm_network(config: EfficientNetConfig) -> Any:
     )
 
 
-def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state of this network under timm's names; any other comes back as it is."""
-    return {_their_name(name): tensor for name, tensor in state.items()}
-
-
-def _their_name(name: str) -> str:
-    return _OURS.sub(lambda found: f"blocks.{found[1]}.{0 if found[2] is None else int(found[2]) + 1}.", name)
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state of timm's EfficientNet under this network's names."""
-
-    def renamed(found: re.Match[str]) -> str:
-        stage, block = found[1], int(found[2])
-        return f"blocks.{stage}.layers.{block - 1}." if block else f"blocks.{stage}.first."
-
-    return {_THEIRS.sub(renamed, name): tensor for name, tensor in state.items()}
-
-
 def seen_in_weights(state: Mapping[str, Tensor]) -> dict[str, int]:
     """The options that a state shows: the number of classes, and of blocks after each stage's first."""
     sizes = stack_sizes(state)
     layers = {option: sizes.get(f"blocks.{i}.layers", 0) for i, option in enumerate(LAYER_OPTIONS)}
     return {**layers, **({"num_classes": len(state["classifier.bias"])} if "classifier.bias" in state else {})}
-
-
-def load_timm_weights(model: nn.Module, path: str | Path) -> None:
-    """Load the weights of timm's EfficientNet of the same shape from a local file.
-
-    Args:
-        model: an `EfficientNet`. A classifier for another number of classes than the file's stays as it is.
-        path: of a `.safetensors` file, or of a state dict that torch.save wrote.
-    Raises:
-        UserError: no such file, not a state dict, or of another network; names the first tensor that does not fit.
-    """
-    state, ours = our_names(read_weights(path)), model.state_dict()
-    if any(key in state and state[key].shape != ours[key].shape for key in ("classifier.weight", "classifier.bias")):
-        state |= {key: ours[key] for key in ("classifier.weight", "classifier.bias")}
-    counts = {name: t for name, t in ours.items() if name.endswith("num_batches_tracked")}  # some files lack them
-    problem = _mismatch({**counts, **state}, ours)
-    if problem:
-        raise UserError(f"{path}: {problem}; give the weights of the EfficientNet that --arch names")
-    nn.Module.load_state_dict(model, {**counts, **state})
-
-
-def _mismatch(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str | None:
-    """The first tensor, by timm's name, that only one of the two has, or that differs in shape; None where all fit."""
-    for name in sorted(ours.keys() | theirs.keys()):
-        if name not in theirs:
-            return f"lacks {_their_name(name)}, which this network has"
-        if name not in ours:
-            return f"has {_their_name(name)}, which this network lacks"
-        if theirs[name].shape != ours[name].shape:
-            return (
-                f"its {_their_name(name)} is {tuple(theirs[name].shape)}, and this network's {tuple(ours[name].shape)}"
-            )
-    return None
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file of timm's, read without running what is in it.
-
-    Raises:
-        UserError: no such file, or no state dict in it.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            import safetensors.torch
-
-            found: Any = safetensors.torch.load_file(path)
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        if not is_about_a_file(error):
-            raise
-        raise UserError(f"{path}: {error.strerror or error}; give the file of timm's weights") from None
-    except Exception as error:  # torch and safetensors raise many kinds for a file that they cannot read
-        line = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a file of weights ({line}); give a state dict or a .safetensors file") from None
-    for place in _PLACES:
-        if isinstance(found, Mapping) and isinstance(found.get(place), Mapping):
-            found = found[place]
-    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()) or not found:
-        raise UserError(f"{path}: holds no state dict of tensors; give the file of timm's weights")
-    return {str(name).removeprefix("module."): tensor for name, tensor in found.items()}

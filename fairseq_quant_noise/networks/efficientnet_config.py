@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..errors import UserError
-from .decoder_config import given_options
+from .options import given_options
 
 #: The seven stages of EfficientNet-B0 (arXiv 1905.11946, table 1), as timm writes blocks: ds depthwise separable, ir
 #: inverted residual; r repeats, k kernel, s stride of the first block, e expansion, c channels, se squeeze-excitation.

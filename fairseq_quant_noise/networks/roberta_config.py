@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..errors import UserError
-from .decoder_config import (
+from .encoder import EncoderConfig
+from .options import (
     check_activation,
     check_heads,
     given_options,
@@ -17,7 +18,6 @@ from .decoder_config import (
     number_of_layers,
     refuse_stock_int8,
 )
-from .encoder import EncoderConfig
 
 _CURE = "evaluate it with fairseq-validate --user-dir instead"
 #: Options that change the function, with the values (besides None) that `Roberta` implements.

@@ -9,17 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UserError
-from .decoder_config import (
-    NOT_HERE,
-    TransformerLMConfig,
-    check_activation,
-    check_heads,
-    given_options,
-    has_embedding_layer,
-    number_of_layers,
-    refuse_options,
-)
+from .decoder_config import NOT_HERE, TransformerLMConfig
 from .encoder import EncoderConfig
+from .options import check_activation, check_heads, given_options, has_embedding_layer, number_of_layers, refuse_options
 
 _CURE = "evaluate it with fairseq-generate --user-dir instead"
 #: Options that change the function and that `Transformer` lacks; unset, zero and false are fine.

@@ -7,15 +7,16 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import UserError
-from ..plan.rules import NoiseRule, match_rules
+from ..plan.matching import match_rules
+from ..plan.rules import NoiseRule
 from ..weights.access import intercept, release
 from ..weights.blocks import check_block_size, fitting_block_size
 from ..weights.discovery import Weight, find_weights, warn_of_uncovered
-from .draw import NoiseDraw
+from .model_noise import ModelNoise
 from .statistics import CleanStatistics
 from .weight_noise import WeightNoise
 
-_ATTRIBUTE = "_quant_noise"  # on the root module: its NoiseDraw
+_ATTRIBUTE = "_quant_noise"  # on the root module: its ModelNoise
 
 
 def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
@@ -40,7 +41,7 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
             weight.check_ties()
         for rule in matched:
             check_block_size(weight.name, weight.module, rule.d)
-    draw = NoiseDraw(model)
+    draw = ModelNoise(model)
     watched: dict[int, nn.Module] = {}
     noised = [(w, rules_of) for w, rules_of in zip(weights, matches, strict=True) if rules_of]
     for index, (weight, matched) in enumerate(noised):
@@ -79,9 +80,9 @@ def fitted_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[NoiseRule
     return fitted
 
 
-def noise_of(model: nn.Module) -> NoiseDraw | None:
+def noise_of(model: nn.Module) -> ModelNoise | None:
     """The noise that `attach_rules` put on `model`, or None."""
-    found: NoiseDraw | None = model.__dict__.get(_ATTRIBUTE)
+    found: ModelNoise | None = model.__dict__.get(_ATTRIBUTE)
     return found
 
 

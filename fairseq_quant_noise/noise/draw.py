@@ -15,25 +15,15 @@ order in which layers run, or on LayerDrop. Outside a forward, and in eval mode,
 Parameter.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..utils.autograd import in_backward
 from ..utils.ranks import seed_of_rank
 
-if TYPE_CHECKING:
-    from .weight_noise import WeightNoise
-
 _MAX_SEEDS = 1_000  # of forwards whose backward never came, or came without the noise: all are in codes by then
-
-
-def in_backward() -> bool:
-    """Whether autograd is running, which is when checkpointed layers run again."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _random_state() -> int:
@@ -54,7 +44,6 @@ class NoiseDraw:
         self.noised: list[nn.Module] = []  # whose weights are noised
         self.seeds: dict[int, tuple[int, int]] = {}  # random state on entering a module -> seed, update of that forward
         self.latest: tuple[int | None, int] | None = None  # what to return to after a layer has run again
-        self.weights: dict[str, WeightNoise] = {}  # by the weight's name
         self.muted = False  # reads see the stored weight, for a measurement
         self.update = 0  # the update that schedules and intervals go by
         self.epoch = 0
@@ -68,20 +57,6 @@ class NoiseDraw:
     def begin_epoch(self, epoch: int | None = None) -> None:
         """Say that an epoch begins, the next one or `epoch`: codebooks are found anew in its first forward."""
         self.epoch = self.epoch + 1 if epoch is None else epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on with the same noise: plain containers and tensors."""
-        weights = {name: [rule.state() for rule in noise.rules] for name, noise in self.weights.items()}
-        return {"update": self.update, "draws": self.draws, "epoch": self.epoch, "weights": weights}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave; weights whose rules have changed start anew."""
-        self.update, self.draws, self.epoch = state["update"], state["draws"], state["epoch"]
-        for name, rules in state["weights"].items():
-            noise = self.weights.get(name)
-            if noise is not None and len(noise.rules) == len(rules):
-                for rule, saved in zip(noise.rules, rules, strict=True):
-                    rule.load_state(saved)
 
     def watch(self, module: nn.Module) -> None:
         """Count `module` as running between its call and its return."""

@@ -6,27 +6,12 @@ J is drawn anew for each forward; each block is in J with probability p. Blocks 
 (nothing is rescaled by 1/(1-p)). The gradient with respect to psi(W) goes to W unchanged.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..utils.autograd import StraightThrough
 from ..weights.blocks import as_blocks
 from .distortions import Distortion
-
-
-class StraightThrough(torch.autograd.Function):
-    """Forward: the distorted weight. Backward: the identity, to the stored weight."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, distorted: Tensor) -> Tensor:
-        """Returns `distorted`; both have the weight's shape."""
-        return distorted
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """d psi / d W = 1 (Bengio et al., arXiv 1308.3432)."""
-        return gradients[0], None
 
 
 def draw_blocks(n_blocks: int, p: float, generator: torch.Generator) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from ..layers.batch_statistics import batch_norms
-from .draw import NoiseDraw, in_backward
+from ..utils.autograd import in_backward
+from .draw import NoiseDraw
 
 FIRST, EVERY = 50, 8
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plan.rules import EPOCH, NoiseRule
+from ..plan.rules import NoiseRule
+from ..plan.vocabulary import EPOCH
+from ..utils.autograd import in_backward
 from ..weights.blocks import as_blocks
 from ..weights.discovery import Weight
 from .distortions import Codebook, make_distortion
-from .draw import NoiseDraw, in_backward
+from .draw import NoiseDraw
 from .psi import draw_blocks, draw_clusters, psi
 from .schedule import p_at
 

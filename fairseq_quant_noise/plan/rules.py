@@ -17,28 +17,21 @@ stages match, an unknown key: errors, before any work. fairseq's own quantizatio
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import nn
 
 from ..errors import UserError
-from ..scalar import BITS, RANGES, SCHEMES, bits_of
+from ..scalar import BITS, INPUT_RANGES, RANGES, SCHEMES, bits_of
 from ..structure.layer_map import START, parse_keep
-from .checks import check_keys, check_positive, check_probability, check_regex, check_setting, read_yaml
-from .fairseq_yaml import is_fairseq_format, setting_by_feature, stages_of
+from .checks import check_keys, check_positive, check_probability, check_regex
+from .fairseq_yaml import setting_by_feature
+from .vocabulary import CENTROID_BITS, CHOICES, CODEBOOKS, CONTINUE, EPOCH, KINDS, RESTART, SCHEDULES
 
 #: One number for all, a number per name (`default` and regular expressions), or fairseq's per module type.
 Setting = int | Mapping[str, Any]
-D = TypeVar("D")
-SCHEDULES = ("constant", "linear", "cosine", "step")
-_CENTROID_BITS = {"fp16": 16, "int8": 8}
-CHOICES = ("subvectors", "clusters")
-CODEBOOKS = ("own", "shared")
-CONTINUE, RESTART = "continue", "restart"
-EPOCH = "epoch"
 
 
 @dataclass(frozen=True)
@@ -78,8 +71,6 @@ class NoiseRule:
     schedule: Schedule | None = None  # of p
 
     def __post_init__(self) -> None:
-        from ..noise.distortions import DISTORTIONS
-
         where = f"noise rule '{self.match}'"
         check_regex("noise", self.match)
         check_probability(f"{where}: p", self.p)
@@ -87,9 +78,9 @@ class NoiseRule:
             object.__setattr__(self, "kind", tuple(self.kind))
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
             object.__setattr__(self, "schedule", _schedule(where, self.schedule))
-        strange = [kind for kind in self.kinds or ((),) if not isinstance(kind, str) or kind not in DISTORTIONS]
+        strange = [kind for kind in self.kinds or ((),) if not isinstance(kind, str) or kind not in KINDS]
         if strange:
-            raise UserError(f"{where}: unknown kind {strange[0]!r}; known kinds: {', '.join(DISTORTIONS)}")
+            raise UserError(f"{where}: unknown kind {strange[0]!r}; known kinds: {', '.join(KINDS)}")
         for name, value, known in (("choice", self.choice, CHOICES), ("range", self.range, RANGES)):
             if value not in known:
                 raise UserError(f"{where}: unknown {name} {value!r}; known: {', '.join(known)}")
@@ -123,7 +114,7 @@ class NoiseRule:
 
     def to_dict(self) -> dict[str, Any]:
         """As in YAML, without what is the default."""
-        plain = _given(self)
+        plain = given(self)
         if isinstance(self.kind, tuple):
             plain["kind"] = list(self.kind)
         if self.schedule is not None:
@@ -179,18 +170,18 @@ class Centroids:
     """How centroids are found and stored."""
 
     dtype: str = "fp16"  # of the centroids in the file, and of the centroids that evaluation uses: fp16 or int8
-    weighted: bool = True  # k-means weighs errors by squared gradients, which Adam has or data give (importance.py)
+    weighted: bool = True  # k-means weighs errors by squared gradients, Adam's or of data (quantization/importance.py)
 
     def __post_init__(self) -> None:
-        if self.dtype not in _CENTROID_BITS:
-            raise UserError(f"centroids: unknown dtype {self.dtype!r}; known dtypes: {', '.join(_CENTROID_BITS)}")
+        if self.dtype not in CENTROID_BITS:
+            raise UserError(f"centroids: unknown dtype {self.dtype!r}; known dtypes: {', '.join(CENTROID_BITS)}")
         if type(self.weighted) is not bool:
             raise UserError(f"centroids: weighted is {self.weighted!r}; give true or false")
 
     @property
     def bits(self) -> int:
         """Of a number."""
-        return _CENTROID_BITS[self.dtype]
+        return CENTROID_BITS[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -202,12 +193,10 @@ class Activations:
     calibration_batches: int = 8  # forwards that a range is the mean of, 255 at most
 
     def __post_init__(self) -> None:
-        from ..layers.inputs import KINDS
-
         if type(self.bits) is not int or self.bits not in BITS:
             raise UserError(f"activations: bits is {self.bits!r}; give 2 to 8")
-        if self.range not in KINDS:
-            raise UserError(f"activations: unknown range {self.range!r}; known: {', '.join(KINDS)}")
+        if self.range not in INPUT_RANGES:
+            raise UserError(f"activations: unknown range {self.range!r}; known: {', '.join(INPUT_RANGES)}")
         check_positive("activations: calibration_batches", self.calibration_batches)
         if self.calibration_batches > 255:
             raise UserError(f"activations: calibration_batches is {self.calibration_batches}; give at most 255")
@@ -254,97 +243,9 @@ class Tuning:
         return self.schedule == RESTART
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked plan. `Plan.of` makes one from a path, a mapping or a Plan."""
-
-    noise: tuple[NoiseRule, ...] = ()
-    stages: tuple[StageRule, ...] = ()
-    centroids: Centroids = field(default_factory=Centroids)
-    activations: Activations | None = None  # left as they are without it
-    structure: Structure | None = None  # left as it is without it
-    tuning: Tuning = field(default_factory=Tuning)
-
-    @property
-    def weighs(self) -> bool:
-        """Whether k-means takes place and weighs errors."""
-        return self.centroids.weighted and any(rule.bits is None for rule in self.stages)
-
-    @classmethod
-    def of(cls, source: "str | Path | Mapping[str, Any] | Plan") -> "Plan":
-        """The plan of a YAML file, a mapping, or a Plan (returned as it is).
-
-        Raises:
-            UserError: one line that names the file, rule or key and the cure.
-        """
-        if isinstance(source, Plan):
-            return source
-        if isinstance(source, str | Path):
-            return cls.of(read_yaml(Path(source)))
-        if is_fairseq_format(source):
-            return cls.of({"stages": stages_of(source)})
-        check_keys("plan", source, [f.name for f in fields(cls)])
-        return cls(
-            noise=_rules(NoiseRule, "noise", source.get("noise") or ()),
-            stages=_rules(StageRule, "stages", source.get("stages") or ()),
-            centroids=_build(Centroids, "centroids", source.get("centroids") or {}),
-            activations=_given_or_none(Activations, "activations", source),
-            structure=_given_or_none(Structure, "structure", source),
-            tuning=_build(Tuning, "tuning", source.get("tuning") or {}),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and dicts, without what is the default; `Plan.of` takes them back."""
-        return {
-            "noise": [rule.to_dict() for rule in self.noise],
-            "stages": [_given(rule) for rule in self.stages],
-            "centroids": {"dtype": self.centroids.dtype, **_given(self.centroids)},
-            "activations": None if self.activations is None else asdict(self.activations),
-            **({} if self.structure is None else {"structure": _given(self.structure)}),
-            **({} if self.tuning == Tuning() else {"tuning": _given(self.tuning)}),
-        }
-
-
-def _given(rule: Any) -> dict[str, Any]:
+def given(rule: Any) -> dict[str, Any]:
     """The fields of a rule that are not the default."""
     return {f.name: value for f in fields(rule) if (value := getattr(rule, f.name)) != f.default}
-
-
-def _given_or_none(cls: type[D], where: str, source: Mapping[str, Any]) -> D | None:
-    """`activations: {}` stands for the defaults; without the key, or with none after it, there is no such section."""
-    given = source.get(where)
-    return None if given is None else _build(cls, where, given)
-
-
-class Rule(Protocol):
-    """What `match_rules` needs of a rule."""
-
-    @property
-    def match(self) -> str:
-        """A regular expression."""
-
-
-R = TypeVar("R", bound=Rule)
-
-
-def match_rules(what: str, rules: Sequence[R], names: Sequence[str]) -> list[list[R]]:
-    """For each name the rules that match the whole of it, in order.
-
-    Raises:
-        UserError: a rule matches no name.
-    """
-    matches: list[list[R]] = [[] for _ in names]
-    for rule in rules:
-        hits = [i for i, name in enumerate(names) if re.fullmatch(rule.match, name)]
-        if not hits:
-            some = ", ".join([*names[:2], "…", *names[-2:]] if len(names) > 4 else names) or "none"
-            raise UserError(
-                f"{what} rule '{rule.match}' matches no weight of this model; its weights are {some} "
-                "(`fairseq-quant-noise plan` lists them; match needs the whole name)"
-            )
-        for i in hits:
-            matches[i].append(rule)
-    return matches
 
 
 def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
@@ -358,27 +259,6 @@ def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
         raise UserError(f"{what} gives no value for {name}; add a pattern that matches it, or a default")
     check_positive(f"{what} for {name}", value)
     return value
-
-
-def _rules(cls: type[D], where: str, source: Any) -> tuple[D, ...]:
-    if not isinstance(source, Sequence) or isinstance(source, str):
-        raise UserError(f"plan: {where} must be a list of rules, not {type(source).__name__}")
-    return tuple(_build(cls, f"{where}[{i}]", rule) for i, rule in enumerate(source))
-
-
-def _build(cls: type[D], where: str, source: Any) -> D:
-    if not isinstance(source, Mapping):
-        raise UserError(f"plan: {where} must be a mapping of keys to values, not {type(source).__name__}")
-    wanted = fields(cls)  # type: ignore[arg-type]
-    check_keys(f"plan: {where}", source, [f.name for f in wanted])
-    needed = [f.name for f in wanted if f.default is MISSING and f.default_factory is MISSING]
-    missing = [name for name in needed if name not in source]
-    if missing:
-        raise UserError(f"plan: {where} lacks the key '{missing[0]}'")
-    for f in wanted:
-        if cls is StageRule and f.name in ("block_size", "n_centroids") and f.name in source:
-            check_setting(f"plan: {where}: {f.name}", source[f.name])
-    return cls(**source)
 
 
 def _schedule(where: str, source: Any) -> Schedule:

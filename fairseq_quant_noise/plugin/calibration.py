@@ -5,28 +5,29 @@ are none.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import adopt_quantized, input_quantizers
 from ..layers.batch_statistics import batch_norms
 from ..layers.inputs import NAME as INPUT_QUANTIZER
-from ..plan.rules import Plan, Structure
-from ..structure.modules import apply_structure
+from ..plan.plan import Plan
+from ..plan.rules import Structure
+from ..quantization.structure import apply_structure
 from ..utils.progress import watched
+from .batches import FIRST_BATCHES
+from .gradients import squared_gradients
 
 logger = logging.getLogger(__name__)
 
 SUBSET = "train"
 SENTENCES = 8  # of a batch
 IMAGES, IMAGE_BATCHES = 32, 16  # for batch statistics: of few images the variance between them is missing
-FIRST_BATCHES = 16  # of the training data, for gradients
 
 
 def calibration_on(
@@ -93,75 +94,6 @@ def gradients_on(
     samples = _samples(task, str(data), FIRST_BATCHES)
     watching = watched(samples, FIRST_BATCHES, "measuring gradients", progress)
     return squared_gradients(theirs, criterion, watching)
-
-
-def squared_gradients(
-    model: nn.Module, criterion: Any, samples: Iterable[Any], scale: float = 1.0
-) -> dict[str, Tensor]:
-    """The sum over batches of the squared gradient of their mean loss, for each number of each weight, in bfloat16.
-
-    It stands for the diagonal of the Fisher matrix up to a factor (`importance.py`). The model's gradients are gone
-    then; its noise and dropout are off meanwhile.
-
-    Args:
-        model: of fairseq.
-        criterion: fairseq's; called with the model and a batch.
-        samples: batches, on the model's device.
-        scale: of the loss, for gradients in half precision.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    sums = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in parameters.values() if p.requires_grad}
-    training = model.training
-    model.eval()
-    for sample in samples:
-        model.zero_grad()
-        with torch.enable_grad():
-            loss, size, _ = criterion(model, sample)
-            (loss * (scale / max(float(size), 1.0))).backward()
-        for p in {id(p): p for p in parameters.values() if p.grad is not None}.values():
-            sums[id(p)] += p.grad.float().square().nan_to_num(0.0, 0.0)  # type: ignore[union-attr]
-    model.zero_grad()
-    model.train(training)
-    found = {name: sums[id(p)].bfloat16() for name, p in parameters.items() if id(p) in sums}
-    return {name: tensor for name, tensor in found.items() if bool(tensor.any())}
-
-
-def first_batches(trainer: Any, epoch: int, count: int = FIRST_BATCHES) -> Iterator[Any]:
-    """The first batches of the training data of an epoch, the same ones on every rank, on the model's device.
-
-    They stay on the CPU until the next epoch, since to divide a large data set into batches takes minutes.
-
-    Args:
-        trainer: fairseq's.
-        epoch: the one that it is in, whose data they are.
-        count: how many, if there are so many.
-    """
-    of_epoch, asked, kept = trainer.__dict__.get("quant_noise_first_batches", (None, 0, []))
-    if of_epoch != epoch or asked < count:
-        kept = list(islice(_batches(trainer, epoch), count))
-        trainer.quant_noise_first_batches = epoch, count, kept
-    for sample in kept[:count]:
-        yield trainer._prepare_sample(sample)[0]
-
-
-def _batches(trainer: Any, epoch: int) -> Iterator[Any]:
-    """The batches of an epoch of the training data, as if there were one process."""
-    import fairseq.utils
-
-    data, cfg = trainer.task.dataset(trainer.cfg.dataset.train_subset), trainer.cfg.dataset
-    return trainer.task.get_batch_iterator(
-        data,
-        max_tokens=cfg.max_tokens,
-        max_sentences=cfg.batch_size,
-        max_positions=fairseq.utils.resolve_max_positions(
-            trainer.task.max_positions(), trainer.get_model().max_positions()
-        ),
-        ignore_invalid_inputs=True,
-        required_batch_size_multiple=cfg.required_batch_size_multiple,
-        seed=trainer.cfg.common.seed,
-        epoch=epoch,
-        disable_iterator_cache=True,  # or the training would go on behind these batches
-    ).next_epoch_itr(shuffle=True)
 
 
 def _prepared(

@@ -55,8 +55,3 @@ def _check_layerdrop(backend: str, model: nn.Module) -> None:
                 f"--{side}-layerdrop {module.p}: the layers that it leaves out have no gradient, which --ddp-backend "
                 f"{backend} stops at; give --ddp-backend legacy_ddp or --find-unused-parameters"
             )
-
-
-def install() -> None:
-    """Let fairseq's Trainer wrap its model here."""
-    fairseq.models.DistributedFairseqModel = distributed_fairseq_model

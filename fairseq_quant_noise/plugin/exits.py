@@ -1,4 +1,4 @@
-"""How a user's mistake ends a program: one line on standard error, an exit code, no traceback."""
+"""How a user's mistake ends fairseq's programs: one line on standard error, an exit code, no traceback."""
 
 import sys
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from ..errors import UserError
+from ..errors import UserError, end_program
 
 _PROGRAMS = "fairseq_cli"  # the package of fairseq's programs
 
@@ -19,16 +19,14 @@ def exits_on_user_error(always: bool = False) -> Iterator[None]:
     their own.
 
     Args:
-        always: for what is a program itself, as our own command is.
+        always: for what is a program's start.
     """
     try:
         yield
     except UserError as error:
         if not always and not _in_a_program():
             raise
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(error.exit_code) from error  # for who catches it in a notebook
+        end_program(error)
 
 
 def _in_a_program() -> bool:

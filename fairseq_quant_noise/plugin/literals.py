@@ -7,7 +7,6 @@ else.
 
 import ast
 import operator
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -53,14 +52,7 @@ def _value(node: ast.expr) -> Any:
     return _SUMS[type(node.op)](left, right)
 
 
-def _evaluate(text: str) -> Any:
-    """For fairseq's modules: a UserError ends its programs in one line, as everywhere."""
+def evaluate(text: str) -> Any:
+    """`literal` in the place of Python's eval: a UserError ends fairseq's programs in one line, as everywhere."""
     with exits_on_user_error():
         return literal(text)
-
-
-def install_literals() -> None:
-    """Give each module of fairseq that is there this `eval`; it shadows Python's."""
-    for name, module in [*sys.modules.items()]:
-        if name.partition(".")[0] in ("fairseq", "fairseq_cli") and isinstance(module, type(sys)):
-            vars(module).setdefault("eval", _evaluate)

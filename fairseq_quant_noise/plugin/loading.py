@@ -1,6 +1,6 @@
 """fairseq's loading of checkpoints, made safe, and taught to read the packed file.
 
-Nothing untrusted is unpickled (`safe_load.py`).
+Nothing untrusted is unpickled (`checkpoints/safe_load.py`).
 """
 
 from argparse import Namespace
@@ -10,7 +10,6 @@ from typing import Any
 
 import fairseq.checkpoint_utils
 import fairseq.distributed.utils
-import torch
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.dataclass.utils import merge_with_parent
 from fairseq.file_io import PathManager
@@ -18,15 +17,16 @@ from fairseq.models import MODEL_DATACLASS_REGISTRY
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..api import network_of
 from ..artifact import Packed, read
 from ..artifact.configuration import check_evaluated
-from ..checkpoints.network import PREFIX, SECTIONS, as_fairseq
+from ..artifact.network import network_of
+from ..artifact.reader import is_packed
+from ..checkpoints.options import SECTIONS, as_fairseq
 from ..checkpoints.safe_load import safe_load
 from ..checkpoints.stock import no_training
 from ..errors import DamagedFileError, UserError
+from ..networks.registry import PREFIX
 from .exits import exits_on_user_error
-from .literals import install_literals
 
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
@@ -39,11 +39,6 @@ _FOR_THE_HUB = {
     "generation": asdict(GenerationConfig()),
     "dataset": {"max_tokens": None, "batch_size": None},
 }
-
-
-def is_packed(path: str | Path) -> bool:
-    """Whether `path` names a packed file, by its ending."""
-    return str(path).endswith(".safetensors")
 
 
 def load_checkpoint_to_cpu(path: str, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> dict[str, Any]:
@@ -145,21 +140,3 @@ def _check_network(path: str | Path, packed: Packed) -> None:
     except (OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DamagedFileError(f"{path}: its configuration is damaged ({reason})") from None
-
-
-def broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
-    """What fairseq's `_broadcast_object_slow` returns: `obj` of rank `src_rank`, on every rank.
-
-    fairseq sends what rank 0 has loaded through torch.save and torch.load, which refuses its configuration since torch
-    2.6, so that no checkpoint loads on several processes. The other ranks are this program: what they send is trusted.
-    """
-    box = [obj]
-    torch.distributed.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
-    return box[0]
-
-
-def install() -> None:
-    """Make fairseq's programs load through this module."""
-    install_literals()
-    fairseq.checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
-    fairseq.distributed.utils._broadcast_object_slow = broadcast_object

@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import fairseq.checkpoint_utils
-import fairseq.distributed.utils
-
 from ..errors import NO_ROOM, UserError, is_about_a_file
 from .exits import exits_on_user_error
 
@@ -90,18 +87,12 @@ def _of_the_system(error: OSError) -> str | None:
     return f"{error.filename}: {error.strerror}; give another place, or make room"
 
 
-def _in_a_line(function: Callable[..., R], is_program: bool) -> Callable[..., R]:
+def in_a_line(function: Callable[..., R], is_program: bool) -> Callable[..., R]:
+    """`function`, whose errors in files, options and shapes are UserErrors; of a program, its end with one line."""
+
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> R:
         with exits_on_user_error(always=is_program), as_user_errors():
             return function(*args, **kwargs)
 
     return run
-
-
-def install() -> None:
-    """Make fairseq's programs, and its loading of models, say it so."""
-    checkpoint_utils, utils = fairseq.checkpoint_utils, fairseq.distributed.utils
-    for module, name in ((utils, "call_main"), (checkpoint_utils, "load_model_ensemble_and_task")):
-        if not hasattr(getattr(module, name), "__wrapped__"):  # once
-            setattr(module, name, _in_a_line(getattr(module, name), is_program=name == "call_main"))

@@ -12,14 +12,10 @@ Each module of fairseq that uses one gets a `np` of its own, numpy with these na
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import fairseq.data.data_utils
-import fairseq.data.language_pair_dataset
-import fairseq.data.token_block_dataset
-import fairseq.modules.dynamic_crf_layer
 import numpy as np
 
 
-class _NumpyAsItWas(ModuleType):
+class NumpyAsItWas(ModuleType):
     """numpy, with the names that were removed."""
 
     float = float
@@ -35,12 +31,4 @@ class _NumpyAsItWas(ModuleType):
         return np.percentile(a, q, method=method)
 
 
-def install() -> None:
-    """Give fairseq's modules these names."""
-    for module in (
-        fairseq.data.data_utils,
-        fairseq.data.language_pair_dataset,
-        fairseq.data.token_block_dataset,
-        fairseq.modules.dynamic_crf_layer,
-    ):
-        module.np = _NumpyAsItWas("numpy")
+numpy = NumpyAsItWas("numpy")

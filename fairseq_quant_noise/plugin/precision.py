@@ -37,8 +37,3 @@ def _mend(cfg: DictConfig) -> None:
                     section.tpu = False
         if (common.bf16 or common.fp16) and not common.tpu and (common.cpu or not torch.cuda.is_available()):
             common.fp16_no_flatten_grads = True
-
-
-def install() -> None:
-    """Make fairseq's programs start through this module."""
-    fairseq.distributed.utils.call_main = call_main

@@ -19,8 +19,8 @@ import fairseq.checkpoint_utils
 import torch
 from fairseq.file_io import PathManager
 
-from ..artifact.writer import keep_mode
 from ..errors import UserError, is_about_a_file
+from ..utils.files import keep_mode
 from .exits import exits_on_user_error
 
 logger = logging.getLogger(__name__)
@@ -115,9 +115,3 @@ def newest_whole(filename: str) -> str:
             logger.warning(f"{filename} is cut: its writing was interrupted; going on from {path}")
             return str(path)
     return filename
-
-
-def install() -> None:
-    """Make fairseq's programs write through this module."""
-    fairseq.checkpoint_utils.torch_persistent_save = torch_persistent_save
-    fairseq.checkpoint_utils.PathManager = WholeCopies

@@ -37,7 +37,8 @@ def encode(
         block_size: d.
         n_centroids: K, at most 256 and at most the number of blocks.
         seed: of k-means; with the same weight and importance it gives the same bits.
-        importance: of the numbers' squared errors (`importance.py`), of the weight's shape; all alike without.
+        importance: of the numbers' squared errors (`quantization/importance.py`), of the weight's shape; all alike
+            without.
     Raises:
         UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold.
     """

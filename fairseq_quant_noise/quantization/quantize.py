@@ -17,15 +17,16 @@ from ..layers import calibrating, quantize_inputs_, quantize_weight_, quantized_
 from ..layers.batch_statistics import batch_norms, estimating
 from ..layers.pq import PQWeight
 from ..layers.quantized import dense_weight
-from ..plan.rules import Activations, Plan
+from ..plan.plan import Plan
+from ..plan.rules import Activations
 from ..pq.encode import encode_together
 from ..scalar import fake_quantize, fit_affine
-from ..structure.modules import apply_structure
 from ..utils import ranks
 from ..utils.progress import watched
 from ..weights.discovery import warn_of_uncovered
 from .importance import check_importance
-from .table import Target, resolve_stages
+from .structure import apply_structure
+from .targets import Target, resolve_stages
 
 logger = logging.getLogger(__name__)
 

@@ -12,45 +12,16 @@ It works on the meta device, so that the sizes of a model cost nothing.
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from ..errors import UserError
-from ..layers.pq import pq_bytes
-from ..layers.scalar import int_bytes
-from ..plan.rules import Plan, StageRule, match_rules
-from ..pq.kmeans import effective_centroids
-from ..scalar import bits_of
-from ..weights.blocks import check_block_size
-from ..weights.discovery import Weight, find_weights
-
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Target:
-    """A weight that a stage quantizes."""
-
-    weight: Weight
-    stage: int  # index into the plan's stages
-    rule: StageRule
-    block_size: int | None = None  # d, of pq
-    n_centroids: int | None = None  # K of pq: the rule's, or less where a codebook has fewer than 4 K blocks
-    centroid_bits: int = 16
-    codebook: int | None = None  # number of a shared one
-    brings_codebook: bool = True  # the first weight of a shared one, or one with its own
-
-    @property
-    def paper_bytes(self) -> float:
-        """By the paper's accounting."""
-        numbers = math.prod(self.weight.shape)
-        if self.block_size is None or self.n_centroids is None:
-            return int_bytes(numbers, self.rule.bits or 32)
-        bits = self.centroid_bits if self.brings_codebook else 0
-        return pq_bytes(numbers // self.block_size, self.block_size, self.n_centroids, bits)
+from ..accounting import rest_bits
+from ..layers import QuantizedWeight
+from ..weights.discovery import find_weights
+from .targets import Target
 
 
 @dataclass(frozen=True)
@@ -109,61 +80,6 @@ class Table:
         }
 
 
-def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
-    """Which weights the plan quantizes, in which stage and how, in the order of the model.
-
-    Raises:
-        UserError: a rule matches nothing, two stages match one weight, or a block size does not divide.
-    """
-    weights = find_weights(model)
-    matches = match_rules("stage", plan.stages, [w.name for w in weights])
-    targets = []
-    for weight, rules in zip(weights, matches, strict=True):
-        if len(rules) > 1:
-            raise UserError(
-                f"{weight.name}: matched by two stages, '{rules[0].match}' and '{rules[1].match}'; "
-                "narrow one of them, for a weight is quantized once"
-            )
-        if rules:
-            targets.append(_target(weight, plan.stages.index(rules[0]), rules[0], plan.centroids.bits))
-    return _with_codebooks(targets, [id(weight) for weight in weights])
-
-
-def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> Target:
-    weight.check_ties()
-    if rule.bits is not None:
-        return Target(weight, stage, rule)
-    block_size = rule.block_size_of(weight.name, weight.module)
-    check_block_size(weight.name, weight.module, block_size)
-    return Target(weight, stage, rule, block_size, rule.n_centroids_of(weight.name, weight.module), centroid_bits)
-
-
-def _with_codebooks(targets: Sequence[Target], order: Sequence[int]) -> list[Target]:
-    """The targets with K, and with the codebooks that are shared: by the weights of a stage that have the same d and K.
-
-    A shared codebook's number is the place of its first weight in the model, so that no two have the same.
-    """
-    groups: dict[tuple[int, ...], list[Target]] = {}
-    for target in targets:
-        one_for_all = target.block_size is not None and target.rule.codebook == "shared"
-        key = (target.stage, target.block_size, target.n_centroids) if one_for_all else (id(target),)
-        groups.setdefault(key, []).append(target)  # type: ignore[arg-type]
-    found: dict[int, Target] = {}
-    for group in groups.values():
-        number = order.index(id(group[0].weight)) if len(group) > 1 else None
-        n_blocks = sum(math.prod(t.weight.shape) // (t.block_size or 1) for t in group)
-        for i, target in enumerate(group):
-            k = None if target.n_centroids is None else effective_centroids(n_blocks, target.n_centroids)
-            found[id(target)] = replace(target, n_centroids=k, codebook=number, brings_codebook=i == 0)
-    return [found[id(target)] for target in targets]
-
-
-def rest_bits(schemes: Iterable[str]) -> int:
-    """Bits a number that the paper counts for biases and norms, for the schemes of all weights (see above)."""
-    found = set(schemes)
-    return (bits_of(found.pop()) if len(found) == 1 else None) or 32
-
-
 def make_table(model: nn.Module, targets: Sequence[Target] = (), original_bytes: int | None = None) -> Table:
     """A row for each parameter of `model` (tied copies included), quantized as `targets` say, dense elsewhere.
 
@@ -192,3 +108,14 @@ def make_table(model: nn.Module, targets: Sequence[Target] = (), original_bytes:
 
 def _tied(row: Row, owner: str) -> Row:
     return Row(row.name, row.scheme, row.shape, row.block_size, row.n_centroids, 0.0, owner)
+
+
+def model_bytes(model: nn.Module) -> tuple[float, int]:
+    """(bytes now, bytes if all were dense): quantized weights as `table.py` counts them, 4 bytes a number elsewhere."""
+    stored = [weight.stored for weight in find_weights(model)]
+    quantized = [s for s in stored if isinstance(s, QuantizedWeight)]
+    inside = {id(p) for weight in quantized for p in weight.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
+    schemes = [s.scheme if isinstance(s, QuantizedWeight) else "dense" for s in stored]
+    now = rest * rest_bits(schemes) / 8 + sum(weight.paper_bytes for weight in quantized)
+    return now, 4 * (rest + sum(weight.shape.numel() for weight in quantized))

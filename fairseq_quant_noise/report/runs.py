@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import read
-from ..checkpoints.network import STAGES
+from ..artifact.inspection import inspection
+from ..checkpoints.options import STAGES
 from ..checkpoints.safe_load import safe_load
-from ..cli.printing import inspection
 from ..errors import UserError
 from .codebooks import CodebookUse, codebook_use
 from .logs import Log, finite, read_log

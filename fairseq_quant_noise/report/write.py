@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..artifact.writer import replace_file
 from ..errors import UserError, is_about_a_file
+from ..utils.files import replace_file
 from .page import page
 from .pictures import pictures
 from .runs import Runs, find_runs

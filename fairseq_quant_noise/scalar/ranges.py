@@ -14,6 +14,7 @@ from ..errors import UserError
 from .affine import Affine
 
 RANGES = ("tensor", "channel", "histogram")
+INPUT_RANGES = ("tensor", "histogram")  # of activations
 BINS = 2048
 _SHRINK = 64  # clips tried for each end
 _ROUNDS = 2  # over both ends

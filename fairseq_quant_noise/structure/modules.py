@@ -2,7 +2,7 @@
 
 A shared layer keeps a module of its own for each use (an attention remembers the keys of its place, the input of each
 use has its own range), and all uses hold the same Parameters or quantized weights. So they are one weight to noise,
-optimizer, stages and file (`weights.py`).
+optimizer, stages and file (`weights/discovery.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +49,8 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
-def _stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+def require_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """`find_stacks`, of which there must be one. Raises UserError."""
     stacks = find_stacks(model)
     if not stacks:
         raise UserError("this network has no ModuleList called 'layers', whose layers could be shared or pruned")
@@ -74,14 +75,14 @@ def share_layers_(model: nn.Module, chunk: int, start: str = "first") -> nn.Modu
     Raises:
         UserError: N does not divide the layers, or layers of a chunk are not alike.
     """
-    stacks = _stacks(model)
+    stacks = require_stacks(model)
     maps = {name: chunk_map(name, len(stack), chunk) for name, stack in stacks.items()}
     for name, stack in stacks.items():
         layers = _layers(stack)
         for i in range(0, len(layers) if start == "mean" else 0, chunk):
             _average(f"{name}.{i}", layers[i : i + chunk])
         if chunk > 1 and getattr(stack, "p", 0) > 0:
-            _set_layerdrop(model, name, stack, chunk, float(stack.p))  # type: ignore[arg-type]
+            set_layerdrop(model, name, stack, chunk, float(stack.p))  # type: ignore[arg-type]
     tie_layers_(model, maps)
     return model
 
@@ -140,7 +141,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...] | None]:
     return shapes | ({"codes": tuple(quantized.shape)} if isinstance(quantized, QuantizedWeight) else {})
 
 
-def _set_layerdrop(model: nn.Module, name: str, stack: nn.ModuleList, chunk: int, p: float) -> None:
+def set_layerdrop(model: nn.Module, name: str, stack: nn.ModuleList, chunk: int, p: float) -> None:
+    """Let training leave out chunks of the stack called `name` with probability p."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, LayerStack(_layers(stack), chunk, p))
 
@@ -173,7 +175,7 @@ def keep_layers_(model: nn.Module, keep: object) -> dict[str, list[int]]:
     Raises:
         UserError: a layer that there is not, the same one twice, none at all, or a part of a chunk.
     """
-    stacks = _stacks(model)
+    stacks = require_stacks(model)
     wanted = keep_by_stack("keep_layers", keep, list(stacks))
     kept = {
         name: kept_layers("keep_layers", which, name, len(stacks[name]), shared_chunk(stacks[name]))
@@ -218,23 +220,3 @@ def fit_stacks(model: nn.Module, state: Mapping[str, Any]) -> None:
     for name, n in stack_sizes(state).items():
         if name in stacks and n < len(stacks[name]):
             remove_layers(model, name, range(n))
-
-
-def apply_structure(model: nn.Module, structure: Any) -> dict[str, list[int]]:
-    """Share, then prune, then set LayerDrop, as a plan's `structure` says, in place.
-
-    Args:
-        model: any network with a ModuleList `layers`.
-        structure: a `plan.Structure`.
-    Returns:
-        By stack, the layers that stayed, where some were to go.
-    Raises:
-        UserError: it does not fit the network.
-    """
-    if structure.share_layers > 1:
-        share_layers_(model, structure.share_layers, structure.share_from)
-    kept = keep_layers_(model, structure.keep_layers) if structure.keep_layers is not None else {}
-    if structure.layerdrop is not None:
-        for name, stack in _stacks(model).items():
-            _set_layerdrop(model, name, stack, shared_chunk(stack), structure.layerdrop)
-    return kept

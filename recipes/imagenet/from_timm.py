@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import fairseq.models  # noqa: F401 (first, so that the package registers its models)
 
 from fairseq_quant_noise.checkpoints.stock import no_training, write_checkpoint
-from fairseq_quant_noise.networks import build
-from fairseq_quant_noise.networks.efficientnet import load_timm_weights
+from fairseq_quant_noise.networks.registry import build
+from fairseq_quant_noise.networks.timm_weights import load_timm_weights
 from fairseq_quant_noise.plugin.exits import exits_on_user_error
 from fairseq_quant_noise.plugin.models.architectures import architecture_options
 

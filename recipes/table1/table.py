@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.cli.printing import inspection
+from fairseq_quant_noise.artifact.inspection import inspection
 from recipes.results import perplexity
 
 TABLE1, CHANNEL, EXACT = "table 1", "ranges per channel", "exact or proxy noise"

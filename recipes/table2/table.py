@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fairseq_quant_noise.accounting import MIB
 from fairseq_quant_noise.checkpoints.network import load_trained
-from fairseq_quant_noise.quantization.sizes import model_bytes
-from fairseq_quant_noise.quantization.table import MIB
+from fairseq_quant_noise.quantization.table import model_bytes
 from recipes.mnli.result import accuracies
 from recipes.results import perplexity
 from recipes.table1.table import markdown

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.cli.printing import inspection
+from fairseq_quant_noise.artifact.inspection import inspection
 from recipes.results import print_result
 
 

@@ -9,10 +9,11 @@ from torch import nn
 from toys import INT_PLANS, TOKENS, ZOO_PLAN, adopting, quiet, zoo
 
 from fairseq_quant_noise.artifact import pack, read, write
-from fairseq_quant_noise.cli.printing import inspection
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.artifact.inspection import inspection
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.quantize import quantize_
-from fairseq_quant_noise.quantization.table import make_table, resolve_stages
+from fairseq_quant_noise.quantization.table import make_table
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 
 def reload(packed, model):

@@ -14,9 +14,10 @@ from torch import nn
 from toys import quiet, refuses
 
 from fairseq_quant_noise.artifact import pack, writer
-from fairseq_quant_noise.artifact.writer import replace_file, serialize, write
+from fairseq_quant_noise.artifact.writer import serialize, write
 from fairseq_quant_noise.quantization.quantize import quantize_
-from fairseq_quant_noise.quantization.sizes import model_bytes
+from fairseq_quant_noise.quantization.table import model_bytes
+from fairseq_quant_noise.utils.files import replace_file
 
 
 def header_bytes(content):

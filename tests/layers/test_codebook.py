@@ -12,11 +12,11 @@ from fairseq_quant_noise import load, quantize_, save, share_layers_
 from fairseq_quant_noise.artifact import pack, read
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import quantized_weights
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.pq.kmeans import kmeans
 from fairseq_quant_noise.quantization.quantize import _by_codebook
-from fairseq_quant_noise.quantization.sizes import model_bytes
-from fairseq_quant_noise.quantization.table import make_table, resolve_stages
+from fairseq_quant_noise.quantization.table import make_table, model_bytes
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 
 def linears(n=3, width=16):

@@ -3,7 +3,8 @@
 import pytest
 
 from fairseq_quant_noise.errors import UserError
-from fairseq_quant_noise.networks import TransformerLMConfig, build
+from fairseq_quant_noise.networks import TransformerLMConfig
+from fairseq_quant_noise.networks.registry import build
 
 VOCAB = 60
 SMALL = {"decoder_embed_dim": 32, "decoder_layers": 1, "decoder_attention_heads": 4}

@@ -8,8 +8,10 @@ import timm
 import torch
 from toys import refuses
 
-from fairseq_quant_noise.networks import EfficientNet, EfficientNetConfig, build
-from fairseq_quant_noise.networks.efficientnet import load_timm_weights, our_names, seen_in_weights, timm_names
+from fairseq_quant_noise.networks import EfficientNet, EfficientNetConfig
+from fairseq_quant_noise.networks.efficientnet import seen_in_weights
+from fairseq_quant_noise.networks.registry import build
+from fairseq_quant_noise.networks.timm_weights import load_timm_weights, our_names, timm_names
 
 SHAPES = {"efficientnet_b0": (EfficientNetConfig(), 5_288_548), "efficientnet_b3": (None, 12_233_232)}
 TINY = EfficientNetConfig(num_classes=3, width=0.1, depth=0.6, dropout=0.0, drop_path=0.0)

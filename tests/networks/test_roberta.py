@@ -10,11 +10,14 @@ from fairseq.models.roberta import RobertaModel
 from fairseq.models.roberta.model import base_architecture
 from toys import refuses
 
-from fairseq_quant_noise.checkpoints.network import meta_model, task_options, vocabulary_size
+from fairseq_quant_noise.accounting import MIB
 from fairseq_quant_noise.checkpoints.old_names import modern_names
-from fairseq_quant_noise.networks import RobertaConfig, build
-from fairseq_quant_noise.plan.rules import Plan
-from fairseq_quant_noise.quantization.table import MIB, make_table, resolve_stages
+from fairseq_quant_noise.checkpoints.options import task_options, vocabulary_size
+from fairseq_quant_noise.networks import RobertaConfig
+from fairseq_quant_noise.networks.registry import build, meta_model
+from fairseq_quant_noise.plan.plan import Plan
+from fairseq_quant_noise.quantization.table import make_table
+from fairseq_quant_noise.quantization.targets import resolve_stages
 from fairseq_quant_noise.weights.discovery import find_weights
 
 VOCAB = 60

@@ -8,10 +8,11 @@ import torch
 from toys import refuses
 from translation_fixture import as_of_2018
 
-from fairseq_quant_noise.checkpoints.network import task_options, vocabulary_size
 from fairseq_quant_noise.checkpoints.old_names import modern_names
+from fairseq_quant_noise.checkpoints.options import task_options, vocabulary_size
 from fairseq_quant_noise.layers import adopt_quantized
-from fairseq_quant_noise.networks import Transformer, TransformerConfig, build
+from fairseq_quant_noise.networks import Transformer, TransformerConfig
+from fairseq_quant_noise.networks.registry import build
 from fairseq_quant_noise.quantization.quantize import quantize_
 from fairseq_quant_noise.weights.discovery import find_weights
 

@@ -6,8 +6,14 @@ from toys import refuses
 
 from fairseq_quant_noise.noise import DISTORTIONS
 from fairseq_quant_noise.noise.distortions import make_distortion
+from fairseq_quant_noise.plan import vocabulary
 from fairseq_quant_noise.plan.rules import NoiseRule
 from fairseq_quant_noise.scalar import fake_quantize, fit_affine
+
+
+def test_a_plan_knows_each_by_name():
+    assert tuple(DISTORTIONS) == vocabulary.KINDS
+
 
 KINDS = [*DISTORTIONS, ("pq", "int8"), ("mean", "int4"), ("int8", "proxy")]
 

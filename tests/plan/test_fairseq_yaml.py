@@ -7,10 +7,10 @@ import pytest
 from torch import nn
 from toys import refuses
 
-from fairseq_quant_noise.checkpoints.network import meta_model
+from fairseq_quant_noise.networks.registry import meta_model
 from fairseq_quant_noise.plan.fairseq_yaml import is_fairseq_format, setting_by_feature
-from fairseq_quant_noise.plan.rules import Plan
-from fairseq_quant_noise.quantization.table import resolve_stages
+from fairseq_quant_noise.plan.plan import Plan
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 SMALL_LM = {
     "decoder_layers": 2,

@@ -10,8 +10,10 @@ from torch import nn
 from toys import refuses, zoo
 
 from fairseq_quant_noise.errors import UserError
-from fairseq_quant_noise.plan.rules import Activations, NoiseRule, Plan, Schedule, StageRule, match_rules
-from fairseq_quant_noise.quantization.table import resolve_stages
+from fairseq_quant_noise.plan.matching import match_rules
+from fairseq_quant_noise.plan.plan import Plan
+from fairseq_quant_noise.plan.rules import Activations, NoiseRule, Schedule, StageRule
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 PLANS = sorted((Path(__file__).parents[2] / "configs" / "plans").glob("*.yaml"))
 NOISE = {"match": ".*", "p": 0.1}

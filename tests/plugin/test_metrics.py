@@ -12,10 +12,10 @@ from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.noise import noise_of
 from fairseq_quant_noise.noise.measure import Probe, kind_of
-from fairseq_quant_noise.plan.rules import Plan
-from fairseq_quant_noise.plugin.metrics import noise_plan
+from fairseq_quant_noise.plan.plan import Plan
+from fairseq_quant_noise.plugin.training.gap import noise_plan
 from fairseq_quant_noise.quantization.quantize import quantized_values, swapped
-from fairseq_quant_noise.quantization.table import resolve_stages
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 
 def measured(model, forward):

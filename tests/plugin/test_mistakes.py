@@ -17,7 +17,7 @@ from lm_fixture import FFN, PLANS, WORD_VECTORS, one_error, split, state_of
 from toys import refuses
 
 from fairseq_quant_noise.cli.main import main
-from fairseq_quant_noise.plugin.mistakes import _in_a_line, as_user_errors
+from fairseq_quant_noise.plugin.mistakes import as_user_errors, in_a_line
 
 WEIGHT, BIAS = "decoder.layers.0.fc1.weight", "decoder.layers.1.fc2.bias"
 
@@ -307,7 +307,7 @@ def test_an_error_that_no_path_cures_stays_as_it_is_with_its_traceback(fault, ca
         raise fault
 
     with pytest.raises(type(fault)) as caught:
-        _in_a_line(program, is_program=True)()
+        in_a_line(program, is_program=True)()
     assert caught.value is fault
     assert caught.traceback[-1].name == "program"
     assert capsys.readouterr().err == ""

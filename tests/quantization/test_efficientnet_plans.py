@@ -6,28 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from efficientnet_stages import STAGES
 
 from fairseq_quant_noise import load, quantize_, save
-from fairseq_quant_noise.networks import EfficientNet, EfficientNetConfig, build
+from fairseq_quant_noise.accounting import MIB
+from fairseq_quant_noise.networks import EfficientNet, EfficientNetConfig
+from fairseq_quant_noise.networks.registry import build
 from fairseq_quant_noise.noise import attach_rules, detach_noise, fitted_rules, noise_of
 from fairseq_quant_noise.noise.statistics import EVERY, FIRST
-from fairseq_quant_noise.plan.rules import NoiseRule, Plan
-from fairseq_quant_noise.quantization.table import MIB, make_table, resolve_stages
+from fairseq_quant_noise.plan.plan import Plan
+from fairseq_quant_noise.plan.rules import NoiseRule
+from fairseq_quant_noise.quantization.table import make_table
+from fairseq_quant_noise.quantization.targets import resolve_stages
 from fairseq_quant_noise.weights.blocks import divides
 
 PLANS = Path(__file__).parents[2] / "configs/plans"
 TINY = {"_name": "quant_noise_efficientnet", "num_classes": 6, "width": 0.1, "depth": 0.6, "drop_path": 0.0}
 SMALL = {"_name": "quant_noise_efficientnet", "num_classes": 10, "width": 0.35, "depth": 0.5}
-#: For TINY: 1x1 in 4, 3x3 in 9, 5x5 in 5.
-STAGES = [
-    {"match": r"blocks\..*\.conv_pwl?|conv_head", "block_size": 4, "n_centroids": 16},
-    {
-        "match": r"conv_stem|blocks\..*\.(conv_dw|se\.conv_(reduce|expand))",
-        "block_size": {r"conv_stem|blocks\.[0136]\..*\.conv_dw": 9, r".*\.conv_dw": 5, "default": 2},
-        "n_centroids": 16,
-    },
-    {"match": "classifier", "block_size": 4, "n_centroids": 16},
-]
 
 
 @pytest.fixture(scope="module")

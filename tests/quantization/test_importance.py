@@ -9,13 +9,14 @@ from toys import Tied, quiet, refuses
 
 from fairseq_quant_noise import quantize_, second_moments
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.checkpoints.network import IMPORTANCE, importance_in
+from fairseq_quant_noise.checkpoints.moments import importance_in
+from fairseq_quant_noise.checkpoints.options import IMPORTANCE
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.checkpoints.structure import load_structured
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.plan.rules import Structure
-from fairseq_quant_noise.plugin.calibration import squared_gradients
+from fairseq_quant_noise.plugin.gradients import squared_gradients
 from fairseq_quant_noise.plugin.training import optimizer as optimizer_carry
 from fairseq_quant_noise.plugin.training import stages as training
 from fairseq_quant_noise.quantization.importance import follow

@@ -7,7 +7,7 @@ from toys import INPUTS_PLAN, INT_PLANS, TOKENS, ZOO_PLAN, Tied, noised, quiet, 
 
 from fairseq_quant_noise.layers import input_quantizers, quantized_weights
 from fairseq_quant_noise.noise import detach_noise
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.quantize import quantize_
 
 

@@ -7,10 +7,10 @@ from toys import INPUTS_PLAN, INT_PLANS, TOKENS, ZOO_PLAN, quiet, zoo
 
 from fairseq_quant_noise import load, save
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.quantize import quantize_, quantize_targets
-from fairseq_quant_noise.quantization.sizes import model_bytes
-from fairseq_quant_noise.quantization.table import make_table, resolve_stages
+from fairseq_quant_noise.quantization.table import make_table, model_bytes
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 PLANS = INT_PLANS | {"pq": ZOO_PLAN, "a part": INPUTS_PLAN}
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from toys import ZOO_PLAN, Tied, Zoo, quiet, refuses, zoo
 
-from fairseq_quant_noise.checkpoints.network import meta_model
+from fairseq_quant_noise.accounting import MIB, pq_bytes
 from fairseq_quant_noise.errors import UserError
-from fairseq_quant_noise.layers.pq import pq_bytes
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.networks.registry import meta_model
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.quantize import quantize_
-from fairseq_quant_noise.quantization.sizes import model_bytes
-from fairseq_quant_noise.quantization.table import MIB, make_table, resolve_stages
+from fairseq_quant_noise.quantization.table import make_table, model_bytes
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 WIKITEXT = Path(__file__).parents[2] / "configs/plans/wikitext103.yaml"
 #: fairseq's transformer_lm_wiki103: the paper's language model.

@@ -6,10 +6,10 @@ import subprocess
 import pytest
 from test_recipes_mnli import ROOT, recipe
 
-from fairseq_quant_noise.networks import build
+from fairseq_quant_noise.networks.registry import build
 from fairseq_quant_noise.noise import attach_rules
-from fairseq_quant_noise.plan.rules import Plan
-from fairseq_quant_noise.quantization.table import resolve_stages
+from fairseq_quant_noise.plan.plan import Plan
+from fairseq_quant_noise.quantization.targets import resolve_stages
 
 SMALL = {
     "decoder_layers": 4,

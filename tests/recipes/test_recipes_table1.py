@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"file_bytes": 700_000, "paper_bytes": 650_000.0, "dense_bytes": 5_250_000, "ratio": 7.5}

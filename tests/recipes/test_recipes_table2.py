@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_recipes_mnli import recipe, sources  # noqa: F401 (a fixture)
 
-from fairseq_quant_noise.networks import build
+from fairseq_quant_noise.networks.registry import build
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ from toys import refuses
 
 from fairseq_quant_noise import attach_noise, keep_layers_, load, quantize_, save, share_layers_
 from fairseq_quant_noise.layers import quantized_weights
-from fairseq_quant_noise.plan.rules import Plan
-from fairseq_quant_noise.structure.modules import LayerStack, apply_structure, find_stacks, shared_chunk
+from fairseq_quant_noise.plan.plan import Plan
+from fairseq_quant_noise.quantization.structure import apply_structure
+from fairseq_quant_noise.structure.modules import LayerStack, find_stacks, shared_chunk
 from fairseq_quant_noise.weights.discovery import find_weights
 
 TOKENS = torch.tensor([[0, 3, 5, 7], [11, 2, 2, 1]])

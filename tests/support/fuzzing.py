@@ -20,7 +20,7 @@ from fairseq_quant_noise.artifact import pack, read
 from fairseq_quant_noise.artifact.writer import serialize
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.errors import DamagedFileError, UserError
-from fairseq_quant_noise.networks import build
+from fairseq_quant_noise.networks.registry import build
 
 SECONDS = 20  # until a case is a hang
 SLACK = 64 << 20  # bytes that reading may take beyond twice the file: a header of a megabyte as Python's objects

@@ -10,7 +10,7 @@ from toys import INPUTS_PLAN, INT_PLANS, SHARED_PLAN, TOKENS, ZOO_PLAN, quiet, r
 from fairseq_quant_noise.artifact import Packed, pack
 from fairseq_quant_noise.artifact.writer import serialize
 from fairseq_quant_noise.errors import DamagedFileError
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.quantize import quantize_
 
 PLANS = INT_PLANS | {"pq": ZOO_PLAN, "shared codebooks": SHARED_PLAN, "inputs": INPUTS_PLAN}

@@ -12,11 +12,11 @@ import fairseq.tasks
 import fairseq_cli.train
 import fairseq_cli.validate
 import numpy as np
+from efficientnet_stages import STAGES
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from lm_fixture import USER_DIR, forgetful_fairseq, recorded, split
 from PIL import Image
-from test_efficientnet_plans import STAGES
 
 from fairseq_quant_noise.cli.main import main
 

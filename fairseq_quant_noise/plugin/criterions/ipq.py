@@ -28,10 +28,10 @@ from fairseq.logging import metrics
 from omegaconf import II, OmegaConf
 from torch import nn
 
-from ...checkpoints.network import SHARED
+from ...accounting import MIB
+from ...checkpoints.options import SHARED
 from ...errors import UserError
-from ...quantization.sizes import model_bytes
-from ...quantization.table import MIB
+from ...quantization.table import model_bytes
 from ..distillation import Recorder, distillation_loss
 from ..exits import exits_on_user_error
 

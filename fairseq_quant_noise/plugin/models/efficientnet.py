@@ -10,8 +10,9 @@ from fairseq.models import BaseFairseqModel, register_model, register_model_arch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...networks.efficientnet import EfficientNet, our_names
+from ...networks.efficientnet import EfficientNet
 from ...networks.efficientnet_config import LAYER_OPTIONS, EfficientNetConfig
+from ...networks.timm_weights import our_names
 from ..exits import exits_on_user_error
 from .layers import update_options
 from .options import QuantNoiseOptions

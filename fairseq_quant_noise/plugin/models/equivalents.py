@@ -15,8 +15,9 @@ from fairseq.models import (
 from fairseq.tasks import TASK_REGISTRY
 from fairseq.tasks.multilingual_translation import MultilingualTranslationTask
 
-from ...checkpoints.network import NOISE_FLAGS, PREFIX
+from ...checkpoints.options import NOISE_FLAGS
 from ...errors import UserError
+from ...networks.registry import PREFIX
 from .quantizable import Quantizable
 
 

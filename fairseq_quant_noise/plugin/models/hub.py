@@ -18,8 +18,9 @@ from fairseq.models.roberta.model import base_architecture
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ...checkpoints.network import PREFIX, find_embedding_layer, stock_name
+from ...checkpoints.options import find_embedding_layer
 from ...errors import UserError
+from ...networks.registry import PREFIX, stock_name
 from ..loading import load_state
 
 _SENTENCES = "sentence_prediction"

@@ -16,8 +16,9 @@ from ...checkpoints.structure import layer_options
 from ...errors import UserError
 from ...networks.efficientnet_config import LAYER_OPTIONS
 from ...plan.rules import Structure
+from ...quantization.structure import apply_structure
 from ...structure.layer_map import START, Keep, kept_layers, parse_keep, side_of
-from ...structure.modules import apply_structure, find_stacks, keep_by_stack, share_layers_
+from ...structure.modules import find_stacks, keep_by_stack, share_layers_
 from ...structure.state import keep_state, share_state, stack_sizes
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """The options that every registered model of this package has besides fairseq's own, for the command line and Hydra.
 
-`--share-layers N` is about layers (`structure.py`); all others are about the noise.
+`--share-layers N` is about layers (`layers.py`); all others are about the noise.
 
 fairseq's `--quant-noise-pq P`, `--quant-noise-pq-block-size` and `--quant-noise-scalar P` say how much noise; these say
 which. They are shorthand for a plan's one rule over every weight; a plan with its own rules goes to

@@ -13,7 +13,7 @@ import torch
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 
-from ...checkpoints.network import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
+from ...checkpoints.options import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
 from ...checkpoints.safe_load import clear_unwritten
 from ...errors import UserError
 from ...layers import adopt_quantized, quantize_inputs_, quantized_weights, to_int_

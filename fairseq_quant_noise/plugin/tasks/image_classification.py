@@ -13,7 +13,7 @@ from omegaconf import II, MISSING
 
 from ...errors import UserError
 from ...images import AUGMENTATIONS, evaluation_transform, training_transform
-from ...networks.efficientnet import load_timm_weights
+from ...networks.timm_weights import load_timm_weights
 from ..distillation import Recorder
 from ..exits import exits_on_user_error
 from .image_dataset import ImageDataset, class_names, split_folder

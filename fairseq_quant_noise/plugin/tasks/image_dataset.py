@@ -9,7 +9,7 @@ import torch
 from fairseq.data import FairseqDataset
 
 from ...errors import UserError
-from ...networks.efficientnet import import_vision
+from ...networks.vision import import_vision
 
 _TREE = "give a folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
 #: Folders that hold a split, for the names that fairseq's options have by default.

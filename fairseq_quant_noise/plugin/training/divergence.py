@@ -20,7 +20,7 @@ class Diverged(Exception):  # noqa: N818 (it carries no message; it leaves fairs
     """Raised where fairseq would start its NanDetector."""
 
 
-def _leave(model: nn.Module) -> NoReturn:
+def leave(model: nn.Module) -> NoReturn:
     """In the NanDetector's place: `train_step` below searches."""
     raise Diverged
 
@@ -120,9 +120,3 @@ def _in_gradients(model: nn.Module) -> str | None:
 def _elsewhere() -> str | None:
     """On several processes all of them stop, and one of them has the tensor."""
     return "no tensor of this rank held one: see the other ranks" if dist.is_initialized() else None
-
-
-def install() -> None:
-    """Make fairseq's Trainer search here."""
-    fairseq.trainer.NanDetector = _leave
-    fairseq.trainer.Trainer.train_step = train_step

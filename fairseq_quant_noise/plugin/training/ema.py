@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import fairseq.trainer
 import torch
 from fairseq.models.ema import EMA
 from torch import Tensor, nn
@@ -60,9 +59,9 @@ class Average(EMA):
         nn.Module.load_state_dict(self.model, kept, strict=False)
 
 
-def build_ema(model: nn.Module, config: Any, device: torch.device) -> Average:
+def build_ema(model: nn.Module, cfg: Any, device: torch.device) -> Average:
     """In the place of fairseq's function of this name."""
-    return Average(model, config, device)
+    return Average(model, cfg, device)
 
 
 def state(trainer: Any) -> dict[str, Any]:
@@ -90,8 +89,3 @@ def load(trainer: Any, extra_state: dict[str, Any] | None) -> None:
     trainer.ema.update_freq_counter = extra_state.get(COUNTER, 0)
     if trainer.cfg.ema.ema_fp32:
         trainer.ema.build_fp32_params(extra_state.get(FP32))
-
-
-def install() -> None:
-    """Make fairseq's Trainer average so."""
-    fairseq.trainer.build_ema = build_ema

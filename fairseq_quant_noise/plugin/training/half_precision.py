@@ -5,10 +5,9 @@ alone: a run that resumes starts from rounded copies. Of the loss scale they hol
 with `--amp` neither. Here they hold all of it, which takes 4 bytes more for each number of the weights.
 
 The optimizer's state lies in one flat tensor with `--fp16`, or one by one for each parameter, as after a stage
-(`optimizer_carry.py`) and with `--fp16-no-flatten-grads`. Either form loads into an optimizer of either form.
+(`optimizer.py`) and with `--fp16-no-flatten-grads`. Either form loads into an optimizer of either form.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +20,8 @@ from .optimizer import copied_part, part_of, slices_of, step_apart
 
 COPIES, SCALER = "quant_noise_fp32_params", "quant_noise_scaler"  # in a checkpoint's optimizer state
 
-_OPTIMIZERS: tuple[Any, ...] = (_FP16OptimizerMixin, _MemoryEfficientFP16OptimizerMixin, AMPOptimizer)
-_originals = [(kind.state_dict, kind.load_state_dict) for kind in _OPTIMIZERS]
+#: fairseq's classes of optimizers in half precision, each with its own way to write and read a state.
+OPTIMIZERS: tuple[Any, ...] = (_FP16OptimizerMixin, _MemoryEfficientFP16OptimizerMixin, AMPOptimizer)
 
 
 def state_dict(optimizer: Any, of_fairseq: Any) -> dict[str, Any]:
@@ -89,10 +88,3 @@ def _apart(state: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> dict
         found[i] = {name: copied_part(value, cut, parameter.shape) for name, value in flat.items()}
     groups = [{**state["param_groups"][0], "params": list(found)}]
     return {**state, "state": found, "param_groups": groups}
-
-
-def install() -> None:
-    """Put these in fairseq's place."""
-    for kind, (save, load) in zip(_OPTIMIZERS, _originals, strict=True):
-        kind.state_dict = functools.partialmethod(state_dict, of_fairseq=save)
-        kind.load_state_dict = functools.partialmethod(load_state_dict, of_fairseq=load)

@@ -15,13 +15,14 @@ from ...errors import UserError
 from ...layers import QuantizedWeight
 from ...noise import noise_of
 from ..exits import exits_on_user_error
-from ..metrics import Gap, drop_unmeasured
+from ..metrics import drop_unmeasured
 from ..mistakes import mismatch_in
 from ..models.layers import record_layers
 from ..saving import newest_whole
 from . import ema, input_ranges, resume
 from .best_so_far import forget_patience
 from .endings import has_stages
+from .gap import Gap
 from .optimizer_order import state_by_name
 from .progress import log_progress
 
@@ -143,14 +144,14 @@ def reduce_and_log_stats(trainer: Any, logging_outputs: Any, sample_size: Any, g
     return result
 
 
-def catalog_shared_params(module: Any, *args: Any) -> Any:
+def catalog_shared_params(module: Any, memo: Any = None, prefix: str = "") -> Any:
     """fairseq's list of tied parameters, for the Trainer to tie again, without quantized weights and shared layers.
 
     The Trainer logs a line for each; layers stay tied where they are. The holders of a quantized weight
     share the whole of it, which stays shared; and its parts cannot be set from outside.
     """
-    shared = _catalog_shared_params(module, *args)
-    if args:  # a call within the recursion
+    shared = _catalog_shared_params(module, memo, prefix)
+    if memo is not None:  # a call within the recursion
         return shared
     held = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # an absent bias is no parameter
     shared = [paths for paths in shared if paths[0] in held]
@@ -159,15 +160,3 @@ def catalog_shared_params(module: Any, *args: Any) -> Any:
         f"{name}." for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, QuantizedWeight)
     }
     return [paths for paths in shared if not paths[0].startswith(tuple(inside))] if inside else shared
-
-
-def install() -> None:
-    """Put these methods in the Trainer's place."""
-    fairseq.trainer._catalog_shared_params = catalog_shared_params
-    _Trainer.begin_epoch = begin_epoch
-    _Trainer.begin_valid_epoch = begin_valid_epoch
-    _Trainer.valid_step = valid_step
-    _Trainer._reduce_and_log_stats = reduce_and_log_stats
-    _Trainer.consolidate_optimizer = consolidate_optimizer
-    _Trainer.save_checkpoint = save_checkpoint
-    _Trainer.load_checkpoint = load_checkpoint

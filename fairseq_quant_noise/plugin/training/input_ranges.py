@@ -12,7 +12,7 @@ import torch
 
 from ...layers import calibrating, input_quantizers
 from ...utils.ranks import gather
-from ..calibration import first_batches
+from ..batches import first_batches
 
 
 def begin_epoch(trainer: Any, epoch: int) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from fairseq.logging import metrics
 
-from ...quantization.sizes import model_bytes
-from ...quantization.table import MIB
+from ...accounting import MIB
+from ...quantization.table import model_bytes
 from ..criterions.ipq import log_size
 from ..models.quantizable import Quantizable
 from .endings import has_stages

@@ -146,8 +146,3 @@ def _are_remade(trainer: Any, kwargs: dict[str, Any]) -> bool:
         or kwargs.get("disable_iterator_cache")
         or getattr(trainer.task.cfg, "rebuild_batches", False)
     )
-
-
-def install() -> None:
-    """Put this method in the Trainer's place."""
-    fairseq.trainer.Trainer.get_train_iterator = get_train_iterator

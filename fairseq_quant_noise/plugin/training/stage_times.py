@@ -3,7 +3,7 @@
 from typing import Any
 
 from ...errors import UserError
-from ...plan.rules import Plan
+from ...plan.plan import Plan
 
 UPDATE, EPOCH = "update", "epoch"
 

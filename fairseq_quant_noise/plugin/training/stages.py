@@ -16,18 +16,23 @@ import torch
 from fairseq.file_io import PathManager
 from torch import Tensor
 
-from ...checkpoints.network import IMPORTANCE, STAGES, importance_in, read_checkpoint
+from ...accounting import MIB
+from ...artifact.reader import is_packed
+from ...checkpoints.moments import importance_in
+from ...checkpoints.network import read_checkpoint
+from ...checkpoints.options import IMPORTANCE, STAGES
 from ...errors import UserError
 from ...layers.batch_statistics import batch_norms, estimating
 from ...noise import attach_rules
-from ...plan.rules import Plan
+from ...plan.plan import Plan
 from ...quantization.importance import follow, sound
 from ...quantization.quantize import quantize_inputs, quantize_targets, quantized_state
-from ...quantization.table import MIB, Table, make_table, resolve_stages
+from ...quantization.table import Table, make_table
+from ...quantization.targets import resolve_stages
 from ...utils.ranks import check_same, gather, rank_and_world
-from ..calibration import FIRST_BATCHES, first_batches, squared_gradients
+from ..batches import FIRST_BATCHES, first_batches
 from ..exits import exits_on_user_error
-from ..loading import is_packed
+from ..gradients import squared_gradients
 from ..models.equivalents import cure
 from ..models.quantizable import Quantizable
 from .best_so_far import start_anew
@@ -265,15 +270,9 @@ def _log_table(table: Table) -> None:
     )
 
 
-def _skip_scalar_modules(model: Any, model_cfg: Any) -> Any:
+def quantize_model_scalar(model: Any, model_cfg: Any) -> Any:
     """fairseq replaces layers by its own int8 ones for `--quant-noise-scalar`; the models of this package need none."""
     return model if isinstance(model, Quantizable) else _fairseq_quantize_model_scalar(model, model_cfg)
 
 
 _fairseq_quantize_model_scalar = fairseq.quantization_utils.quantize_model_scalar
-
-
-def install() -> None:
-    """Make fairseq-train use these stages."""
-    fairseq.quantization_utils.Quantizer = StageController
-    fairseq.quantization_utils.quantize_model_scalar = _skip_scalar_modules

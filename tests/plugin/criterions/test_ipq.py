@@ -23,7 +23,7 @@ from toys import refuses
 
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.errors import DamagedFileError, UserError
-from fairseq_quant_noise.quantization.sizes import model_bytes
+from fairseq_quant_noise.quantization.table import model_bytes
 
 PAD = 1
 WRAPPED = {

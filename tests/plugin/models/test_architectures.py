@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from lm_fixture import one_error
 
+from fairseq_quant_noise.accounting import MIB
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.plugin.models.architectures import architecture_options
-from fairseq_quant_noise.quantization.table import MIB
 
 PLANS = Path(__file__).parents[3] / "configs/plans"
 ROBERTA, LM = "quant_noise_roberta_base", "quant_noise_transformer_lm_small"

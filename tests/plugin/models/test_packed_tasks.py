@@ -19,7 +19,7 @@ from lm_fixture import USER_DIR, forgetful_fairseq, split
 from translation_fixture import BASE, DIMS, LOSS, PLAN, SHARED, translation, verb  # noqa: F401
 
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.checkpoints.network import as_fairseq, packed_config
+from fairseq_quant_noise.checkpoints.options import as_fairseq, packed_config
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.plugin.loading import load_state
 

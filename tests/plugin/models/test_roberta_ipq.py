@@ -11,7 +11,7 @@ from roberta_fixture import (
     roberta_batch,
 )
 
-from fairseq_quant_noise.checkpoints.network import SHARED, packed_config, unwrapped
+from fairseq_quant_noise.checkpoints.options import SHARED, packed_config, unwrapped
 from fairseq_quant_noise.plugin.distillation import Recorder, distillation_loss
 
 

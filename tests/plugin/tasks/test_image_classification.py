@@ -17,7 +17,7 @@ from vision_fixture import CLASSES, PLAN, ImageLab, verb
 from fairseq_quant_noise import load
 from fairseq_quant_noise.images import evaluation_transform
 from fairseq_quant_noise.layers.batch_statistics import batch_norms, estimating
-from fairseq_quant_noise.networks.efficientnet import timm_names
+from fairseq_quant_noise.networks.timm_weights import timm_names
 from fairseq_quant_noise.plugin import calibration
 from fairseq_quant_noise.plugin.tasks.image_dataset import ImageDataset
 from fairseq_quant_noise.quantization.quantize import STALE

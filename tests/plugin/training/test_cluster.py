@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fairseq_quant_noise.quantization.quantize
 from fairseq_quant_noise import noise_of, quantize_
-from fairseq_quant_noise.checkpoints.network import importance_in
+from fairseq_quant_noise.checkpoints.moments import importance_in
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.errors import UserError
 from fairseq_quant_noise.noise import weight_noise

@@ -6,7 +6,7 @@ from half import PRECISIONS, across_a_stage, build, every_optimizer, every_preci
 from lm_fixture import PLANS, same, state_of
 from toys import refuses
 
-from fairseq_quant_noise.checkpoints.network import importance_in
+from fairseq_quant_noise.checkpoints.moments import importance_in
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.plugin.training import stages as training
 from fairseq_quant_noise.plugin.training.optimizer import carry_over, second_moments

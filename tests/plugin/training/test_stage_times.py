@@ -3,7 +3,7 @@
 import pytest
 from toys import refuses
 
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.plugin.training.stage_times import StageTimes
 
 

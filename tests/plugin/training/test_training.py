@@ -21,12 +21,12 @@ from lm_fixture import (
 )
 
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.checkpoints.network import STAGES as STATE_KEY
+from fairseq_quant_noise.checkpoints.options import STAGES as STATE_KEY
 from fairseq_quant_noise.layers import quantized_weights
-from fairseq_quant_noise.plan.rules import Plan
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.plugin.training.stages import StageController
-from fairseq_quant_noise.quantization.sizes import model_bytes
-from fairseq_quant_noise.quantization.table import make_table, resolve_stages
+from fairseq_quant_noise.quantization.table import make_table, model_bytes
+from fairseq_quant_noise.quantization.targets import resolve_stages
 from fairseq_quant_noise.weights.discovery import find_weights
 
 FAIRSEQ_PLAN = Path(fairseq.__file__).parent / "examples/quant_noise/transformer_quantization_config.yaml"

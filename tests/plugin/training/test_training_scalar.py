@@ -13,7 +13,7 @@ from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import IntWeight, LatentIntWeight, PQWeight, input_quantizers, quantized_weights
 from fairseq_quant_noise.noise import noise_of
-from fairseq_quant_noise.plugin.calibration import first_batches
+from fairseq_quant_noise.plugin.batches import first_batches
 from fairseq_quant_noise.scalar.ranges import histogram_range
 from fairseq_quant_noise.weights.discovery import find_weights
 

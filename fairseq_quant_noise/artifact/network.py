@@ -1,0 +1,47 @@
+"""Build the network that a packed file describes, and give it the file's weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DamagedFileError, UserError
+from ..layers import adopt_quantized
+from ..networks.registry import build
+from ..structure.modules import fit_stacks, tie_layers_
+from ..weights.discovery import load_without_copy
+from . import Packed
+
+
+def network_of(path: str | Path, packed: Packed, into: nn.Module | None = None) -> nn.Module:
+    """`load` of a file that has been read; `path` is for messages."""
+    model = into if into is not None else _build(path, packed.manifest.model)
+    state = packed.state_dict()
+    if into is not None and packed.manifest.is_pruned:
+        fit_stacks(into, state)
+    tie_layers_(model, packed.manifest.layers)
+    adopt_quantized(model, state)
+    try:
+        if into is None:
+            load_without_copy(model, state)
+        else:
+            model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: does not fit this network ({reason}); give the network it was saved from") from None
+    return model.eval()
+
+
+def _build(path: str | Path, config: Mapping[str, Any]) -> nn.Module:
+    """Without memory for the weights, which the file brings: a false size in the file then costs nothing."""
+    if "architecture" not in config:
+        raise UserError(f"{path}: holds a network of your own; build it and call load(path, into=network)")
+    try:
+        with torch.device("meta"):
+            return build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
+    except UserError:
+        raise
+    except Exception as error:  # the configuration came with the file and may hold anything
+        raise DamagedFileError(f"{path}: its configuration is damaged ({type(error).__name__}: {error})") from None

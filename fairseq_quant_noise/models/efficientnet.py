@@ -1,0 +1,5 @@
+"""The documented import path of QuantNoiseEfficientNet."""
+
+from ..plugin.models.efficientnet import QuantNoiseEfficientNet
+
+__all__ = ["QuantNoiseEfficientNet"]

@@ -1,0 +1,5 @@
+"""The documented import path of QuantNoiseRoberta."""
+
+from ..plugin.models.roberta import QuantNoiseRoberta
+
+__all__ = ["QuantNoiseRoberta"]

@@ -1,0 +1,5 @@
+"""The documented import path of QuantNoiseTransformer."""
+
+from ..plugin.models.transformer import QuantNoiseTransformer
+
+__all__ = ["QuantNoiseTransformer"]

@@ -1,0 +1,5 @@
+"""The documented import path of QuantNoiseTransformerLanguageModel."""
+
+from ..plugin.models.transformer_lm import QuantNoiseTransformerLanguageModel
+
+__all__ = ["QuantNoiseTransformerLanguageModel"]

@@ -1,0 +1,35 @@
+"""The noise of a whole model: the draw, the noise of each weight, and the state that a resumed run needs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .draw import NoiseDraw
+from .weight_noise import WeightNoise
+
+
+class ModelNoise(NoiseDraw):
+    """When a forward draws, and what it draws for.
+
+    Attributes:
+        weights: the noise of each weight, by the weight's name.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__(root)
+        self.weights: dict[str, WeightNoise] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on with the same noise: plain containers and tensors."""
+        weights = {name: [rule.state() for rule in noise.rules] for name, noise in self.weights.items()}
+        return {"update": self.update, "draws": self.draws, "epoch": self.epoch, "weights": weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave; weights whose rules have changed start anew."""
+        self.update, self.draws, self.epoch = state["update"], state["draws"], state["epoch"]
+        for name, rules in state["weights"].items():
+            noise = self.weights.get(name)
+            if noise is not None and len(noise.rules) == len(rules):
+                for rule, saved in zip(noise.rules, rules, strict=True):
+                    rule.load_state(saved)

@@ -1,0 +1,19 @@
+"""The words that a plan knows. Tests hold them to what carries them out."""
+
+from ..scalar import SCHEMES
+
+#: Of noise (`noise/distortions.py`).
+KINDS = ("proxy", "mean", "pq", *SCHEMES)
+#: How blocks are hit: independently, or with all blocks of their centroid (`noise/psi.py`).
+CHOICES = ("subvectors", "clusters")
+#: Of the noise's p (`noise/schedule.py`).
+SCHEDULES = ("constant", "linear", "cosine", "step")
+#: An interval between fits.
+EPOCH = "epoch"
+
+#: A codebook for each weight, or one for all weights of a stage that have the same d and K.
+CODEBOOKS = ("own", "shared")
+#: Bits of a centroid's number, by its type.
+CENTROID_BITS = {"fp16": 16, "int8": 8}
+#: The learning rate's schedule, as a stage begins.
+CONTINUE, RESTART = "continue", "restart"

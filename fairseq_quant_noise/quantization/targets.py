@@ -1,0 +1,88 @@
+"""The weights that a plan's stages quantize, resolved against a model before any work."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from ..accounting import int_bytes, pq_bytes
+from ..errors import UserError
+from ..plan.matching import match_rules
+from ..plan.plan import Plan
+from ..plan.rules import StageRule
+from ..pq.kmeans import effective_centroids
+from ..weights.blocks import check_block_size
+from ..weights.discovery import Weight, find_weights
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight that a stage quantizes."""
+
+    weight: Weight
+    stage: int  # index into the plan's stages
+    rule: StageRule
+    block_size: int | None = None  # d, of pq
+    n_centroids: int | None = None  # K of pq: the rule's, or less where a codebook has fewer than 4 K blocks
+    centroid_bits: int = 16
+    codebook: int | None = None  # number of a shared one
+    brings_codebook: bool = True  # the first weight of a shared one, or one with its own
+
+    @property
+    def paper_bytes(self) -> float:
+        """By the paper's accounting."""
+        numbers = math.prod(self.weight.shape)
+        if self.block_size is None or self.n_centroids is None:
+            return int_bytes(numbers, self.rule.bits or 32)
+        bits = self.centroid_bits if self.brings_codebook else 0
+        return pq_bytes(numbers // self.block_size, self.block_size, self.n_centroids, bits)
+
+
+def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
+    """Which weights the plan quantizes, in which stage and how, in the order of the model.
+
+    Raises:
+        UserError: a rule matches nothing, two stages match one weight, or a block size does not divide.
+    """
+    weights = find_weights(model)
+    matches = match_rules("stage", plan.stages, [w.name for w in weights])
+    targets = []
+    for weight, rules in zip(weights, matches, strict=True):
+        if len(rules) > 1:
+            raise UserError(
+                f"{weight.name}: matched by two stages, '{rules[0].match}' and '{rules[1].match}'; "
+                "narrow one of them, for a weight is quantized once"
+            )
+        if rules:
+            targets.append(_target(weight, plan.stages.index(rules[0]), rules[0], plan.centroids.bits))
+    return _with_codebooks(targets, [id(weight) for weight in weights])
+
+
+def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> Target:
+    weight.check_ties()
+    if rule.bits is not None:
+        return Target(weight, stage, rule)
+    block_size = rule.block_size_of(weight.name, weight.module)
+    check_block_size(weight.name, weight.module, block_size)
+    return Target(weight, stage, rule, block_size, rule.n_centroids_of(weight.name, weight.module), centroid_bits)
+
+
+def _with_codebooks(targets: Sequence[Target], order: Sequence[int]) -> list[Target]:
+    """The targets with K, and with the codebooks that are shared: by the weights of a stage that have the same d and K.
+
+    A shared codebook's number is the place of its first weight in the model, so that no two have the same.
+    """
+    groups: dict[tuple[int, ...], list[Target]] = {}
+    for target in targets:
+        one_for_all = target.block_size is not None and target.rule.codebook == "shared"
+        key = (target.stage, target.block_size, target.n_centroids) if one_for_all else (id(target),)
+        groups.setdefault(key, []).append(target)  # type: ignore[arg-type]
+    found: dict[int, Target] = {}
+    for group in groups.values():
+        number = order.index(id(group[0].weight)) if len(group) > 1 else None
+        n_blocks = sum(math.prod(t.weight.shape) // (t.block_size or 1) for t in group)
+        for i, target in enumerate(group):
+            k = None if target.n_centroids is None else effective_centroids(n_blocks, target.n_centroids)
+            found[id(target)] = replace(target, n_centroids=k, codebook=number, brings_codebook=i == 0)
+    return [found[id(target)] for target in targets]
