@@ -1,17 +1,19 @@
-"""`--ddp-backend pytorch_ddp`, fairseq's default, where it cannot work.
+"""Several processes where fairseq expects a GPU for each: torchrun on a CPU, and the default `--ddp-backend`.
 
-Its DistributedDataParallel is given the number of a GPU, on a CPU too, and ends in a traceback there. And it waits for
-the gradient of every parameter, which the layers that LayerDrop leaves out do not have.
+fairseq counts GPUs to know how many processes train together (UPSTREAM 25). And its default back end, `pytorch_ddp`,
+ends in a traceback in two places: its DistributedDataParallel is given the number of a GPU, on a CPU too; and it waits
+for the gradient of every parameter, which the layers that LayerDrop leaves out do not have.
 """
 
 import copy
 import logging
+import os
 from typing import Any
 
 import fairseq.models
 import torch
 from fairseq.modules import LayerDropModuleList
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ..errors import UserError
@@ -44,6 +46,27 @@ def distributed_fairseq_model(args: Any, model: nn.Module, process_group: Any, d
                 _check_layerdrop(args.ddp_backend, model)
     wrapped: nn.Module = _wrap(args, model, process_group, device)
     return wrapped
+
+
+def join_torchrun(cfg: DictConfig) -> None:
+    """On a CPU, let the processes that torchrun started train together, over gloo.
+
+    Without GPUs fairseq takes each for a training of its own, and all of them write to one --save-dir; where
+    --distributed-world-size is given, it divides by the number of GPUs.
+
+    Args:
+        cfg: of a program of fairseq's; changed where torchrun started it on a CPU without --distributed-init-method.
+    """
+    training = cfg.distributed_training
+    if cfg.common.tpu or (torch.cuda.is_available() and not cfg.common.cpu):
+        return
+    if training.distributed_init_method is None and torch.distributed.is_torchelastic_launched():
+        with open_dict(cfg):
+            training.distributed_init_method = "env://"
+            training.distributed_world_size = int(os.environ["WORLD_SIZE"])
+            training.distributed_rank = int(os.environ["RANK"])
+            training.distributed_no_spawn = True
+            training.distributed_backend = "gloo"
 
 
 def _check_layerdrop(backend: str, model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import fairseq.distributed.utils
 import torch
 from omegaconf import DictConfig, open_dict
 
+from .data_parallel import join_torchrun
 from .exits import exits_on_user_error
 from .models.equivalents import check_noise, check_task
 
@@ -19,12 +20,13 @@ _call_main = fairseq.distributed.utils.call_main
 
 
 def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
-    """fairseq's function of this name, with the configuration checked, and that of a half-precision run put right."""
+    """fairseq's function of this name, its configuration checked, and put right for half precision and torchrun."""
     with exits_on_user_error():
         check_noise(getattr(cfg, "model", None))  # of fairseq's programs, only those that train have a model in it
         check_task(getattr(cfg, "model", None), getattr(cfg, "task", None))
     if isinstance(cfg, DictConfig):
         _mend(cfg)
+        join_torchrun(cfg)
     return _call_main(cfg, main, **kwargs)
 
 

@@ -82,11 +82,12 @@ def train_rank(rank, lab, jobs, outs):
             mock.patch.object(fairseq_quant_noise.quantization.quantize, "encode_together", spy),
             astray(rank) if job.get("astray") else contextlib.nullcontext(),
             drawn() as draws,
+            mock.patch.dict("os.environ", {**job.get("torchrun", {}), "RANK": str(rank)}),
             open(f"{out}-{rank}.err", "w") as errors,
             contextlib.redirect_stderr(errors),
         ):
             try:
-                flags = [*job["flags"], "--distributed-rank", rank]
+                flags = [*job["flags"], *([] if "torchrun" in job else ["--distributed-rank", rank])]
                 run = train(lab, job["folder"], *flags, kind="adaptive", updates=job["updates"])
             except SystemExit as end:
                 torch.save({"exit": end.code}, f"{out}-{rank}")
@@ -116,7 +117,14 @@ def cluster(lab, runs):
     alone = job(lab, 5, *few, "--finetune-from-model", stock)
     checkpoint = lab.train(*alone["flags"], kind="adaptive", updates=5).path
     folder = lab.new()
+    torchrun = {  # the first job, for the processes meet but once
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": "none",
+    }
     jobs = {
+        "torchrun": {"flags": ["--disable-validation"], "updates": 2, "folder": lab.new(), "torchrun": torchrun},
         "noise": {"flags": NOISE, "updates": 4, "folder": folder},
         "resumed": {
             "flags": [*NOISE, "--restore-file", folder / "checkpoint_1_2.pt"],
@@ -135,7 +143,7 @@ def cluster(lab, runs):
         f"--distributed-init-method tcp://localhost:{free_port()} --disable-validation",
     )
     for settings in jobs.values():
-        settings["flags"] = [*settings["flags"], *together]
+        settings["flags"] = [*settings["flags"], *([] if "torchrun" in settings else together)]
     outs = [lab.new(name.replace(" ", "-")) for name in jobs]
     processes = [start(train_rank, rank, lab, list(jobs.values()), outs) for rank in range(2)]
     for process in processes:
@@ -151,6 +159,13 @@ def cluster(lab, runs):
 
 
 @pytest.mark.upstream(25)
+def test_processes_that_torchrun_starts_on_a_cpu_train_together(cluster):
+    first, second = cluster["torchrun"]["ranks"]
+    assert first["words"] == second["words"]
+    assert min(first["words"]) > 600  # of both: a batch of one process has 16 lines of 32 words
+    assert same(dict(first["model"]), dict(second["model"]))
+
+
 @pytest.mark.upstream(10)
 @pytest.mark.parametrize(("name", "structure"), [("whole", {}), ("shared", {"share_layers": 2})])
 def test_two_processes_train_the_stages_together(lab, runs, cluster, name, structure):
