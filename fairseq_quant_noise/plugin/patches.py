@@ -15,6 +15,7 @@ from typing import Any
 import fairseq.checkpoint_utils
 
 from . import broadcast, data_parallel, literals, loading, mistakes, numpy_names, precision, saving
+from .models import layers
 from .training import divergence, ema, half_precision, hooks, resume, stages
 
 
@@ -77,6 +78,12 @@ PATCHES = (
         "fairseq.checkpoint_utils.load_model_ensemble_and_task",
         _LOADING,
         "a file that is missing or does not fit ends in a traceback",
+    ),
+    Patch(
+        "fairseq.checkpoint_utils.prune_state_dict",
+        layers.prune_state_dict,
+        "layers to keep on one side lose those of the other",
+        31,
     ),
     Patch(
         "fairseq.checkpoint_utils.torch_persistent_save",

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from fairseq.models.transformer_lm import TransformerLanguageModel
 from lm_fixture import ATTENTION, FFN, PLANS, WORD_VECTORS, batch, both_kinds, one_error, same, state_of
 
 from fairseq_quant_noise import load
@@ -117,6 +118,25 @@ def test_lists_that_cannot_be_kept_are_refused_by_name(lab, deep, capsys, keep, 
         with pytest.raises(SystemExit):
             lab.train("--decoder-layers", 4, "--finetune-from-model", deep.path, "--decoder-layers-to-keep", keep)
         assert re.search("--decoder-layers-to-keep " + message, one_error(capsys.readouterr()))
+
+
+@pytest.mark.upstream(30)
+@pytest.mark.parametrize("how", ["the verb", "training", "an override"])
+def test_from_pretrained_loads_kept_layers_that_are_no_neighbours(lab, deep, capsys, how):
+    path, overrides = deep.path, {}
+    if how == "the verb":
+        path = pruned(lab, capsys, deep.path, "0,3")
+    elif how == "training":
+        flags = ["--finetune-from-model", deep.path, "--decoder-layers-to-keep", "0,3", "--lr", 0]
+        path = lab.train("--decoder-layers", 4, *flags, updates=1).path
+    else:
+        overrides = {"decoder_layers_to_keep": "0,3"}
+    hub = TransformerLanguageModel.from_pretrained(
+        str(path.parent), path.name, data_name_or_path=str(lab.data), **overrides
+    )
+    (model,), whole = hub.models, state_of(deep.path)["model"]
+    for layer, stored in zip(model.decoder.layers, (0, 3), strict=True):
+        assert torch.equal(layer.fc1.weight, whole[f"decoder.layers.{stored}.fc1.weight"])
 
 
 @pytest.mark.upstream(22)

@@ -20,6 +20,7 @@ from ...quantization.structure import apply_structure
 from ...structure.layer_map import START, Keep, kept_layers, parse_keep, side_of
 from ...structure.modules import find_stacks, keep_by_stack, share_layers_
 from ...structure.state import keep_state, share_state, stack_sizes
+from ..exits import exits_on_user_error
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,28 @@ def record_layers(model: Any, options: Any) -> None:
         return
     counts = {side_of(stack): len(stack_of) for stack, stack_of in find_stacks(model).items()}
     update_options(options, {**layer_options(counts), "share_layers": layers.chunk})
+
+
+def prune_state_dict(state_dict: Mapping[str, Tensor], model_cfg: Any) -> Mapping[str, Tensor]:
+    """fairseq's function of this name, for its own models: the layers of a side that is not pruned stay.
+
+    Args:
+        state_dict: a checkpoint's weights.
+        model_cfg: `cfg.model`, or None; its `*_layers_to_keep` become None once they have been applied.
+    Raises:
+        UserError: layers to keep that are none, twice there, or out of range.
+    """
+    given = {side: keep for side in SIDES if (keep := getattr(model_cfg, f"{side}_layers_to_keep", None))}
+    if not given:
+        return state_dict
+    kept = {}
+    with exits_on_user_error():
+        for stack, n in stack_sizes(state_dict).items():
+            if (side := side_of(stack)) in given:
+                where = f"--{side}-layers-to-keep"
+                kept[stack] = kept_layers(where, parse_keep(where, given[side]), stack, n)
+    update_options(model_cfg, {f"{side}_layers_to_keep": None for side in given})
+    return keep_state(state_dict, kept)
 
 
 def update_options(options: Any, values: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from translation_fixture import (
 import fairseq_quant_noise
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.checkpoints.network import load_trained
+from fairseq_quant_noise.errors import UserError
 from fairseq_quant_noise.plugin.models.transformer import QuantNoiseTransformer
 from fairseq_quant_noise.structure.modules import find_stacks, shared_chunk
 
@@ -161,6 +162,36 @@ def test_layers_are_kept_on_either_side(translation):  # noqa: F811
     verb("prune", "--path", ours, "--keep", "encoder=0,1", "--keep", "decoder=1", "--out", pruned)
     override = "{'decoder_layers_to_keep': '1'}"  # fairseq's own way
     assert translation.translate(ours, model_overrides=override) == translation.translate(pruned)
+
+
+@pytest.fixture(scope="module")
+def three_layers(translation):  # noqa: F811
+    """Checkpoints of three layers a side, by architecture: fairseq's own, and this package's."""
+    narrow = ["--decoder-embed-dim", 32, "--decoder-ffn-embed-dim", 64]
+    flags = ["--encoder-layers", 3, "--decoder-layers", 3, *narrow]
+    return {arch: translation.train(*flags, arch=arch, updates=3).path for arch in PRUNED}
+
+
+PRUNED = ["transformer", "bart_base", "quant_noise_transformer"]
+
+
+@pytest.mark.upstream(30)
+@pytest.mark.upstream(31)
+@pytest.mark.parametrize("arch", PRUNED)
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_an_override_for_one_side_leaves_the_other_one_whole(translation, three_layers, arch, side):  # noqa: F811
+    path, pruned = three_layers[arch], translation.new("pruned.pt")
+    verb("prune", "--path", path, "--keep", f"{side}=0,2", "--out", pruned)
+    option = f"{side}_layers_to_keep"
+    lines = translation.translate(path, model_overrides=f"{{'{option}': '0,2'}}")
+    assert lines == translation.translate(pruned)
+    assert lines != translation.translate(path)
+    overrides = {"data_name_or_path": str(translation.folder / SHARED), option: "0,2"}
+    (model,) = QuantNoiseTransformer.from_pretrained(str(path.parent), path.name, **overrides).models
+    sizes = {name: len(stack) for name, stack in find_stacks(model).items()}
+    assert sizes == {"encoder.layers": 3, "decoder.layers": 3} | {f"{side}.layers": 2}
+    with pytest.raises(UserError, match=f"--{side}-layers-to-keep names layer 3, and .*{side}.* has 3 layers"):
+        QuantNoiseTransformer.from_pretrained(str(path.parent), path.name, **overrides | {option: "0,3"})
 
 
 @pytest.mark.upstream(22)
