@@ -48,6 +48,16 @@ def test_the_oldest_python_is_the_one_that_ruff_and_mypy_check_for():
     assert oldest == {".".join(target.groups())}
 
 
+def test_each_fault_that_is_mended_here_has_a_test_and_each_mark_a_row():
+    page = (ROOT / "docs/upstream.md").read_text().partition("\n## ")[0]
+    rows = {
+        int(n): here for row, here in re.findall(r"^\| ([\d, ]+) \|.*\| (.*) \|$", page, re.M) for n in row.split(",")
+    }
+    texts = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    marks = {int(n) for text in texts for n in re.findall(r"mark\.upstream\((\d+)\)", text)}
+    assert {n for n, here in rows.items() if not here.startswith("not done here")} <= marks <= rows.keys()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/plans").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_plan_in_configs_loads(path):
     plan = Plan.of(path)

@@ -84,6 +84,7 @@ def test_the_range_stays_in_float32_and_the_input_in_its_own(dtype):
 # Ranges
 
 
+@pytest.mark.upstream(27)
 def test_training_leaves_the_input_and_takes_the_mean_of_the_first_ranges():
     quantizer = observe(InputQuantizer(8, "tensor", 3), -ONES, 3 * ONES)
     assert quantizer.range.tolist() == [1.0, 1.0]

@@ -216,3 +216,12 @@ def test_muted_noise_shows_the_stored_weight():
     assert not changed(model, d).any()
     noise_of(model).muted = False
     assert changed(model, d).any()
+
+
+@pytest.mark.upstream(28)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_int_noise_of_n_bits_has_2_to_the_n_values(bits):
+    model = Read(nn.Linear(64, 64))
+    nn.init.uniform_(model.part.weight, -1, 1)
+    attach_rules(model, [NoiseRule("part", 1.0, f"int{bits}")])
+    assert len(model.train()().unique()) == 2**bits

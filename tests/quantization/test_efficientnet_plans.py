@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from efficientnet_stages import STAGES
+from toys import quiet
 
 from fairseq_quant_noise import load, quantize_, save
 from fairseq_quant_noise.accounting import MIB
+from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.networks import EfficientNet, EfficientNetConfig
 from fairseq_quant_noise.networks.registry import build
 from fairseq_quant_noise.noise import attach_rules, detach_noise, fitted_rules, noise_of
@@ -145,3 +147,19 @@ def test_running_statistics_under_noise_are_those_of_the_weights_without_it():
 def test_a_network_without_convolutions_keeps_the_size_that_is_given():
     rules = [NoiseRule(".*", 0.1, "proxy", 8)]
     assert fitted_rules(torch.nn.Linear(12, 2), rules) == rules
+
+
+@pytest.mark.upstream(35)
+def test_each_centroid_of_a_depthwise_layer_is_used():
+    """Also where K asks for more than the layer's few blocks can feed, and half of them are equal."""
+    model = build("quant_noise_efficientnet", SMALL, 0)
+    depthwise = [name for name, part in model.named_modules() if name.endswith("conv_dw")]
+    for name in depthwise:
+        weight = model.get_submodule(name).weight.data
+        weight[: len(weight) // 2] = 0
+    size = {r"blocks\.[0136]\..*": 9, "default": 5}
+    quantize_(model, {"stages": [{"match": r".*\.conv_dw", "block_size": size, "n_centroids": 256}]}, progress=quiet)
+    found = quantized_weights(model)
+    assert list(found) == depthwise
+    for weight in found.values():
+        assert len(weight.codes.unique()) == len(weight.centroids) <= max(1, weight.codes.numel() // 4)

@@ -1,10 +1,13 @@
 """quantize_: the weights of a plan to codes and centroids, in place."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from toys import INPUTS_PLAN, INT_PLANS, TOKENS, ZOO_PLAN, Tied, noised, quiet, refuses, zoo
 
+from fairseq_quant_noise import second_moments
 from fairseq_quant_noise.layers import input_quantizers, quantized_weights
 from fairseq_quant_noise.noise import detach_noise
 from fairseq_quant_noise.plan.plan import Plan
@@ -235,3 +238,22 @@ def test_a_weight_that_cannot_be_encoded_is_refused_by_name_before_any_is_change
     with refuses(f"^conv: .*{message}"):
         quantized(model)
     assert not quantized_weights(model)
+
+
+@pytest.mark.upstream(26)
+def test_the_inputs_of_a_layer_count():
+    """A squared gradient of a Linear holds the square of its input: what large inputs multiply is kept best."""
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 16, 32) * torch.logspace(-1, 1, 32)  # each of another size
+    dense = torch.nn.Linear(32, 64, bias=False)
+    optimizer = torch.optim.Adam(dense.parameters(), lr=0)
+    for batch_of in inputs:
+        optimizer.zero_grad()
+        (dense(batch_of) * torch.randn(16, 64)).sum().backward()
+        optimizer.step()
+    errors, plan = [], one(".*", block_size=4, n_centroids=64)
+    for importance in (second_moments(dense, optimizer), None):
+        model = quantized(copy.deepcopy(dense), plan, importance=importance)
+        errors.append((model(inputs) - dense(inputs)).square().mean().item())
+    with_inputs, by_weights_alone = errors
+    assert with_inputs < 0.6 * by_weights_alone, errors

@@ -3,8 +3,9 @@
 from argparse import Namespace
 
 import pytest
+from fairseq import options
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
-from lm_fixture import FFN
+from lm_fixture import FFN, USER_DIR
 from toys import refuses
 
 from fairseq_quant_noise.plugin.models.equivalents import check_noise, check_task, cure
@@ -53,6 +54,19 @@ def test_a_training_whose_prefix_was_forgotten_ends_in_a_line(lab, capsys, flags
         lab.train(*flags, arch="transformer_lm_gbw", kind="untied")
     assert end.value.code == 2
     assert "train with --arch quant_noise_transformer_lm_gbw" in last_error(capsys)
+
+
+@pytest.mark.upstream(37)
+@pytest.mark.parametrize("flag", ["--quant-noise-scalar", "--quant-noise-pq"])
+def test_noise_for_hf_gpt2_is_refused(lab, capsys, flag):
+    line = [str(lab.data), "--user-dir", USER_DIR, "--task", "language_modeling", "--arch", "hf_gpt2", flag, "0.5"]
+    with pytest.raises(SystemExit) as end:
+        options.parse_args_and_arch(options.get_training_parser(), line)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: unrecognized arguments: {flag} 0.5")
+    named = Namespace(_name="hf_gpt2", **{flag[2:].replace("-", "_"): 0.5})  # as a configuration for Hydra can
+    with refuses(f"{flag}: hf_gpt2 would train .*; this package has no model for it"):
+        check_noise(named)
 
 
 def test_a_task_of_many_models_is_refused():
