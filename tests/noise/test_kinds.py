@@ -221,6 +221,7 @@ def test_muted_noise_shows_the_stored_weight():
 @pytest.mark.upstream(28)
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_int_noise_of_n_bits_has_2_to_the_n_values(bits):
+    torch.manual_seed(0)
     model = Read(nn.Linear(64, 64))
     nn.init.uniform_(model.part.weight, -1, 1)
     attach_rules(model, [NoiseRule("part", 1.0, f"int{bits}")])

@@ -152,6 +152,7 @@ def test_a_network_without_convolutions_keeps_the_size_that_is_given():
 @pytest.mark.upstream(35)
 def test_each_centroid_of_a_depthwise_layer_is_used():
     """Also where K asks for more than the layer's few blocks can feed, and half of them are equal."""
+    torch.manual_seed(0)
     model = build("quant_noise_efficientnet", SMALL, 0)
     depthwise = [name for name, part in model.named_modules() if name.endswith("conv_dw")]
     for name in depthwise:

@@ -164,15 +164,15 @@ def test_layers_are_kept_on_either_side(translation):  # noqa: F811
     assert translation.translate(ours, model_overrides=override) == translation.translate(pruned)
 
 
+PRUNED = ["transformer", "bart_base", "quant_noise_transformer"]
+
+
 @pytest.fixture(scope="module")
 def three_layers(translation):  # noqa: F811
     """Checkpoints of three layers a side, by architecture: fairseq's own, and this package's."""
     narrow = ["--decoder-embed-dim", 32, "--decoder-ffn-embed-dim", 64]
     flags = ["--encoder-layers", 3, "--decoder-layers", 3, *narrow]
     return {arch: translation.train(*flags, arch=arch, updates=3).path for arch in PRUNED}
-
-
-PRUNED = ["transformer", "bart_base", "quant_noise_transformer"]
 
 
 @pytest.mark.upstream(30)
