@@ -52,13 +52,15 @@ def join_torchrun(cfg: DictConfig) -> None:
     """On a CPU, let the processes that torchrun started train together, over gloo.
 
     Without GPUs fairseq takes each for a training of its own, and all of them write to one --save-dir; where
-    --distributed-world-size is given, it divides by the number of GPUs.
+    --distributed-world-size is given, it divides by the number of GPUs. An evaluation stays as it is: each process
+    would report the score of its share of the data.
 
     Args:
-        cfg: of a program of fairseq's; changed where torchrun started it on a CPU without --distributed-init-method.
+        cfg: of a program of fairseq's; changed where torchrun started a training on a CPU without
+            --distributed-init-method.
     """
-    training = cfg.distributed_training
-    if cfg.common.tpu or (torch.cuda.is_available() and not cfg.common.cpu):
+    training, trains = cfg.distributed_training, getattr(cfg, "model", None) is not None
+    if not trains or cfg.common.tpu or (torch.cuda.is_available() and not cfg.common.cpu):
         return
     if training.distributed_init_method is None and torch.distributed.is_torchelastic_launched():
         with open_dict(cfg):

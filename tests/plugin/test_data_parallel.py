@@ -59,3 +59,16 @@ def test_on_gpus_layerdrop_is_refused_with_the_cure(monkeypatch, backend):
     for options, p in (({}, 0.0), ({"find_unused_parameters": True}, 0.2)):
         model = dropping(p)
         assert wrap(section(ddp_backend=backend, **options), model, None, GPU) == (backend, model)
+
+
+@pytest.mark.parametrize(("model", "together"), [({"_name": "transformer_lm"}, True), (None, False)])
+def test_on_a_cpu_torchrun_joins_trainings_and_no_evaluations(monkeypatch, model, together):
+    """fairseq-eval-lm would print the perplexity of the first process's share of the data."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), {"common": {"cpu": True}})
+    cfg.model = model
+    data_parallel.join_torchrun(cfg)
+    found = cfg.distributed_training
+    assert (found.distributed_init_method == "env://") == together
+    assert not together or (found.distributed_world_size, found.distributed_rank) == (2, 1)
