@@ -15,7 +15,7 @@ from fairseq.tasks import TASK_REGISTRY
 from fairseq.utils import move_to_cpu
 
 import fairseq_quant_noise
-from fairseq_quant_noise.safe_load import safe_load
+from fairseq_quant_noise.checkpoints.safe_load import safe_load
 
 fairseq_quant_noise.register()  # for another test may have imported the package before fairseq
 
