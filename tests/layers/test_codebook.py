@@ -160,7 +160,7 @@ def test_a_file_without_shared_codebooks_is_of_the_version_before(tmp_path):
     ],
 )
 def test_a_codebook_that_leads_nowhere_is_refused(tmp_path, codebook, message):
-    from artifact.packed_files import damaged, forge
+    from packed_files import damaged, forge
 
     path = tmp_path / "model.safetensors"
     forge(path, pack(quantized()), lambda m: m["tensors"]["1.weight"].update(codebook=codebook))
@@ -169,7 +169,7 @@ def test_a_codebook_that_leads_nowhere_is_refused(tmp_path, codebook, message):
 
 
 def test_a_codebook_of_other_blocks_is_refused(tmp_path):
-    from artifact.packed_files import damaged, forge
+    from packed_files import damaged, forge
 
     plan = {"stages": [{"match": str(i), "block_size": 4 * (i or 1), "n_centroids": 8} for i in range(3)]}
     path = tmp_path / "model.safetensors"
