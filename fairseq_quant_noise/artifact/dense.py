@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from ..layers.adopt import STATE_PARTS
 from ..layers.inputs import NAME as INPUT_QUANTIZER
-from ..layers.pq import CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE, PQWeight
+from ..layers.latent import LatentIntWeight
+from ..layers.parts import AFFINE, CENTROID_BITS, CENTROIDS, CODES, FILE_AFFINE, SPEC
+from ..layers.pq import PQWeight
 from ..layers.quantized import parts_of
-from ..layers.scalar import AFFINE, SPEC, IntWeight, LatentIntWeight, spec_of
+from ..layers.scalar import IntWeight, spec_of
 
 
 def dense_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:

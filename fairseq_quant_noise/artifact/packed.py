@@ -12,8 +12,8 @@ from .._version import __version__
 from ..layers import QuantizedWeight, input_quantizers, quantized_weights
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..layers.inputs import InputQuantizer
-from ..layers.pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight
-from ..layers.scalar import AFFINE, SPEC
+from ..layers.parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, SPEC
+from ..layers.pq import PQWeight
 from ..plan.plan import Plan
 from ..scalar import Affine
 from ..structure.state import layer_ties, maps_and_ties

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DamagedFileError, UserError, is_about_a_file
-from ..layers.pq import CENTROIDS, CODES
-from ..layers.scalar import AFFINE, SPEC
+from ..layers.parts import AFFINE, CENTROIDS, CODES, SPEC
 from ..utils.bits import largest_code, packed_size
 from .configuration import check_configuration
 from .limits import check_sizes, longest_header

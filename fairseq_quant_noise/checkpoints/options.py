@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..layers.pq import CODES
+from ..layers.parts import CODES
 from ..networks.efficientnet import seen_in_weights
 from ..networks.registry import MODELS, OF_IMAGES, PADDING, PREFIX, stock_name
 

@@ -2,9 +2,10 @@
 
 from .adopt import adopt_quantized
 from .inputs import calibrating, input_quantizers, quantize_inputs_
+from .latent import LatentIntWeight, to_int_
 from .pq import PQWeight, quantize_weight_, share_codebooks_
 from .quantized import QuantizedWeight, quantized_weights
-from .scalar import IntWeight, LatentIntWeight, to_int_
+from .scalar import IntWeight
 
 __all__ = [
     "IntWeight",

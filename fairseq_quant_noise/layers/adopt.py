@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..weights.discovery import Weight, find_weights
 from .inputs import adopt_input_quantizers
-from .pq import CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, PQWeight, is_multiplied, share_codebooks_
+from .latent import LatentIntWeight, set_spec, to_int_
+from .parts import AFFINE, AGE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, SPEC
+from .pq import PQWeight, is_multiplied, share_codebooks_
 from .quantized import QuantizedWeight, parts_of, quantized_weights, swap_in
-from .scalar import AFFINE, SPEC, IntWeight, LatentIntWeight, set_spec, spec_of, to_int_
+from .scalar import IntWeight, spec_of
 
 #: What a state holds of a quantized weight, by the last part of the name.
-STATE_PARTS = (CODES, CENTROIDS, CENTROID_BITS, CODEBOOK, FILE_AFFINE, AFFINE, SPEC, "age")
+STATE_PARTS = (CODES, CENTROIDS, CENTROID_BITS, CODEBOOK, FILE_AFFINE, AFFINE, SPEC, AGE)
 
 
 def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

@@ -14,11 +14,8 @@ from ..errors import UserError
 from ..kernels import SETTLED, decode, linear, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine
 from ..weights.discovery import Weight
+from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE
 from .quantized import QuantizedWeight, dense_weight, swap_in
-
-CODES, CENTROIDS, CENTROID_BITS, FILE_AFFINE = "codes", "centroids", "centroid_bits", "file_affine"
-CODEBOOK = "codebook"  # the number of a shared codebook
-
 
 #: A centroid's gradient is the sum over its n blocks, divided by n to this power. 0 is the sum, as in fairseq's
 #: PQLinear and PQEmbedding, 1 the mean, as in kill-the-bits (arXiv 1907.05686, section 3.4). In between, fairseq's
@@ -194,7 +191,7 @@ class PQWeight(QuantizedWeight):
         if self.bits == 16:
             return {CODES: self.codes, CENTROIDS: self.centroids.half()}
         affine = self.affine()
-        return {CODES: self.codes, CENTROIDS: affine.codes(self.centroids), "affine": affine.to_tensor()}
+        return {CODES: self.codes, CENTROIDS: affine.codes(self.centroids), AFFINE: affine.to_tensor()}
 
     @property
     def paper_bytes(self) -> float:

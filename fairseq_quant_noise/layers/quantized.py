@@ -4,7 +4,7 @@ It is a module of the name `weight`, so a checkpoint holds `….fc1.weight.codes
 holds the same module: quantized once, stored once, fine-tuned once. The forms:
 
     PQWeight        codes and centroids                           pq.py
-    LatentIntWeight a dense weight, seen through its N-bit codes  scalar.py    while it is trained
+    LatentIntWeight a dense weight, seen through its N-bit codes  latent.py    while it is trained
     IntWeight       N-bit codes, scale and zero point             scalar.py    from a file
 """
 

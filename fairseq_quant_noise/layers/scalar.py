@@ -1,22 +1,18 @@
-"""A weight in N-bit codes (`scalar/affine.py`): while it is trained, and as a file holds it."""
+"""A weight in N-bit codes (`scalar/affine.py`), as a packed file holds it; while it is trained, see `latent.py`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..accounting import int_bytes
-from ..scalar import RANGES, Affine, fake_quantize, fit_affine
-from ..utils.autograd import StraightThrough, in_backward
-from ..weights.discovery import Weight
-from .quantized import QuantizedWeight, dense_weight, swap_in
-
-LATENT, SPEC, AFFINE, CODES = "latent", "scalar", "affine", "codes"
-HISTOGRAM_REFRESH = 100  # training forwards between two searches for a histogram's range
+from ..scalar import RANGES, Affine
+from .parts import AFFINE, CODES, SPEC
+from .quantized import QuantizedWeight
 
 
-class _ScalarWeight(QuantizedWeight):
+class ScalarWeight(QuantizedWeight):
     """What both forms have in common."""
 
     bits: int  # N
@@ -38,101 +34,7 @@ class _ScalarWeight(QuantizedWeight):
         return int_bytes(self.shape.numel(), self.bits)
 
 
-class LatentIntWeight(_ScalarWeight):
-    """A dense weight that is seen through its N-bit codes, with straight-through gradients to the dense one.
-
-    A checkpoint holds the dense weight under its own name, `….fc1.weight`, and `….fc1.weight.scalar`: N and the range.
-    In eval mode the range is that of the weight as it is; in training min and max too, and a histogram's is searched
-    for again every HISTOGRAM_REFRESH forwards.
-
-    Args:
-        latent: the stored Parameter, which keeps its place in the optimizer.
-        bits: N.
-        range_: tensor, channel or histogram.
-        name: of the module, for messages.
-    """
-
-    def __init__(self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight") -> None:
-        super().__init__()
-        self.name = name
-        self.latent = latent
-        self.bits, self.range = bits, range_
-        on = latent.device
-        self.register_buffer(SPEC, torch.tensor([bits, RANGES.index(range_)], dtype=torch.uint8, device=on))
-        channels = latent.shape[0] if range_ == "channel" else 1
-        self.register_buffer(AFFINE, torch.zeros(2, channels, device=on))  # of the last search, in training
-        self.register_buffer("age", torch.zeros((), dtype=torch.long, device=on))  # training forwards
-        self._fitted: tuple[tuple[float, ...], Affine] | None = None
-        self._count: int | None = None  # `age` as a number: reading the buffer makes a GPU wait
-
-    age: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dense weight's."""
-        return self.latent.dtype
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        """Of the weight."""
-        return self.latent.shape
-
-    def fit(self) -> Affine:
-        """The codes of the weight as it is. A histogram's are searched for when the model changes its mode, or the
-        weight its version or its extremes: optimizers write through `.data`, which leaves no other trace."""
-        if self.range != "histogram":
-            return fit_affine(self.name, self.latent, self.bits, self.range)
-        low, high = self.latent.detach().aminmax()
-        version = (float(self.latent.data_ptr()), float(self.latent._version), float(low), float(high))
-        if self._fitted is None or self._fitted[0] != version:
-            with torch.inference_mode(False):  # what is kept is used outside of that mode too
-                self._fitted = (version, fit_affine(self.name, self.latent.detach(), self.bits, self.range))
-        return self._fitted[1]
-
-    def train(self, mode: bool = True) -> "LatentIntWeight":
-        """As any module's."""
-        self._fitted = None
-        super().train(mode)
-        return self
-
-    def decode(self) -> Tensor:
-        """The weight as its codes give it back."""
-        if not self.training:
-            return fake_quantize(self.latent, self.fit())
-        return StraightThrough.apply(self.latent, fake_quantize(self.latent, self._in_training()))
-
-    def _in_training(self) -> Affine:
-        if self.range != "histogram":
-            return fit_affine(self.name, self.latent, self.bits, self.range, check=not self.latent.is_cuda)
-        if not in_backward():  # not a layer that runs again in backward
-            count = int(self.age) if self._count is None else self._count
-            if count % HISTOGRAM_REFRESH == 0:
-                self.affine.copy_(fit_affine(self.name, self.latent, self.bits, self.range).to_tensor())
-            self.age += 1
-            self._count = count + 1
-        return Affine.of_tensor(self.affine, self.bits)
-
-    def parts(self) -> dict[str, Tensor]:
-        """Codes (a byte each), scales and zero points."""
-        affine = self.fit()
-        return {CODES: affine.codes(self.latent.detach()), AFFINE: affine.to_tensor()}
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix[:-1]] = destination.pop(prefix + LATENT)  # under the dense weight's own name
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
-        missing: list[str] = lists[0]
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        missing[:] = [name for name in missing if name not in (prefix + SPEC, prefix + AFFINE, prefix + "age")]
-        self._fitted = self._count = None
-
-    def extra_repr(self) -> str:
-        """Shape, bits and range, for printing."""
-        return f"shape={tuple(self.shape)}, bits={self.bits}, range={self.range}"
-
-
-class IntWeight(_ScalarWeight):
+class IntWeight(ScalarWeight):
     """A weight in N-bit codes that is not trained any more.
 
     Args:
@@ -178,33 +80,6 @@ class IntWeight(_ScalarWeight):
     def extra_repr(self) -> str:
         """Shape and bits, for printing."""
         return f"shape={tuple(self.shape)}, bits={self.bits}"
-
-
-def set_spec(weight: Weight, stored: LatentIntWeight, bits: int, range_: str) -> None:
-    """Give a weight that is seen in codes others; its noise stays."""
-    _swap_with_noise(weight, LatentIntWeight(stored.latent, bits, range_, weight.name))
-
-
-def _swap_with_noise(weight: Weight, quantized: LatentIntWeight) -> None:
-    kept = [module.__dict__.get("_weight_noise") for _, module in weight.holders]
-    swap_in(weight, quantized)
-    for (_, module), its in zip(weight.holders, kept, strict=True):
-        if its is not None:
-            module._weight_noise = its
-
-
-def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> LatentIntWeight:
-    """Make a stored weight one that is seen in N-bit codes, for its owner and every alias; returns the new weight.
-
-    Args:
-        weight: a weight of the model, not quantized yet.
-        bits: N.
-        range_: tensor, channel or histogram.
-        noise: keep the noise on it: training then sees the noise's share of codes, evaluation all of them.
-    """
-    quantized = LatentIntWeight(dense_weight(weight), bits, range_, weight.name)
-    (_swap_with_noise if noise else swap_in)(weight, quantized)
-    return quantized
 
 
 def spec_of(parts: Mapping[str, Tensor]) -> tuple[int, str]:

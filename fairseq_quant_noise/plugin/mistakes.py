@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ..errors import NO_ROOM, UserError, is_about_a_file
+from ..layers.parts import CODES
 from .exits import exits_on_user_error
 
 R = TypeVar("R")
@@ -53,7 +54,7 @@ def mismatch_in(error: BaseException | None) -> str | None:
                 "dict.txt the file was trained with, and the model's own options"
             )
         missing, unexpected = ([*_NAME.findall(line[1])] if (line := _KEYS[k].search(text)) else [] for k in (0, 1))
-        codes = [name for name in unexpected if name.endswith(".codes")]
+        codes = [name for name in unexpected if name.endswith(f".{CODES}")]
         if codes:
             return (
                 f"{codes[0]}: the file holds this weight in codes, and the model cannot; train with the --arch "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import Packed
-from ..layers.pq import CODES
+from ..layers.parts import CODES
 from ..utils.bits import unpack_bits
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+LATENT = "latent"  # what a quantized weight calls the dense one that it is made from in training
+
 
 class WeightAccess:
     """Mixed into a module's class by `intercept`."""
@@ -29,7 +31,7 @@ class WeightAccess:
         if quantized is None:
             stored = self._parameters["weight"]
             return stored if noise is None else noise(self, stored)
-        latent = quantized._parameters.get("latent")
+        latent = quantized._parameters.get(LATENT)
         if latent is None or noise is None or not quantized.training:
             return quantized.decode()
         return noise(self, latent)
@@ -37,8 +39,8 @@ class WeightAccess:
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """A quantized weight that is still dense in store is saved under the dense weight's own name."""
         quantized = self._modules.get("weight")
-        if quantized is not None and "latent" in quantized._parameters and f"{prefix}weight" in state_dict:
-            state_dict[f"{prefix}weight.latent"] = state_dict.pop(f"{prefix}weight")
+        if quantized is not None and LATENT in quantized._parameters and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight.{LATENT}"] = state_dict.pop(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 

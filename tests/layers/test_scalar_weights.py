@@ -12,7 +12,7 @@ from toys import INT_PLANS, TOKENS, Tied, adopting, by_torch, quiet, refuses, zo
 from fairseq_quant_noise import load, save
 from fairseq_quant_noise.artifact import pack
 from fairseq_quant_noise.layers import IntWeight, LatentIntWeight, adopt_quantized, quantized_weights, to_int_
-from fairseq_quant_noise.layers import scalar as scalar_module
+from fairseq_quant_noise.layers import latent as latent_module
 from fairseq_quant_noise.quantization.quantize import quantize_
 from fairseq_quant_noise.scalar import RANGES, fit_affine
 from fairseq_quant_noise.weights.discovery import find_weights
@@ -129,7 +129,7 @@ def train(model, forwards):
 
 @pytest.fixture
 def refresh(monkeypatch):
-    monkeypatch.setattr(scalar_module, "HISTOGRAM_REFRESH", 3)
+    monkeypatch.setattr(latent_module, "HISTOGRAM_REFRESH", 3)
 
 
 @pytest.mark.parametrize(("range_", "searches"), [("histogram", [0, 3, 6]), ("tensor", [])])

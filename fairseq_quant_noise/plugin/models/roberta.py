@@ -18,7 +18,7 @@ from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...layers.pq import CENTROIDS, CODES
+from ...layers.parts import CENTROIDS, CODES
 from ..exits import exits_on_user_error
 from .hub import hub_interface
 from .quantizable import Quantizable, add_noise, without_fairseq_noise

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...layers.scalar import LATENT
+from ...layers.parts import LATENT
 from .half_precision import COPIES
 
 
