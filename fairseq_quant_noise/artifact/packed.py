@@ -1,6 +1,6 @@
 """A model as the tensors and the manifest of a packed file, and back to the state that a model loads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,16 +12,11 @@ from .._version import __version__
 from ..layers import QuantizedWeight, input_quantizers, quantized_weights
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..layers.inputs import InputQuantizer
-from ..layers.parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, SPEC
-from ..layers.pq import PQWeight
+from ..layers.registry import QuantizedTensor, all_file_parts
 from ..plan.plan import Plan
-from ..scalar import Affine
 from ..structure.state import layer_ties, maps_and_ties
-from ..utils.bits import pack_bits, unpack_bits
 from ..weights.discovery import tensor_name
-from .manifest import Manifest, QuantizedTensor
-
-PARTS = (CODES, CENTROIDS, AFFINE)
+from .manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,7 @@ class Packed:
         state = {name: self.tensors[name] for name in self.dense_names}
         parts = {name: [""] for name in state}  # what a logical tensor's entries are called after its name
         for name, entry in self.manifest.tensors.items():
-            found = {f".{part}": tensor for part, tensor in self._quantized_state(name, entry)}
+            found = {f".{part}": tensor for part, tensor in self._quantized_state(name, entry).items()}
             parts[name] = [*found]
             state.update({name + part: tensor for part, tensor in found.items()})
         for copy, owner in self.ties.items():
@@ -71,31 +66,19 @@ class Packed:
         """The entries in the file of the tensor `name`."""
         if name not in self.manifest.tensors:
             return [name]
-        return [f"{name}.{part}" for part in PARTS if f"{name}.{part}" in self.tensors]
+        return [f"{name}.{part}" for part in all_file_parts() if f"{name}.{part}" in self.tensors]
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes in the file of the tensor `name`: of codes and what they need of their own, or of the dense tensor."""
         return sum(self.tensors[part].numel() * self.tensors[part].element_size() for part in self.parts(name))
 
-    def _quantized_state(self, name: str, entry: QuantizedTensor) -> Iterator[tuple[str, Tensor]]:
-        codes = unpack_bits(self.tensors[f"{name}.{CODES}"], entry.n_codes, entry.code_bits)
-        if entry.bits is not None:
-            yield CODES, codes.view(entry.shape)
-            yield AFFINE, self.tensors[f"{name}.{AFFINE}"]
-            yield SPEC, torch.tensor([entry.bits, 0], dtype=torch.uint8)
-            return
-        yield CODES, codes.view(entry.shape[0], -1)
+    def parts_of(self, name: str) -> dict[str, Tensor]:
+        """What the file has of the quantized tensor `name`, by the last part of the name."""
+        return {part.rpartition(".")[2]: self.tensors[part] for part in self.parts(name)}
+
+    def _quantized_state(self, name: str, entry: QuantizedTensor) -> dict[str, Tensor]:
         owner = entry.codebook or name
-        centroids = self.tensors[f"{owner}.{CENTROIDS}"]
-        if owner in self._shared:
-            yield CODEBOOK, torch.tensor(self._shared[owner], dtype=torch.int32)
-        if entry.centroid_bits == 16:
-            yield CENTROIDS, centroids.float()
-        else:
-            both = self.tensors[f"{owner}.{AFFINE}"]
-            yield CENTROIDS, Affine.of_tensor(both, entry.centroid_bits).decode(centroids)
-            yield FILE_AFFINE, both
-            yield CENTROID_BITS, torch.tensor(entry.centroid_bits, dtype=torch.uint8)
+        return entry.format.unpack(entry, self.parts_of(owner) | self.parts_of(name), self._shared.get(owner))
 
 
 def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] | None = None) -> Packed:
@@ -108,10 +91,7 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     """
     quantized = {tensor_name(name): weight for name, weight in quantized_weights(model).items()}
     codebooks = _codebooks(quantized)
-    entries = {
-        name: QuantizedTensor(weight.scheme, tuple(weight.shape), **weight.facts(), codebook=codebooks.get(name))
-        for name, weight in quantized.items()
-    }
+    entries = {name: weight.entry(codebooks.get(name)) for name, weight in quantized.items()}
     tensors, ties = _each_once(model)
     inputs = {
         name: {"bits": q.bits, "low": float(q.range[0]), "high": float(q.range[1])}
@@ -120,11 +100,7 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     }
     layers, ties = maps_and_ties(ties, [*tensors, *entries])
     for name, weight in quantized.items():
-        parts = weight.parts()
-        parts[CODES] = pack_bits(parts[CODES], entries[name].code_bits)
-        if name in codebooks:
-            parts = {CODES: parts[CODES]}
-        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in weight.pack(entries[name]).items()}
     manifest = Manifest(
         producer=f"fairseq_quant_noise {__version__}",
         model=dict(config or {}),
@@ -140,8 +116,8 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
 def _codebooks(quantized: Mapping[str, QuantizedWeight]) -> dict[str, str]:
     """For each tensor that uses the codebook of one before it: that one."""
     first: dict[int, str] = {}
-    users = {name: weight for name, weight in quantized.items() if isinstance(weight, PQWeight)}
-    owners = {name: first.setdefault(id(weight.centroids), name) for name, weight in users.items()}
+    shared = {name: held for name, weight in quantized.items() if (held := weight.shared()) is not None}
+    owners = {name: first.setdefault(id(held), name) for name, held in shared.items()}
     return {name: owner for name, owner in owners.items() if name != owner}
 
 

@@ -5,27 +5,23 @@ checked, that takes twice the file's bytes at most, and a few megabytes.
 """
 
 import hashlib
-import math
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from ..errors import DamagedFileError, UserError, is_about_a_file
-from ..layers.parts import AFFINE, CENTROIDS, CODES, SPEC
-from ..utils.bits import largest_code, packed_size
+from ..layers.parts import LATENT
+from ..layers.registry import FORMATS
 from .configuration import check_configuration
 from .limits import check_sizes, longest_header
 from .manifest import METADATA_KEY, ZERO_HASH, Manifest, QuantizedTensor, parse_json
-from .packed import PARTS, Packed
+from .packed import Packed
 
 _MAX_COPIES = 1_000_000  # tensors that ties and shared layers stand for: a small file must not ask for much memory
-#: The parts by which a state says that a weight is quantized: those of a file are listed in its manifest.
-_FORMS = ((CODES, CENTROIDS), (AFFINE, SPEC))
 #: What safetensors and torch raise for a file whose header is no sound description of its bytes.
 _UNSOUND = (safetensors.SafetensorError, AssertionError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
 
@@ -63,7 +59,7 @@ def _read(path: Path) -> Packed:
         raise DamagedFileError("its content does not match its SHA-256; copy or download it again")
     packed = Packed(_tensors(content), manifest[0])
     _check_names(packed)
-    _check_tensors(packed.manifest, packed.tensors)
+    _check_tensors(packed)
     check_sizes(packed, len(content))
     check_configuration(packed.manifest.model)
     return packed
@@ -139,61 +135,30 @@ def _check_names(packed: Packed) -> None:
 
 
 def _check_forms(packed: Packed) -> None:
-    """No dense tensor, tied or not, looks like a part of a quantized one."""
+    """No dense tensor, tied or not, looks like a part of a quantized one: a file's are listed in its manifest."""
+    forms = [[part for part in format.needs if part != LATENT] for format in FORMATS.values()]
     names, quantized = {*packed.dense_names, *packed.ties}, {*packed.manifest.tensors}
     quantized |= {copy for copy, owner in packed.ties.items() if owner in quantized}
     for name in names:
         owner, _, last = name.rpartition(".")
-        unlisted = any(last in parts and all(f"{owner}.{part}" in names for part in parts) for parts in _FORMS)
+        unlisted = any(last in parts and all(f"{owner}.{part}" in names for part in parts) for parts in forms)
         if unlisted or owner in quantized or name in packed.manifest.tensors:
             raise DamagedFileError(f"tensor {name}: is in the file in two forms, or is not listed in its manifest")
 
 
-def _check_tensors(manifest: Manifest, tensors: dict[str, Tensor]) -> None:
-    for name, entry in manifest.tensors.items():
-        parts = {part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors}
-        wrong = _wrong(entry, parts)
+def _check_tensors(packed: Packed) -> None:
+    for name, entry in packed.manifest.tensors.items():
+        wrong = _wrong(entry, packed.parts_of(name))
         if wrong:
             raise DamagedFileError(f"tensor {name}: damaged ({wrong})")
 
 
 def _wrong(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
     """What is wrong with the stored parts of a quantized tensor, or None."""
-    needed = {CODES: torch.uint8}
-    if entry.bits is None and entry.codebook is None:
-        needed[CENTROIDS] = torch.float16 if entry.centroid_bits == 16 else torch.uint8
-    if entry.bits is not None or (entry.centroid_bits == 8 and entry.codebook is None):
-        needed[AFFINE] = torch.float32
+    needed = entry.format.file_types(entry)
     if {part: tensor.dtype for part, tensor in parts.items()} != needed:
         return "its parts are not " + ", ".join(f"{part} ({dtype})" for part, dtype in needed.items())
-    channels = (1,) if entry.bits is None else (1, entry.shape[0])
-    if math.prod(entry.shape[1:]) % (entry.block_size or 1) or entry.channels not in channels:
-        return "block size or channels"
-    if tuple(parts[CODES].shape) != (packed_size(entry.n_codes, entry.code_bits),):
-        return "codes' shape"
-    if AFFINE in parts and not _is_affine(parts[AFFINE], entry):
-        return "scales or zero points"
-    return _wrong_codebook(entry, parts) if entry.n_centroids is not None else None
-
-
-def _wrong_codebook(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
-    k, centroids = entry.n_centroids or 0, parts.get(CENTROIDS)
-    if centroids is not None and tuple(centroids.shape) != (k, entry.block_size):
-        return "centroids' shape"
-    if k < 2**entry.code_bits and largest_code(parts[CODES], entry.n_codes, entry.code_bits) >= k:
-        return f"a code beyond its {k} centroids"
-    if centroids is not None and centroids.is_floating_point() and not bool(torch.isfinite(centroids).all()):
-        return "a centroid that is not finite"
-    return None
-
-
-def _is_affine(both: Tensor, entry: QuantizedTensor) -> bool:
-    if tuple(both.shape) != (2, entry.channels):
-        return False
-    scale, zero_point = both
-    top = 2 ** (entry.bits or entry.centroid_bits) - 1
-    whole = (zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= top)
-    return bool(((scale * (top + 1)).isfinite() & (scale > 0) & whole).all())
+    return entry.format.wrong(entry, parts)
 
 
 def is_packed(path: str | Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..layers.parts import CODES
+from ..layers.registry import weights_in
 from ..networks.efficientnet import seen_in_weights
 from ..networks.registry import MODELS, OF_IMAGES, PADDING, PREFIX, stock_name
 
@@ -181,7 +181,7 @@ def task_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
         Of a RoBERTa max_positions, the most tokens of a row, and classification_heads, by name [inner width, classes];
         of a `transformer` source_vocab_size; of an EfficientNet num_classes and the blocks of each stage.
     """
-    if "conv_stem.weight" in state or f"conv_stem.weight.{CODES}" in state:
+    if "conv_stem.weight" in weights_in(state):
         return seen_in_weights(state)
     source = [rows for _, rows in _rows(state, r"encoder\.embed_tokens\.weight")]
     if source:
@@ -202,8 +202,8 @@ def find_embedding_layer(state: Mapping[str, Tensor]) -> str | None:
 
 
 def _rows(state: Mapping[str, Tensor], name: str) -> Iterator[tuple[re.Match[str], int]]:
-    """For each weight whose name matches, dense or in codes: the match and its number of rows."""
-    for key, tensor in state.items():
-        found = re.fullmatch(rf"{name}(?:\.{CODES})?", key)
+    """For each weight whose name matches, dense or quantized: the match and its number of rows."""
+    for key, weight in weights_in(state).items():
+        found = re.fullmatch(name, key)
         if found:
-            yield found, tensor.shape[0]
+            yield found, weight.shape[0]

@@ -1,10 +1,14 @@
 """Quantized weights inside a model: the module keeps its type and its name, and its weight is decoded when read."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from .adopt import adopt_quantized
 from .inputs import calibrating, input_quantizers, quantize_inputs_
 from .latent import LatentIntWeight, to_int_
-from .pq import PQWeight, quantize_weight_, share_codebooks_
+from .pq import PQWeight, quantize_weight_
 from .quantized import QuantizedWeight, quantized_weights
+from .registry import join_
 from .scalar import IntWeight
 
 __all__ = [
@@ -15,9 +19,12 @@ __all__ = [
     "adopt_quantized",
     "calibrating",
     "input_quantizers",
+    "join_",
     "quantize_inputs_",
     "quantize_weight_",
     "quantized_weights",
-    "share_codebooks_",
     "to_int_",
 ]
+
+for _module in iter_modules(__path__):  # each one that has a format registers it
+    import_module(f"{__name__}.{_module.name}")

@@ -1,20 +1,24 @@
 """A weight that is seen through its N-bit codes (`scalar/affine.py`) while it is trained."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..scalar import RANGES, Affine, fake_quantize, fit_affine
+from ..errors import UserError
+from ..scalar import RANGES, SCHEMES, Affine, bits_of, fake_quantize, fit_affine
 from ..utils.autograd import StraightThrough, in_backward
 from ..weights.discovery import Weight
 from .parts import AFFINE, AGE, CODES, LATENT, SPEC
 from .quantized import dense_weight, swap_in
-from .scalar import ScalarWeight
+from .registry import register
+from .scalar import ScalarWeight, spec_of
 
 HISTOGRAM_REFRESH = 100  # training forwards between two searches for a histogram's range
 
 
+@register("intN latent")
 class LatentIntWeight(ScalarWeight):
     """A dense weight that is seen through its N-bit codes, with straight-through gradients to the dense one.
 
@@ -28,6 +32,10 @@ class LatentIntWeight(ScalarWeight):
         range_: tensor, channel or histogram.
         name: of the module, for messages.
     """
+
+    plan_schemes = SCHEMES
+    entries = (SPEC, AFFINE, AGE)  # and the dense weight under its own name, LATENT among the parts
+    needs = (LATENT, SPEC, AFFINE)
 
     def __init__(self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight") -> None:
         super().__init__()
@@ -107,6 +115,47 @@ class LatentIntWeight(ScalarWeight):
     def extra_repr(self) -> str:
         """Shape, bits and range, for printing."""
         return f"shape={tuple(self.shape)}, bits={self.bits}, range={self.range}"
+
+    @classmethod
+    def adopt(cls, weight: Weight, parts: Mapping[str, Tensor]) -> bool:
+        """The weight as it is, seen through its codes; another N or range takes nothing from it but its own codes.
+
+        Raises:
+            UserError: it is in codes by now, and has no dense weight to train.
+        """
+        stored, (bits, range_) = weight.stored, spec_of(parts)
+        if isinstance(stored, LatentIntWeight):
+            if (stored.bits, stored.range) == (bits, range_):
+                return False
+            set_spec(weight, stored, bits, range_)
+            return True
+        if isinstance(stored, nn.Module):
+            raise UserError(
+                f"{weight.name}: holds codes and cannot take a weight in training; load it into a dense model"
+            )
+        to_int_(weight, bits, range_)
+        return True
+
+    @classmethod
+    def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weight as its codes give it back."""
+        bits, range_ = spec_of(parts)
+        return cls(nn.Parameter(parts[LATENT], requires_grad=False), bits, range_).eval().decode()
+
+    @classmethod
+    def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """That of the dense weight."""
+        return tuple(parts[LATENT].shape)
+
+    @classmethod
+    def quantize_(cls, weight: Weight, scheme: str, range_: str) -> "LatentIntWeight":
+        """`to_int_` by the name of the scheme."""
+        return to_int_(weight, bits_of(scheme) or 8, range_)
+
+    @classmethod
+    def seen(cls, name: str, dense: Tensor, scheme: str, range_: str) -> Tensor:
+        """phi_intN(dense)."""
+        return fake_quantize(dense.detach(), fit_affine(name, dense, bits_of(scheme) or 8, range_))
 
 
 def set_spec(weight: Weight, stored: LatentIntWeight, bits: int, range_: str) -> None:

@@ -3,7 +3,8 @@
 Several weights may share one codebook: they hold the same Parameter, and the number of the codebook says so in a state.
 """
 
-from collections.abc import Iterable, MutableMapping
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from ..accounting import pq_bytes
 from ..errors import UserError
 from ..kernels import SETTLED, decode, linear, takes_linear
-from ..scalar import Affine, fake_quantize, fit_affine
+from ..scalar import Affine, fake_quantize, fit_affine, is_affine
+from ..utils.bits import code_bits, largest_code, unpack_bits
 from ..weights.discovery import Weight
 from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE
 from .quantized import QuantizedWeight, dense_weight, swap_in
+from .registry import QuantizedTensor, register
 
 #: A centroid's gradient is the sum over its n blocks, divided by n to this power. 0 is the sum, as in fairseq's
 #: PQLinear and PQEmbedding, 1 the mean, as in kill-the-bits (arXiv 1907.05686, section 3.4). In between, fairseq's
@@ -41,6 +44,7 @@ class _Lookup(torch.autograd.Function):
         return (total / count**GRADIENT_POWER).to(gradients[0].dtype), None, None, None
 
 
+@register("pq")
 class PQWeight(QuantizedWeight):
     """A product-quantized weight.
 
@@ -50,12 +54,17 @@ class PQWeight(QuantizedWeight):
         shape: of the dense weight.
         centroid_bits: 16 for fp16 centroids, 8 for int8 ones.
         affine: (2, 1), scale and zero point of the int8 centroids of a file, which `centroids` has been decoded from.
-        codebook: the number of a shared codebook; `share_codebooks_` makes it one.
+        codebook: the number of a shared codebook; `join` makes it one.
         block_major: let codes lie in memory as `kernels.linear` reads them, a row for each block of the input; their
             shape stays.
     """
 
     scheme = "pq"
+    plan_schemes = file_schemes = (scheme,)
+    entries = (CODES, CENTROIDS, CENTROID_BITS, CODEBOOK, FILE_AFFINE)
+    needs = (CODES, CENTROIDS)
+    file_parts = (CODES, CENTROIDS, AFFINE)
+    has_codebook = True
     full_precision = (FILE_AFFINE,)
 
     def __init__(
@@ -193,11 +202,19 @@ class PQWeight(QuantizedWeight):
         affine = self.affine()
         return {CODES: self.codes, CENTROIDS: affine.codes(self.centroids), AFFINE: affine.to_tensor()}
 
+    def pack(self, entry: QuantizedTensor) -> dict[str, Tensor]:
+        """As any format's; of a codebook that the file has with another tensor the codes alone."""
+        parts = super().pack(entry)
+        return parts if entry.codebook is None else {CODES: parts[CODES]}
+
+    def shared(self) -> Tensor:
+        """The centroids."""
+        return self.centroids
+
     @property
     def paper_bytes(self) -> float:
-        """log2 K bits a code, fp16 or int8 centroids; those of a shared codebook with its first user."""
-        bits = self.bits if self.users[0] is self else 0
-        return pq_bytes(self.codes.numel(), self.block_size, self.n_centroids, bits)
+        """As that of an entry; the centroids of a shared codebook count with its first user."""
+        return self.entry(None if self.users[0] is self else "its first user").paper_bytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -216,6 +233,128 @@ class PQWeight(QuantizedWeight):
     def extra_repr(self) -> str:
         """Shape, block size and codebook size, for printing."""
         return f"shape={tuple(self.shape)}, block_size={self.block_size}, n_centroids={self.n_centroids}"
+
+    @classmethod
+    def adopt(cls, weight: Weight, parts: Mapping[str, Tensor]) -> bool:
+        """Empty codes and centroids of the state's shapes.
+
+        Raises:
+            UserError: they do not fit the weight's shape.
+        """
+        codes, centroids = parts[CODES], parts[CENTROIDS]
+        if centroids.dim() != 2 or codes.numel() * centroids.shape[1] != math.prod(weight.shape):
+            raise UserError(
+                f"{weight.name}: codes of shape {tuple(codes.shape)} and centroids of shape {tuple(centroids.shape)} "
+                f"do not fit a weight of shape {weight.shape}; the file is of another architecture or dictionary"
+            )
+        bits, affine = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)
+        codebook = int(parts[CODEBOOK]) if CODEBOOK in parts else None
+        stored: Any = weight.stored
+        if isinstance(stored, PQWeight):
+            there = stored.bits, stored.file_affine is None, stored.codebook_number
+            if there == (bits, affine is None, codebook):
+                return False
+        new = cls(
+            torch.empty_like(codes, device=stored.device),
+            torch.empty_like(centroids, dtype=stored.dtype, device=stored.device),
+            weight.shape,
+            bits,
+            None if affine is None else torch.empty_like(affine, device=stored.device),
+            codebook,
+            is_multiplied(weight),
+        )
+        swap_in(weight, new)
+        return True
+
+    @classmethod
+    def join(cls, weights: "Sequence[PQWeight]") -> None:
+        """Let weights whose codebook has the same number hold the first one's centroids, in place.
+
+        Raises:
+            UserError: centroids of different shapes or bits under one number.
+        """
+        users: dict[int, list[PQWeight]] = {}
+        for weight in weights:
+            if weight.codebook_number is not None:
+                users.setdefault(weight.codebook_number, []).append(weight)
+        for number, of in users.items():
+            first = of[0]
+            if any((w.centroids.shape, w.bits) != (first.centroids.shape, first.bits) for w in of):
+                raise UserError(
+                    f"codebook {number}: weights with other blocks or centroids share it; the state is damaged"
+                )
+            for weight in of:
+                weight.centroids, weight.users = first.centroids, tuple(of)
+
+    @classmethod
+    def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weight as a matrix (rows, row), from the centroids as the file holds them."""
+        bits, affine = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)
+        return cls(parts[CODES], parts[CENTROIDS], cls.dense_shape(parts), bits, affine).eval().decode()
+
+    @classmethod
+    def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """(rows, row)."""
+        codes, centroids = parts[CODES], parts[CENTROIDS]
+        return codes.shape[0], codes.numel() // codes.shape[0] * centroids.shape[1]
+
+    @classmethod
+    def describes(cls, entry: QuantizedTensor) -> bool:
+        """d, and K of at most 256."""
+        return entry.block_size is not None and entry.n_centroids in range(257) and entry.centroid_bits in (8, 16)
+
+    @classmethod
+    def code_bits(cls, entry: QuantizedTensor) -> int:
+        """log2 K, rounded up."""
+        return code_bits(entry.n_centroids or 1)
+
+    @classmethod
+    def size(cls, entry: QuantizedTensor) -> float:
+        """log2 K bits a code, fp16 or int8 centroids with the tensor that has the codebook."""
+        bits = 0 if entry.codebook else entry.centroid_bits
+        return pq_bytes(entry.n_codes, entry.block_size or 1, entry.n_centroids or 1, bits)
+
+    @classmethod
+    def file_types(cls, entry: QuantizedTensor) -> dict[str, torch.dtype]:
+        """Codes; with a codebook of its own centroids in fp16, or in uint8 with their scale and zero point."""
+        if entry.codebook is not None:
+            return {CODES: torch.uint8}
+        if entry.centroid_bits == 16:
+            return {CODES: torch.uint8, CENTROIDS: torch.float16}
+        return {CODES: torch.uint8, CENTROIDS: torch.uint8, AFFINE: torch.float32}
+
+    @classmethod
+    def wrong(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor]) -> str | None:
+        """Blocks that do not divide a row, codes beyond the centroids, centroids or scales that are no numbers."""
+        if math.prod(entry.shape[1:]) % (entry.block_size or 1) or entry.channels != 1:
+            return "block size or channels"
+        if not entry.holds(parts[CODES]):
+            return "codes' shape"
+        if AFFINE in parts and not is_affine(parts[AFFINE], entry.channels, entry.centroid_bits):
+            return "scales or zero points"
+        k, centroids = entry.n_centroids or 0, parts.get(CENTROIDS)
+        if centroids is not None and tuple(centroids.shape) != (k, entry.block_size):
+            return "centroids' shape"
+        if k < 2**entry.code_bits and largest_code(parts[CODES], entry.n_codes, entry.code_bits) >= k:
+            return f"a code beyond its {k} centroids"
+        if centroids is not None and centroids.is_floating_point() and not bool(torch.isfinite(centroids).all()):
+            return "a centroid that is not finite"
+        return None
+
+    @classmethod
+    def unpack(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor], codebook: int | None) -> dict[str, Tensor]:
+        """A byte a code, centroids in fp32, and what says how the file has them."""
+        codes = unpack_bits(parts[CODES], entry.n_codes, entry.code_bits)
+        state = {CODES: codes.view(entry.shape[0], -1)}
+        if codebook is not None:
+            state[CODEBOOK] = torch.tensor(codebook, dtype=torch.int32)
+        if entry.centroid_bits == 16:
+            return state | {CENTROIDS: parts[CENTROIDS].float()}
+        return state | {
+            CENTROIDS: Affine.of_tensor(parts[AFFINE], entry.centroid_bits).decode(parts[CENTROIDS]),
+            FILE_AFFINE: parts[AFFINE],
+            CENTROID_BITS: torch.tensor(entry.centroid_bits, dtype=torch.uint8),
+        }
 
 
 def row_major(state: MutableMapping[str, Tensor]) -> None:
@@ -248,21 +387,3 @@ def quantize_weight_(
     quantized = PQWeight(*parts, tuple(stored.shape), centroid_bits, None, codebook, is_multiplied(weight))
     swap_in(weight, quantized)
     return quantized
-
-
-def share_codebooks_(weights: Iterable[QuantizedWeight]) -> None:
-    """Let weights whose codebook has the same number hold the first one's centroids, in place.
-
-    Raises:
-        UserError: centroids of different shapes or bits under one number.
-    """
-    users: dict[int, list[PQWeight]] = {}
-    for weight in weights:
-        if isinstance(weight, PQWeight) and weight.codebook_number is not None:
-            users.setdefault(weight.codebook_number, []).append(weight)
-    for number, of in users.items():
-        first = of[0]
-        if any((w.centroids.shape, w.bits) != (first.centroids.shape, first.bits) for w in of):
-            raise UserError(f"codebook {number}: weights with other blocks or centroids share it; the state is damaged")
-        for weight in of:
-            weight.centroids, weight.users = first.centroids, tuple(of)

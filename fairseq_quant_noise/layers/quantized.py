@@ -1,14 +1,9 @@
 """A weight held in quantized form, in place of the Parameter of a Linear, Embedding, Conv2d or tied softmax.
 
 It is a module of the name `weight`, so a checkpoint holds `….fc1.weight.codes` and so on. Every holder of a tied weight
-holds the same module: quantized once, stored once, fine-tuned once. The forms:
-
-    PQWeight        codes and centroids                           pq.py
-    LatentIntWeight a dense weight, seen through its N-bit codes  latent.py    while it is trained
-    IntWeight       N-bit codes, scale and zero point             scalar.py    from a file
+holds the same module: quantized once, stored once, fine-tuned once. `registry.py` lists the formats.
 """
 
-from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -16,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..utils.bits import pack_bits
 from ..weights.access import intercept
 from ..weights.discovery import Weight, find_weights
+from .parts import CODES
+from .registry import Format, QuantizedTensor
 
 
-class QuantizedWeight(nn.Module):
-    """Common to all forms: the dense weight's shape, and what it decodes to."""
+class QuantizedWeight(Format, nn.Module):
+    """A weight of some format in a model: the dense weight's shape, and what it decodes to."""
 
     scheme: str  # pq, int2 ... int8
     shape: torch.Size  # of the dense weight
@@ -40,17 +38,30 @@ class QuantizedWeight(nn.Module):
         return False
 
     def facts(self) -> dict[str, Any]:
-        """How a packed file describes it (`artifact.manifest.QuantizedTensor`, without scheme and shape)."""
-        raise NotImplementedError
+        """The fields of its `QuantizedTensor` beside scheme, shape and codebook; by default none."""
+        return {}
 
     def parts(self) -> dict[str, Tensor]:
         """What a packed file holds of it, by the last part of the name; codes still a byte each."""
         raise NotImplementedError
 
+    def entry(self, codebook: str | None = None) -> QuantizedTensor:
+        """How a packed file describes it, and the tensor whose codebook it uses there, if not its own."""
+        return QuantizedTensor(self.scheme, tuple(self.shape), **self.facts(), codebook=codebook)
+
+    def pack(self, entry: QuantizedTensor) -> dict[str, Tensor]:
+        """`parts` with their codes packed (`utils/bits.py`), as the file has them under this entry."""
+        parts = self.parts()
+        return parts | ({CODES: pack_bits(parts[CODES], entry.code_bits)} if CODES in parts else {})
+
+    def shared(self) -> Tensor | None:
+        """The very tensor that other weights of the model may hold as well, and a file holds once; by default none."""
+        return None
+
     @property
     def paper_bytes(self) -> float:
         """Its size by the paper's accounting (`accounting.py`)."""
-        raise NotImplementedError
+        return self.entry().paper_bytes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,11 +104,6 @@ def dense_weight(weight: Weight) -> nn.Parameter:
         raise UserError(f"{weight.name} is quantized already; a plan may quantize a weight once")
     assert isinstance(stored, nn.Parameter)
     return stored
-
-
-def parts_of(state: Mapping[str, Tensor], tensor_name: str, names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Of the entries `tensor_name.PART` of a state those with a PART in `names`."""
-    return {name: state[f"{tensor_name}.{name}"] for name in names if f"{tensor_name}.{name}" in state}
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:

@@ -1,20 +1,33 @@
-"""How a packed file describes a quantized tensor."""
+"""The formats of quantized weights: each is one class, registered under its name, and all other rooms ask it.
+
+    pq            codes and centroids                              pq.py      PQWeight
+    intN latent   a dense weight in training, seen through codes   latent.py  LatentIntWeight
+    intN          N-bit codes, scales and zero points              scalar.py  IntWeight
+
+A scheme (pq, int2 ... int8) is what plans and packed files call a format. `plan_schemes` are those whose stages make
+weights of the format, `file_schemes` those whose packed tensors become weights of it: intN is trained in one format and
+read from a file in another. `layers/__init__.py` imports every module of the folder, so a format's file registers it.
+"""
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from ..accounting import int_bytes, pq_bytes
+import torch
+from torch import Tensor
+
 from ..errors import DamagedFileError
-from ..scalar import SCHEMES, bits_of
-from ..utils.bits import code_bits
+from ..utils.bits import packed_size
+from ..weights.discovery import Weight
+from .parts import LATENT
 
 _MOST_DIMENSIONS = 5  # of a weight: those of a Conv3d
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A tensor that is stored in a quantized form."""
+    """A tensor that a packed file stores in a quantized form, as its manifest describes it."""
 
     scheme: str  # pq, int2 ... int8
     shape: tuple[int, ...]  # of the dense tensor
@@ -25,9 +38,9 @@ class QuantizedTensor:
     codebook: str | None = None  # of pq: the tensor whose centroids it uses; None: its own
 
     @property
-    def bits(self) -> int | None:
-        """N of intN; None for pq."""
-        return bits_of(self.scheme)
+    def format(self) -> "type[Format]":
+        """The format that stores it."""
+        return file_formats()[self.scheme]
 
     @property
     def n_codes(self) -> int:
@@ -37,14 +50,16 @@ class QuantizedTensor:
     @property
     def code_bits(self) -> int:
         """Bits of a code in the file."""
-        return self.bits or code_bits(self.n_centroids or 1)
+        return self.format.code_bits(self)
 
     @property
     def paper_bytes(self) -> float:
         """By the paper's accounting (`accounting.py`)."""
-        if self.block_size is None or self.n_centroids is None:
-            return int_bytes(math.prod(self.shape), self.bits or 32)
-        return pq_bytes(self.n_codes, self.block_size, self.n_centroids, 0 if self.codebook else self.centroid_bits)
+        return self.format.size(self)
+
+    def holds(self, codes: Tensor) -> bool:
+        """Whether `codes` have the shape of this tensor's codes in a file, packed: (bytes,)."""
+        return tuple(codes.shape) == (packed_size(self.n_codes, self.code_bits),)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not the default."""
@@ -52,13 +67,205 @@ class QuantizedTensor:
 
     def check(self) -> None:
         """Refuse what no version writes. Raises DamagedFileError."""
-        numbers = (*self.shape, self.channels, self.centroid_bits)
-        if self.scheme == "pq":
-            fits = self.block_size is not None and self.n_centroids in range(257) and self.centroid_bits in (8, 16)
-            numbers += (self.block_size, self.n_centroids)  # type: ignore[operator]
-        else:
-            fits = self.scheme in SCHEMES and self.block_size is None and self.n_centroids is self.codebook is None
+        numbers = [*self.shape, self.channels, self.centroid_bits]
+        numbers += [n for n in (self.block_size, self.n_centroids) if n is not None]
+        fits = isinstance(self.scheme, str) and self.scheme in file_formats() and self.format.describes(self)
         fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS
         fits = fits and (self.codebook is None or (isinstance(self.codebook, str) and self.codebook != ""))
         if not fits or not all(type(n) is int and n > 0 for n in numbers):
             raise DamagedFileError(f"its manifest is damaged (a tensor entry {self!r} that no version writes)")
+
+
+class Format:
+    """What a format says of itself. `quantized.QuantizedWeight` adds what its weights do in a model."""
+
+    plan_schemes: tuple[str, ...] = ()  # schemes of a plan's stages whose weights get this format
+    file_schemes: tuple[str, ...] = ()  # schemes of a packed file whose tensors become weights of this format
+    entries: tuple[str, ...]  # of a state, after the weight's name
+    needs: tuple[str, ...]  # the entries by which a state's weight is recognised as one of this format
+    file_parts: tuple[str, ...] = ()  # of a packed file, after the tensor's name
+    has_codebook = False  # k-means finds its codes, by the d and K of a plan (`quantization/quantize.py`)
+
+    # A state
+
+    @classmethod
+    def adopt(cls, weight: Weight, parts: Mapping[str, Tensor]) -> bool:
+        """Make a weight of a model one of this format, ready to load `parts`; returns whether it changed.
+
+        Args:
+            weight: in whatever form it is now.
+            parts: its entries in the state.
+        Raises:
+            UserError: the entries do not fit the weight.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def join(cls, weights: "Sequence[Any]") -> None:
+        """Let weights of this format, of one model, hold once what they have in common; by default nothing is."""
+
+    @classmethod
+    def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """The dense weight that evaluation sees; a matrix (rows, row) where `parts` do not hold its shape."""
+        raise NotImplementedError
+
+    @classmethod
+    def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """The shape of `dense`."""
+        raise NotImplementedError
+
+    # A packed file, for formats with `file_schemes`
+
+    @classmethod
+    def describes(cls, entry: QuantizedTensor) -> bool:
+        """Whether `entry` has the fields that this format writes; that its numbers are whole and above 0 is checked."""
+        raise NotImplementedError
+
+    @classmethod
+    def code_bits(cls, entry: QuantizedTensor) -> int:
+        """Bits of a code in the file."""
+        raise NotImplementedError
+
+    @classmethod
+    def size(cls, entry: QuantizedTensor) -> float:
+        """Bytes by the paper's accounting (`accounting.py`)."""
+        raise NotImplementedError
+
+    @classmethod
+    def file_types(cls, entry: QuantizedTensor) -> dict[str, torch.dtype]:
+        """The parts that the file has of this tensor, no others, and their types."""
+        raise NotImplementedError
+
+    @classmethod
+    def wrong(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with a tensor of a file that may come from anywhere, or None.
+
+        Args:
+            entry: checked.
+            parts: as `file_types` says, of any shape and content.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def unpack(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor], codebook: int | None) -> dict[str, Tensor]:
+        """The entries of the state that a model loads.
+
+        Args:
+            entry: of the tensor.
+            parts: its own in the file, codes packed, and those of the tensor whose codebook it uses.
+            codebook: the number of its codebook where several tensors use it.
+        """
+        raise NotImplementedError
+
+    # Quantizing, for formats with `plan_schemes`; k-means does it for those with a codebook
+
+    @classmethod
+    def quantize_(cls, weight: Weight, scheme: str, range_: str) -> Any:
+        """Make a dense weight of a model one of this format, and return the new weight.
+
+        Args:
+            weight: not quantized yet.
+            scheme: of the plan's stage, one of `plan_schemes`.
+            range_: tensor, channel or histogram.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def seen(cls, name: str, dense: Tensor, scheme: str, range_: str) -> Tensor:
+        """The value that evaluation would see after `quantize_`, of the shape and dtype of `dense`; nothing is changed.
+
+        Raises:
+            UserError: `dense` is not finite; `name` is for the message.
+        """
+        raise NotImplementedError
+
+
+F = TypeVar("F", bound=type[Format])
+FORMATS: dict[str, type[Format]] = {}
+
+
+def register(name: str) -> Callable[[F], F]:
+    """A class decorator: the class is the format `name`.
+
+    Raises:
+        ValueError: another format has this name, one of its schemes, or is recognised by the same entries.
+    """
+
+    def add(format: F) -> F:  # noqa: A002
+        for other, known in FORMATS.items():
+            same = {*format.plan_schemes} & {*known.plan_schemes} or {*format.file_schemes} & {*known.file_schemes}
+            if name == other or same or {*format.needs} == {*known.needs}:
+                raise ValueError(f"format {name}: cannot be told from {other}")
+        FORMATS[name] = format
+        return format
+
+    return add
+
+
+def plan_formats() -> dict[str, type[Format]]:
+    """By each scheme that a plan's stage may name, the format of its weights."""
+    return {scheme: format for format in FORMATS.values() for scheme in format.plan_schemes}
+
+
+def file_formats() -> dict[str, type[Format]]:
+    """By each scheme of a packed file, the format of its tensors."""
+    return {scheme: format for format in FORMATS.values() for scheme in format.file_schemes}
+
+
+def all_file_parts() -> list[str]:
+    """What a packed file may have of a quantized tensor, after its name."""
+    return list(dict.fromkeys(part for format in FORMATS.values() for part in format.file_parts))
+
+
+def all_entries() -> list[str]:
+    """What a state may have of a quantized weight, after its name."""
+    return list(dict.fromkeys(entry for format in FORMATS.values() for entry in format.entries))
+
+
+def join_(weights: Iterable[Format]) -> None:
+    """Let quantized weights of one model hold once what they have in common, in place.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    weights = list(weights)
+    for format in FORMATS.values():
+        format.join([weight for weight in weights if isinstance(weight, format)])
+
+
+class Held(NamedTuple):
+    """A quantized weight of a state."""
+
+    format: type[Format]
+    parts: dict[str, Tensor]  # its entries, a dense weight in training as LATENT
+
+    def dense(self) -> Tensor:
+        """The weight that evaluation sees (`Format.dense`)."""
+        return self.format.dense(self.parts)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight; a matrix (rows, row) where the entries hold no shape."""
+        return self.format.dense_shape(self.parts)
+
+
+def recognise(state: Mapping[str, Tensor], name: str) -> Held | None:
+    """The weight `name` of a state, where it is quantized; None of a dense one."""
+    parts = {part: state[key] for part in all_entries() if (key := f"{name}.{part}") in state}
+    if parts and name in state:
+        parts[LATENT] = state[name]
+    fitting = [format for format in FORMATS.values() if parts.keys() >= {*format.needs}]
+    return Held(max(fitting, key=lambda format: len(format.needs)), parts) if fitting else None
+
+
+def weights_in(state: Mapping[str, Tensor]) -> dict[str, Tensor | Held]:
+    """The tensors of a state by their dense names, in its order: those in store as they are, and the quantized ones."""
+    entries = {*all_entries()}
+    owners = {owner for owner, _, last in (key.rpartition(".") for key in state) if last in entries}
+    quantized = {owner: held for owner in owners if (held := recognise(state, owner)) is not None}
+    found: dict[str, Tensor | Held] = {}
+    for key, tensor in state.items():
+        owner, _, last = key.rpartition(".")
+        name = owner if last in entries and owner in quantized else key
+        found[name] = quantized.get(name, tensor)
+    return found

@@ -7,9 +7,13 @@ import torch
 from torch import Tensor
 
 from ..accounting import int_bytes
-from ..scalar import RANGES, Affine
+from ..errors import UserError
+from ..scalar import RANGES, SCHEMES, Affine, bits_of, is_affine
+from ..utils.bits import unpack_bits
+from ..weights.discovery import Weight
 from .parts import AFFINE, CODES, SPEC
-from .quantized import QuantizedWeight
+from .quantized import QuantizedWeight, swap_in
+from .registry import QuantizedTensor, register
 
 
 class ScalarWeight(QuantizedWeight):
@@ -28,12 +32,8 @@ class ScalarWeight(QuantizedWeight):
         """How many scales there are."""
         return {"channels": self.affine.shape[1]}
 
-    @property
-    def paper_bytes(self) -> float:
-        """N bits a number."""
-        return int_bytes(self.shape.numel(), self.bits)
 
-
+@register("intN")
 class IntWeight(ScalarWeight):
     """A weight in N-bit codes that is not trained any more.
 
@@ -43,6 +43,10 @@ class IntWeight(ScalarWeight):
         bits: N.
         dtype: of the decoded weight; it follows `.half()` and `.to(dtype)`, the scales stay in float32.
     """
+
+    file_schemes = SCHEMES
+    entries = needs = (CODES, AFFINE, SPEC)
+    file_parts = (CODES, AFFINE)
 
     def __init__(self, codes: Tensor, affine: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -80,6 +84,72 @@ class IntWeight(ScalarWeight):
     def extra_repr(self) -> str:
         """Shape and bits, for printing."""
         return f"shape={tuple(self.shape)}, bits={self.bits}"
+
+    @classmethod
+    def adopt(cls, weight: Weight, parts: Mapping[str, Tensor]) -> bool:
+        """Empty codes and scales of the state's shapes.
+
+        Raises:
+            UserError: they do not fit the weight's shape.
+        """
+        codes, (bits, _) = parts[CODES], spec_of(parts)
+        stored: Any = weight.stored
+        if tuple(codes.shape) != weight.shape:
+            raise UserError(
+                f"{weight.name}: codes of shape {tuple(codes.shape)} do not fit a weight of shape {weight.shape}; "
+                "the file is of another architecture or dictionary"
+            )
+        if isinstance(stored, IntWeight) and stored.bits == bits and stored.affine.shape == parts[AFFINE].shape:
+            return False
+        empty = torch.empty_like(parts[AFFINE], device=stored.device)
+        swap_in(weight, cls(torch.empty_like(codes, device=stored.device), empty, bits, stored.dtype))
+        return True
+
+    @classmethod
+    def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """The decoded weight."""
+        return cls(parts[CODES], parts[AFFINE], spec_of(parts)[0]).decode()
+
+    @classmethod
+    def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """That of the codes."""
+        return tuple(parts[CODES].shape)
+
+    @classmethod
+    def describes(cls, entry: QuantizedTensor) -> bool:
+        """Neither blocks nor a codebook."""
+        return entry.block_size is None and entry.n_centroids is entry.codebook is None
+
+    @classmethod
+    def code_bits(cls, entry: QuantizedTensor) -> int:
+        """N."""
+        return bits_of(entry.scheme) or 8
+
+    @classmethod
+    def size(cls, entry: QuantizedTensor) -> float:
+        """N bits a number."""
+        return int_bytes(entry.n_codes, entry.code_bits)
+
+    @classmethod
+    def file_types(cls, entry: QuantizedTensor) -> dict[str, torch.dtype]:
+        """Codes, scales and zero points."""
+        return {CODES: torch.uint8, AFFINE: torch.float32}
+
+    @classmethod
+    def wrong(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor]) -> str | None:
+        """Scales that are neither one nor one for each channel, or no numbers."""
+        if entry.channels not in (1, entry.shape[0]):
+            return "block size or channels"
+        if not entry.holds(parts[CODES]):
+            return "codes' shape"
+        return None if is_affine(parts[AFFINE], entry.channels, entry.code_bits) else "scales or zero points"
+
+    @classmethod
+    def unpack(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor], codebook: int | None) -> dict[str, Tensor]:
+        """A byte a code, and N."""
+        codes = unpack_bits(parts[CODES], entry.n_codes, entry.code_bits)
+        spec = torch.tensor([entry.code_bits, 0], dtype=torch.uint8)
+        return {CODES: codes.view(entry.shape), AFFINE: parts[AFFINE], SPEC: spec}
 
 
 def spec_of(parts: Mapping[str, Tensor]) -> tuple[int, str]:

@@ -27,7 +27,7 @@ class Plan:
     @property
     def weighs(self) -> bool:
         """Whether k-means takes place and weighs errors."""
-        return self.centroids.weighted and any(rule.bits is None for rule in self.stages)
+        return self.centroids.weighted and any(rule.format.has_codebook for rule in self.stages)
 
     @classmethod
     def of(cls, source: "str | Path | Mapping[str, Any] | Plan") -> "Plan":

@@ -24,7 +24,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import UserError
-from ..scalar import BITS, INPUT_RANGES, RANGES, SCHEMES, bits_of
+from ..layers.registry import Format, plan_formats
+from ..scalar import BITS, INPUT_RANGES, RANGES, bits_of
 from ..structure.layer_map import START, parse_keep
 from .checks import check_keys, check_positive, check_probability, check_regex
 from .fairseq_yaml import setting_by_feature
@@ -136,7 +137,7 @@ class StageRule:
 
     def __post_init__(self) -> None:
         check_regex("stage", self.match)
-        schemes = ("pq", *SCHEMES)
+        schemes = sorted(plan_formats(), key=lambda scheme: scheme != StageRule.scheme)  # the default first
         if self.scheme not in schemes:
             raise UserError(
                 f"stage '{self.match}': unknown scheme {self.scheme!r}; known schemes: {', '.join(schemes)}"
@@ -148,9 +149,9 @@ class StageRule:
             check_positive(f"stage '{self.match}': updates", self.updates)
 
     @property
-    def bits(self) -> int | None:
-        """N of intN; None for pq."""
-        return bits_of(self.scheme)
+    def format(self) -> type[Format]:
+        """What the weights become."""
+        return plan_formats()[self.scheme]
 
     def block_size_of(self, name: str, module: nn.Module) -> int:
         """d for the weight of `module`. Raises UserError when the rule gives it none."""

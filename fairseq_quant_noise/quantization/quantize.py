@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers import calibrating, quantize_inputs_, quantize_weight_, quantized_weights, share_codebooks_, to_int_
+from ..layers import calibrating, join_, quantize_inputs_, quantize_weight_, quantized_weights
 from ..layers.batch_statistics import batch_norms, estimating
 from ..layers.pq import PQWeight
-from ..layers.quantized import dense_weight
+from ..layers.quantized import QuantizedWeight, dense_weight
 from ..plan.plan import Plan
 from ..plan.rules import Activations
 from ..pq.encode import encode_together
-from ..scalar import fake_quantize, fit_affine
 from ..utils import ranks
 from ..utils.progress import watched
 from ..weights.discovery import warn_of_uncovered
@@ -132,8 +131,8 @@ def quantize_targets(
 ) -> None:
     """Codes for each target, in the model, the same bits on every rank; `importance` as in `quantize_`.
 
-    k-means of the weights with scheme pq; in a distributed run each rank encodes its share of them and sends the result
-    to the others. Weights with scheme intN are seen through their codes from now on, and stay trainable.
+    k-means of the weights whose format has a codebook (pq); in a distributed run each rank encodes its share of them
+    and sends the result to the others. The other formats make their weights themselves.
 
     Raises:
         UserError: a weight is quantized already, not finite, or not the same on every rank; on all ranks alike.
@@ -145,13 +144,13 @@ def quantize_targets(
         dense[target.weight.name] = target.weight.stored
     ranks.check_same(dense, f"before {where or 'the encoding'}".strip())
     found = _encode_together(targets, importance or {}, seed, where, progress)
-    quantized = []
+    quantized: list[QuantizedWeight] = []
     for target, pair in zip(targets, found, strict=True):
         if pair is not None:
             quantized.append(quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook))
         else:
-            to_int_(target.weight, target.rule.bits or 0, target.rule.range)
-    share_codebooks_(quantized)
+            quantized.append(target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range))
+    join_(quantized)
 
 
 @torch.no_grad()
@@ -175,8 +174,7 @@ def quantized_values(
     for target, pair in zip(targets, found, strict=True):
         stored = dense_weight(target.weight)
         if pair is None:
-            affine = fit_affine(target.weight.name, stored, target.rule.bits or 0, target.rule.range)
-            values.append((stored, fake_quantize(stored.detach(), affine)))
+            values.append((stored, _seen(target, stored)))
         else:
             parts = pair[0].to(stored.device), pair[1].to(stored)
             made = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval()
@@ -210,14 +208,14 @@ def _encode_together(
     where: str,
     progress: Callable[[str], None],
 ) -> list[tuple[Tensor, Tensor] | None]:
-    """Codes and centroids of each weight with scheme pq, None for the others; each rank encodes its share.
+    """Codes and centroids of each weight whose format has a codebook, None for the others; each rank encodes its share.
 
     Raises:
         UserError: of any rank, in all of them: else the others would wait for ever.
     """
     rank, world = ranks.rank_and_world()
     groups = _by_codebook(targets)
-    by_all = [targets[of[0]].rule.bits is not None for of in groups]  # intN takes no time
+    by_all = [not targets[of[0]].rule.format.has_codebook for of in groups]  # the others take no time
     owners = ranks.divide([0 if b else _numbers(targets, of) for b, of in zip(by_all, groups, strict=True)], world)
     mine = [of for b, of, owner in zip(by_all, groups, owners, strict=True) if b or owner == rank]
     found: dict[int, tuple[Tensor, Tensor] | UserError] = {}
@@ -261,10 +259,10 @@ def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
 def _encode(
     targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int
 ) -> tuple[Sequence[tuple[Tensor, Tensor] | None], list[str]]:
-    """Codes and centroids of weights with one codebook, None with scheme intN; and a line about each."""
+    """Codes and centroids of weights with one codebook, None of a format without; and a line about each."""
     rule, d, k = targets[0].rule, targets[0].block_size, targets[0].n_centroids
     if d is None or k is None:
-        error = _int_error(targets[0])
+        error = _error(targets[0])
         return [None], [f"{rule.scheme} range {rule.range} relative error {error:.4f}"]
     names, counts = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
     stored: list[Tensor] = [t.weight.stored for t in targets]  # type: ignore[misc]
@@ -277,8 +275,13 @@ def _encode(
     )
 
 
-def _int_error(target: Target) -> float:
-    """||W - W_hat|| / ||W|| of the codes; raises UserError for a weight that is not finite."""
+def _seen(target: Target, dense: Tensor) -> Tensor:
+    """What evaluation sees of a target without a codebook; raises UserError for a weight that is not finite."""
+    return target.rule.format.seen(target.weight.name, dense, target.rule.scheme, target.rule.range)
+
+
+def _error(target: Target) -> float:
+    """||W - W_hat|| / ||W|| of a target without a codebook; raises UserError as `_seen`."""
     dense: Tensor = target.weight.stored.detach().float()  # type: ignore[operator]
-    seen = fake_quantize(dense, fit_affine(target.weight.name, dense, target.rule.bits or 0, target.rule.range))
-    return float(torch.linalg.vector_norm(seen - dense) / torch.linalg.vector_norm(dense).clamp(min=1e-30))
+    error = torch.linalg.vector_norm(_seen(target, dense) - dense)
+    return float(error / torch.linalg.vector_norm(dense).clamp(min=1e-30))

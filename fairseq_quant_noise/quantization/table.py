@@ -29,7 +29,7 @@ class Row:
     """One tensor of the model."""
 
     name: str
-    scheme: str  # pq, int2 ... int8, or dense
+    scheme: str  # of its format (pq, int2 ... int8), or dense
     shape: tuple[int, ...]
     block_size: int | None
     n_centroids: int | None

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..accounting import int_bytes, pq_bytes
 from ..errors import UserError
+from ..layers.registry import QuantizedTensor
 from ..plan.matching import match_rules
 from ..plan.plan import Plan
 from ..plan.rules import StageRule
@@ -32,11 +32,9 @@ class Target:
     @property
     def paper_bytes(self) -> float:
         """By the paper's accounting."""
-        numbers = math.prod(self.weight.shape)
-        if self.block_size is None or self.n_centroids is None:
-            return int_bytes(numbers, self.rule.bits or 32)
-        bits = self.centroid_bits if self.brings_codebook else 0
-        return pq_bytes(numbers // self.block_size, self.block_size, self.n_centroids, bits)
+        codebook = None if self.brings_codebook else "of its stage"
+        sizes = self.block_size, self.n_centroids, self.centroid_bits
+        return QuantizedTensor(self.rule.scheme, self.weight.shape, *sizes, codebook=codebook).paper_bytes
 
 
 def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
@@ -61,7 +59,7 @@ def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
 
 def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> Target:
     weight.check_ties()
-    if rule.bits is not None:
+    if not rule.format.has_codebook:
         return Target(weight, stage, rule)
     block_size = rule.block_size_of(weight.name, weight.module)
     check_block_size(weight.name, weight.module, block_size)

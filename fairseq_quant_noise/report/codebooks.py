@@ -29,10 +29,13 @@ class CodebookUse:
 
 
 def codebook_use(packed: Packed) -> list[CodebookUse]:
-    """One entry for each quantized tensor of the file."""
+    """One entry for each tensor of the file that is in codes."""
     found = []
     for name, entry in packed.manifest.tensors.items():
-        codes = unpack_bits(packed.tensors[f"{name}.{CODES}"], entry.n_codes, entry.code_bits)
+        packed_codes = packed.parts_of(name).get(CODES)
+        if packed_codes is None:
+            continue
+        codes = unpack_bits(packed_codes, entry.n_codes, entry.code_bits)
         k = entry.n_centroids or 2**entry.code_bits
         counts = torch.bincount(codes.flatten(), minlength=k)
         capacity = float(torch.tensor(k, dtype=torch.float64).log2())

@@ -88,6 +88,22 @@ class Affine:
         return self.scale.view(shape), self.zero_point.float().view(shape)
 
 
+def is_affine(both: Tensor, channels: int, bits: int) -> bool:
+    """Whether `both` is what `Affine.to_tensor` gives: (2, C), scales above 0 and zero points that are codes.
+
+    Args:
+        both: float32, of any shape and content.
+        channels: C.
+        bits: N.
+    """
+    if tuple(both.shape) != (2, channels):
+        return False
+    scale, zero_point = both
+    top = 2**bits - 1
+    whole = (zero_point == zero_point.round()) & (zero_point >= 0) & (zero_point <= top)
+    return bool(((scale * (top + 1)).isfinite() & (scale > 0) & whole).all())
+
+
 def fake_quantize(weight: Tensor, affine: Affine) -> Tensor:
     """phi_intN(weight), of the shape and dtype of `weight`; without a gradient."""
     with torch.no_grad():

@@ -138,7 +138,7 @@ def _place(name: str, layer: nn.Module, path: str, like: nn.Module) -> nn.Module
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...] | None]:
     shapes = {key: None if p is None else tuple(p.shape) for key, p in module._parameters.items()}
     quantized = module._modules.get("weight")
-    return shapes | ({"codes": tuple(quantized.shape)} if isinstance(quantized, QuantizedWeight) else {})
+    return shapes | ({"quantized": tuple(quantized.shape)} if isinstance(quantized, QuantizedWeight) else {})
 
 
 def set_layerdrop(model: nn.Module, name: str, stack: nn.ModuleList, chunk: int, p: float) -> None:

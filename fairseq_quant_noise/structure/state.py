@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..layers.inputs import NAME as INPUT_QUANTIZER
+from ..layers.registry import recognise
 from .layer_map import chunk_map
 
 _LAYER = re.compile(r"((?:[^.]+\.)*?layers)\.(\d+)\.(.+)")  # the stack, the number, the rest
 #: What a use of a layer has for itself, whoever stores its weights: the range of its input, the statistics of its batch
 #: normalisation.
-_OF_A_USE = re.compile(r"(.+\.)?(input_quantizer\..+|running_mean|running_var|num_batches_tracked)")
-_CODES = ("codes", "centroids", "affine", "scalar", "file_affine", "centroid_bits", "codebook")
+_OF_A_USE = re.compile(rf"(.+\.)?({INPUT_QUANTIZER}\..+|running_mean|running_var|num_batches_tracked)")
 
 
 def stack_sizes(state: Mapping[str, object]) -> dict[str, int]:
@@ -69,7 +70,7 @@ def share_state(state: Mapping[str, Tensor], chunk: int, start: str = "first") -
         if len(tensors) < len(names) or any(t.shape != tensors[0].shape for t in tensors):
             raise UserError(f"{stack}: layers {first} to {uses[-1]} differ in {rest}; they cannot be shared")
         if any(not _same(tensor, tensors[0]) for tensor in tensors):
-            if rest.rpartition(".")[2] in _CODES:
+            if recognise(state, names[0].rpartition(".")[0]) is not None:
                 raise UserError(f"{names[0]}: is quantized; share the layers of the dense checkpoint, then quantize it")
             changed.append(stack)
             if start == "mean":

@@ -18,7 +18,7 @@ from fairseq.utils import safe_getattr
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ...layers.parts import CENTROIDS, CODES
+from ...layers.registry import Held, weights_in
 from ..exits import exits_on_user_error
 from .hub import hub_interface
 from .quantizable import Quantizable, add_noise, without_fairseq_noise
@@ -27,7 +27,7 @@ from .roberta_config import QuantNoiseRobertaConfig
 logger = logging.getLogger(__name__)
 
 _WORDS, _OUTPUT = "encoder.sentence_encoder.embed_tokens.weight", "encoder.lm_head.weight"
-_IN_A_HEAD = re.compile(rf"classification_heads\..+\.weight\.{CODES}")
+_IN_A_HEAD = re.compile(r"classification_heads\..+\.weight")
 
 
 class _LinearLMHead(RobertaLMHead, nn.Linear):
@@ -115,18 +115,14 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
         """As fairseq's, which looks at the `weight` of every head; those in codes have one of no memory meanwhile."""
-        names = [key.removesuffix(f".{CODES}") for key in state_dict if _IN_A_HEAD.fullmatch(key)]
-        stand_ins = {key: torch.empty(_dense_shape(state_dict, key), device="meta") for key in names}
+        quantized = {key: held for key, held in weights_in(state_dict).items() if isinstance(held, Held)}
+        codes = {key: held for key, held in quantized.items() if _IN_A_HEAD.fullmatch(key) and key not in state_dict}
+        stand_ins = {key: torch.empty(held.shape, device="meta") for key, held in codes.items()}
         state_dict.update(stand_ins)
         super().upgrade_state_dict_named(state_dict, name)
         for key, tensor in stand_ins.items():
             if state_dict.get(key) is tensor:  # a head of another size has been replaced by the model's own
                 del state_dict[key]
-
-
-def _dense_shape(state: dict[str, Tensor], name: str) -> tuple[int, int]:
-    codes, centroids = state[f"{name}.{CODES}"], state.get(f"{name}.{CENTROIDS}")
-    return codes.shape[0], codes.shape[1] * (1 if centroids is None else centroids.shape[1])
 
 
 register_model_architecture("quant_noise_roberta", "quant_noise_roberta_base")(base_architecture)
