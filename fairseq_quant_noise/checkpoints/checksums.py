@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-KEY = "quant_noise_checksums"  # in a checkpoint's extra_state
 _CODES = (torch.uint8, torch.int32)  # the dtypes of codes, and of what says how to read them
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..layers import adopt_quantized
 from ..quantization.importance import MOMENTS, sound
+from .keys import IMPORTANCE
 from .network import bare_network
-from .options import IMPORTANCE, packed_config
+from .options import packed_config
 
 
 def moments_in(checkpoint: Mapping[str, Any], network: nn.Module) -> dict[str, Tensor]:

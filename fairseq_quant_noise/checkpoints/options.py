@@ -14,10 +14,6 @@ from ..layers.registry import weights_in
 from ..networks.efficientnet import seen_in_weights
 from ..networks.registry import MODELS, OF_IMAGES, PADDING, PREFIX, stock_name
 
-STAGES = "quant_noise_stages"  # in a checkpoint's extra_state: the stages done
-
-IMPORTANCE = "quant_noise_importance"  # beside it: of the weights that are dense, where the optimizer cannot tell it
-
 _SIDE = r"(decoder|encoder|encoder\.sentence_encoder)"  # that embeds words
 
 _PREDICTS = r"(decoder|encoder\.sentence_encoder)"  # the side whose words are predicted

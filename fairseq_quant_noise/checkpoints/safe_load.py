@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import DamagedFileError, UserError
 from . import checksums
+from .keys import CHECKSUMS
 from .pickled_config import allowed, check_no_placeholder, placeholder, plain_config
 from .pickled_numbers import RefusedError, with_arrays
 
@@ -142,7 +143,7 @@ def _check_weights(model: Any) -> None:
 
 def _check_codes(path: str | Path, state: Mapping[str, Any]) -> None:
     """Refuse codes that have been changed since they were written, as by averaging checkpoints. Raises UserError."""
-    name = checksums.changed(state["model"], (state.get("extra_state") or {}).get(checksums.KEY))
+    name = checksums.changed(state["model"], (state.get("extra_state") or {}).get(CHECKSUMS))
     if name is not None:
         raise UserError(
             f"checkpoint {path}: {name} is not as it was written, as after averaging, which adds codes and overflows; "

@@ -17,9 +17,9 @@ from ..quantization.importance import follow
 from ..structure.layer_map import kept_layers, side_of
 from ..structure.modules import keep_by_stack
 from ..structure.state import keep_state, share_state, stack_sizes
+from .keys import IMPORTANCE, STAGES
 from .moments import importance_in
 from .network import Trained, as_trained, read_checkpoint
-from .options import IMPORTANCE, STAGES
 from .stock import no_training
 
 

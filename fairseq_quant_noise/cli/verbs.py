@@ -101,8 +101,8 @@ def quantize(args: argparse.Namespace) -> None:
 def export(args: argparse.Namespace) -> None:
     """A checkpoint that was trained with the stages, into the packed file."""
     from ..artifact import pack, write
+    from ..checkpoints.keys import STAGES
     from ..checkpoints.network import load_trained
-    from ..checkpoints.options import STAGES
     from ..layers import quantized_weights
     from ..plan.plan import Plan
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..artifact import read
 from ..artifact.inspection import inspection
-from ..checkpoints.options import STAGES
+from ..checkpoints.keys import STAGES
 from ..checkpoints.safe_load import safe_load
 from ..errors import UserError
 from .codebooks import CodebookUse, codebook_use

@@ -5,7 +5,7 @@ import torch
 from lm_fixture import one_error, state_of
 from toys import refuses
 
-from fairseq_quant_noise.checkpoints.checksums import KEY
+from fairseq_quant_noise.checkpoints.keys import CHECKSUMS
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.errors import UserError
@@ -60,11 +60,11 @@ def test_centroids_are_averaged_where_the_codes_stay(lab, runs):
 
 def test_dense_checkpoints_carry_no_checksums_and_average(lab, runs):
     states = [state_of(runs.noised("plain").path), state_of(runs.noised("plain").path)]
-    assert KEY not in states[0]["extra_state"]
+    assert CHECKSUMS not in states[0]["extra_state"]
     assert lab.eval_lm(lab.checkpoint(averaged(states))) == pytest.approx(lab.eval_lm(runs.noised("plain").path))
 
 
 def test_a_checkpoint_without_checksums_is_read(lab, runs):
     state = state_of(runs.ipq("plain").path)
-    assert state["extra_state"].pop(KEY)
-    assert KEY not in safe_load(lab.checkpoint(state))["extra_state"]
+    assert state["extra_state"].pop(CHECKSUMS)
+    assert CHECKSUMS not in safe_load(lab.checkpoint(state))["extra_state"]

@@ -9,8 +9,8 @@ from toys import Tied, quiet, refuses
 
 from fairseq_quant_noise import quantize_, second_moments
 from fairseq_quant_noise.artifact import read
+from fairseq_quant_noise.checkpoints.keys import IMPORTANCE
 from fairseq_quant_noise.checkpoints.moments import importance_in
-from fairseq_quant_noise.checkpoints.options import IMPORTANCE
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.checkpoints.structure import load_structured
 from fairseq_quant_noise.cli.main import main

@@ -2,8 +2,10 @@
 
 from lm_fixture import same, state_of
 
+from fairseq_quant_noise.checkpoints.keys import NOISE, POSITION, STAGES
+
 STATES = ("model", "last_optimizer_state", "task_state")
-EXTRA = ("quant_noise", "quant_noise_stages", "quant_noise_position", "train_iterator", "best", "val_loss")
+EXTRA = (NOISE, STAGES, POSITION, "train_iterator", "best", "val_loss")
 
 
 def differences(one, other) -> list[str]:

@@ -21,12 +21,12 @@ import torch
 from fairseq.models.ema import EMA
 from torch import Tensor, nn
 
+from ...checkpoints.keys import EMA_COUNTER
 from ...layers.inputs import InputQuantizer
 from ...layers.quantized import QuantizedWeight
 from ...noise import detach_noise
 
 KEY, FP32 = "ema", "ema_fp32_params"  # fairseq's, in a checkpoint's extra_state
-COUNTER = "quant_noise_ema"  # updates since the last step of the average, with --ema-update-freq
 
 
 class Average(EMA):
@@ -66,7 +66,7 @@ def build_ema(model: nn.Module, cfg: Any, device: torch.device) -> Average:
 
 def state(trainer: Any) -> dict[str, Any]:
     """What a checkpoint keeps besides the average."""
-    return {COUNTER: trainer.ema.update_freq_counter} if trainer.cfg.ema.store_ema else {}
+    return {EMA_COUNTER: trainer.ema.update_freq_counter} if trainer.cfg.ema.store_ema else {}
 
 
 @contextmanager
@@ -86,6 +86,6 @@ def load(trainer: Any, extra_state: dict[str, Any] | None) -> None:
     if not trainer.cfg.ema.store_ema or extra_state is None or KEY not in extra_state:
         return
     trainer.ema.restore(extra_state[KEY])
-    trainer.ema.update_freq_counter = extra_state.get(COUNTER, 0)
+    trainer.ema.update_freq_counter = extra_state.get(EMA_COUNTER, 0)
     if trainer.cfg.ema.ema_fp32:
         trainer.ema.build_fp32_params(extra_state.get(FP32))

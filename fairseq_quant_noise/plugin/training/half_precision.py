@@ -16,9 +16,8 @@ from fairseq.optim import AMPOptimizer
 from fairseq.optim.fp16_optimizer import _FP16OptimizerMixin, _MemoryEfficientFP16OptimizerMixin
 from torch import nn
 
+from ...checkpoints.keys import FP32_COPIES, SCALER
 from .optimizer import copied_part, part_of, slices_of, step_apart
-
-COPIES, SCALER = "quant_noise_fp32_params", "quant_noise_scaler"  # in a checkpoint's optimizer state
 
 #: fairseq's classes of optimizers in half precision, each with its own way to write and read a state.
 OPTIMIZERS: tuple[Any, ...] = (_FP16OptimizerMixin, _MemoryEfficientFP16OptimizerMixin, AMPOptimizer)
@@ -30,7 +29,7 @@ def state_dict(optimizer: Any, of_fairseq: Any) -> dict[str, Any]:
     if hasattr(optimizer, "fp32_params"):
         places = slices_of(optimizer)
         pairs = ((places[id(p)], p.shape) for p in optimizer.fp16_params)
-        state[COPIES] = [part_of(stepped.data, cut, shape) for (stepped, cut), shape in pairs]
+        state[FP32_COPIES] = [part_of(stepped.data, cut, shape) for (stepped, cut), shape in pairs]
     if optimizer.scaler is not None:
         state[SCALER] = _state_of(optimizer.scaler)
     return state
@@ -45,7 +44,7 @@ def load_state_dict(optimizer: Any, state: Mapping[str, Any], overrides: Any = N
     of_fairseq(optimizer, _in_form(optimizer, state) if is_wrapped else state, overrides)
     if is_wrapped:
         places = slices_of(optimizer)
-        for parameter, copy in zip(optimizer.fp16_params, state.get(COPIES, ()), strict=False):
+        for parameter, copy in zip(optimizer.fp16_params, state.get(FP32_COPIES, ()), strict=False):
             stepped, cut = places[id(parameter)]
             own = copy.to(parameter.device)
             if torch.equal(own.to(parameter.dtype), parameter.data):

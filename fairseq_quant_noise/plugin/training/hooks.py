@@ -10,7 +10,8 @@ from typing import Any
 
 import fairseq.trainer
 
-from ...checkpoints import checksums
+from ...checkpoints.checksums import checksums
+from ...checkpoints.keys import CHECKSUMS, NOISE, POSITION
 from ...errors import UserError
 from ...layers import QuantizedWeight
 from ...noise import noise_of
@@ -25,8 +26,6 @@ from .endings import has_stages
 from .gap import Gap
 from .optimizer_order import state_by_name
 from .progress import log_progress
-
-STATE_KEY = "quant_noise"  # in a checkpoint's extra_state
 
 _LAYER = re.compile(r"(?<=\blayers)\.\d+")
 
@@ -81,13 +80,13 @@ def consolidate_optimizer(trainer: Any) -> Any:
 def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
     """Trainer.save_checkpoint, with the state of noise and data, checksums of codes, and layers in the options."""
     record_layers(trainer.get_model(), trainer.cfg.model)
-    extra_state = {**extra_state, resume.KEY: resume.state(trainer), **ema.state(trainer)}
-    codes = checksums.checksums(trainer.get_model().state_dict())
+    extra_state = {**extra_state, POSITION: resume.state(trainer), **ema.state(trainer)}
+    codes = checksums(trainer.get_model().state_dict())
     if codes:
-        extra_state = {**extra_state, checksums.KEY: codes}
+        extra_state = {**extra_state, CHECKSUMS: codes}
     noise = noise_of(trainer.get_model())
     if noise is not None:
-        extra_state = {**extra_state, STATE_KEY: noise.state_dict()}
+        extra_state = {**extra_state, NOISE: noise.state_dict()}
     return _save_checkpoint(trainer, filename, extra_state)
 
 
@@ -117,8 +116,8 @@ def load_checkpoint(
             resume.load_schedule(trainer, extra_state)
         resume.load(trainer, extra_state)
     noise = noise_of(trainer.get_model())
-    if noise is not None and STATE_KEY in extra_state:
-        noise.load_state_dict(extra_state[STATE_KEY])
+    if noise is not None and NOISE in extra_state:
+        noise.load_state_dict(extra_state[NOISE])
     if not has_stages(trainer):  # else when the state of the stages is known
         resume.end_if_complete(trainer, filename)
     return extra_state

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoints.keys import FP32_COPIES
 from ...layers.parts import LATENT
-from .half_precision import COPIES
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def in_order(model: nn.Module, state: Mapping[str, Any], saved: Sequence[str]) -
     else:
         ordered = _in_order(ids, positions)
         entries = {i: state["state"][j] for i, j in zip(ids, ordered, strict=True) if j in state["state"]}
-    copies = {COPIES: _in_order(state[COPIES], positions)} if COPIES in state else {}
+    copies = {FP32_COPIES: _in_order(state[FP32_COPIES], positions)} if FP32_COPIES in state else {}
     return {**state, "state": entries, **copies}
 
 

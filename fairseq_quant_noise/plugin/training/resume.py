@@ -23,13 +23,13 @@ from typing import Any
 import fairseq.trainer
 from fairseq.file_io import PathManager
 
+from ...checkpoints.keys import POSITION
 from ...errors import UserError
 from .best_so_far import patience, plateau
 
 logger = logging.getLogger(__name__)
 
 _BEFORE_ALL_EPOCHS = -1  # 0 means without end
-KEY = "quant_noise_position"  # in a checkpoint's extra_state
 _COUNTS = ("num_bad_epochs", "cooldown_counter")  # of torch's ReduceLROnPlateau, which fairseq's state leaves out
 
 _get_train_iterator = fairseq.trainer.Trainer.get_train_iterator
@@ -61,7 +61,7 @@ def state(trainer: Any) -> dict[str, Any]:
 
 def load(trainer: Any, extra_state: dict[str, Any]) -> None:
     """Take back what `state` gave; the position in `extra_state` becomes one of this number of processes."""
-    kept, iterator = extra_state.get(KEY), extra_state["train_iterator"]
+    kept, iterator = extra_state.get(POSITION), extra_state["train_iterator"]
     if kept is None:
         return
     position_of(trainer).batches_of = kept["batches_of"]
@@ -77,7 +77,7 @@ def load_schedule(trainer: Any, extra_state: dict[str, Any]) -> None:
     """Take back what `state` gave of the learning-rate schedule, and the loss of the epoch that has just ended."""
     scheduler, iterator = plateau(trainer), extra_state["train_iterator"]
     if scheduler is not None:
-        vars(scheduler).update(extra_state.get(KEY, {}).get("plateau", {}))
+        vars(scheduler).update(extra_state.get(POSITION, {}).get("plateau", {}))
     if iterator["iterations_in_epoch"] == 0 and iterator["epoch"] > 1:
         trainer.lr_step(iterator["epoch"] - 1, extra_state.get("val_loss"))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fairseq.optim import lr_scheduler
 
-STAGE = "quant_noise_stage"  # in the scheduler's state: where the stage in progress began
+from ...checkpoints.keys import STAGE_BEGAN
 
 
 class StageSchedule(lr_scheduler.FairseqLRScheduler):
@@ -53,13 +53,13 @@ class StageSchedule(lr_scheduler.FairseqLRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of fairseq's scheduler, and where the stage began."""
-        return {**self.inner.state_dict(), STAGE: [self.update, self.epoch, self.length]}
+        return {**self.inner.state_dict(), STAGE_BEGAN: [self.update, self.epoch, self.length]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; the state of a run without restarts is fairseq's alone."""
-        if STAGE in state_dict:
-            self.begin(*state_dict[STAGE])
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STAGE})
+        if STAGE_BEGAN in state_dict:
+            self.begin(*state_dict[STAGE_BEGAN])
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STAGE_BEGAN})
 
 
 def _for_stage(run: Any, length: int | None) -> Any:

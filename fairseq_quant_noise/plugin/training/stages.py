@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ...accounting import MIB
 from ...artifact.reader import is_packed
+from ...checkpoints.keys import IMPORTANCE, STAGES
 from ...checkpoints.moments import importance_in
 from ...checkpoints.network import read_checkpoint
-from ...checkpoints.options import IMPORTANCE, STAGES
 from ...errors import UserError
 from ...layers.batch_statistics import batch_norms, estimating
 from ...noise import attach_rules

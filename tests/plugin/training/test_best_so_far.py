@@ -6,7 +6,7 @@ import pytest
 from finished import differences
 from lm_fixture import PLANS, split, state_of
 
-from fairseq_quant_noise.checkpoints.options import STAGES
+from fairseq_quant_noise.checkpoints.keys import STAGES
 
 #: A validation and a checkpoint every second update, and no other.
 EVERY = split(

@@ -5,7 +5,7 @@ import logging
 import pytest
 from lm_fixture import PLANS, one_error, split, state_of
 
-from fairseq_quant_noise.checkpoints.options import STAGES
+from fairseq_quant_noise.checkpoints.keys import STAGES
 
 RULES = [{**rule, "updates": 3} for rule in PLANS["plain"]["stages"]]
 

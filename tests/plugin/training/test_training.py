@@ -21,7 +21,7 @@ from lm_fixture import (
 )
 
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.checkpoints.options import STAGES as STATE_KEY
+from fairseq_quant_noise.checkpoints.keys import STAGES as STATE_KEY
 from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.plugin.training.stages import StageController
