@@ -5,7 +5,7 @@ python -m recipes.n_layers CKPT
 
 import sys
 
-from fairseq_quant_noise.checkpoints.network import read_checkpoint
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.structure.state import stack_sizes
 
-print(*stack_sizes(read_checkpoint(sys.argv[1])["model"]).values())
+print(*stack_sizes(Checkpoint(sys.argv[1]).weights).values())

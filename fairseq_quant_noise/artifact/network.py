@@ -29,9 +29,38 @@ def network_of(path: str | Path, packed: Packed, into: nn.Module | None = None) 
         else:
             model.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: does not fit this network ({reason}); give the network it was saved from") from None
+        raise _misfit(path, str(error).splitlines()[-1].strip()) from None
     return model.eval()
+
+
+def check_network(path: str | Path, packed: Packed) -> None:
+    """Refuse a file whose tensors are not, by name and shape, those of the network that it describes.
+
+    It costs neither memory for that network nor a look at a weight.
+
+    Raises:
+        UserError: the file has other tensors, or holds a network of the user's own.
+        DamagedFileError: its configuration describes no network.
+    """
+    model = _build(path, packed.manifest.model)
+    there, expected = packed.shapes(), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    reasons = [
+        f"{name}: {_shape(there.get(name))} in the file, {_shape(expected.get(name))} in the network that it describes"
+        for name in sorted(there.keys() | expected.keys())
+        if there.get(name) != expected.get(name)
+    ]
+    unknown = packed.manifest.inputs.keys() - dict(model.named_modules()).keys()
+    reasons += [f"{name}: rounds its input, and is not in the network" for name in sorted(unknown)]
+    if reasons:
+        raise _misfit(path, reasons[0])
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "not" if shape is None else f"of shape {shape}"
+
+
+def _misfit(path: str | Path, reason: str) -> UserError:
+    return UserError(f"{path}: does not fit this network ({reason}); give the network it was saved from")
 
 
 def _build(path: str | Path, config: Mapping[str, Any]) -> nn.Module:

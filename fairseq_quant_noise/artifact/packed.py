@@ -50,6 +50,12 @@ class Packed:
         stored = [*self.manifest.tensors, *self.dense_names]
         return {**self.manifest.ties, **layer_ties(self.manifest.layers, stored)}
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of the dense model, tied copies included."""
+        stored = {name: tuple(entry.shape) for name, entry in self.manifest.tensors.items()}
+        stored |= {name: tuple(self.tensors[name].shape) for name in self.dense_names}
+        return stored | {copy: stored[owner] for copy, owner in self.ties.items()}
+
     @cached_property
     def _shared(self) -> dict[str, int]:
         """The number of each codebook that several tensors use, by the tensor that stores it."""

@@ -1,5 +1,7 @@
 """The names of what this package adds to fairseq's checkpoints, all of them."""
 
+from typing import Any
+
 # In `extra_state`.
 STAGES = "quant_noise_stages"  # the plan, how many of its stages are done, and where each begins
 IMPORTANCE = "quant_noise_importance"  # second moments of the dense weights, where the optimizer no longer has them
@@ -14,3 +16,11 @@ SCALER = "quant_noise_scaler"  # all of the loss scale
 
 # In the state of the learning-rate scheduler.
 STAGE_BEGAN = "quant_noise_stage"  # the update and the epoch at which the stage in progress began, and its length
+
+
+def no_training() -> dict[str, Any]:
+    """The entries in which fairseq looks for the state of a training, of one that has not begun."""
+    return {
+        "optimizer_history": [{"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}],
+        "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+    }

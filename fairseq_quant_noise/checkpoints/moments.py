@@ -1,18 +1,12 @@
 """Adam's second moments in a checkpoint, by the name of the weight."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..layers import adopt_quantized
-from ..quantization.importance import MOMENTS, sound
-from .keys import IMPORTANCE
-from .network import bare_network
-from .options import packed_config
+from ..quantization.importance import MOMENTS
 
 
 def moments_in(checkpoint: Mapping[str, Any], network: nn.Module) -> dict[str, Tensor]:
@@ -70,19 +64,3 @@ def _laid_out(optimizer: object, shapes: Sequence[torch.Size]) -> list[Tensor | 
         return []
     pairs = zip(found, shapes, strict=True)
     return found if all(f is None or (isinstance(f, Tensor) and f.shape == shape) for f, shape in pairs) else []
-
-
-def importance_in(path: str | Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Adam's second moments in a checkpoint that has been read, by the name of the weight; empty where it has none.
-
-    Those that pruning, sharing or a stage left in it, or else those of its optimizer, if its network is known here.
-    """
-    found: object = (state.get("extra_state") or {}).get(IMPORTANCE)
-    if found is None:
-        try:
-            network = bare_network(packed_config(path, state))
-            adopt_quantized(network, state["model"])
-            found = moments_in(state, network)
-        except UserError:
-            return {}
-    return sound(found, state["model"])

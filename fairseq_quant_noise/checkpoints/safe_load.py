@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..artifact.reader import is_packed
 from ..errors import DamagedFileError, UserError
 from . import checksums
 from .keys import CHECKSUMS
@@ -113,7 +114,7 @@ def _check_kind(path: str | Path) -> None:
     if not head:
         raise DamagedFileError(f"checkpoint {path}: is empty; {_AGAIN}")
     if head[8:10] == b'{"':
-        kind = f"a packed file; {_FROM_PACKED}" if str(path).endswith(".safetensors") else _other_kind(path)
+        kind = f"a packed file; {_FROM_PACKED}" if is_packed(path) else _other_kind(path)
         other = b"fairseq_quant_noise" not in head and b"__metadata__" not in head
         raise UserError(f"checkpoint {path}: {_OTHER_PROGRAMS if other else kind}")
 

@@ -9,7 +9,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor, nn
+
+from ..artifact import pack, read, write
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.stock import stock_checkpoint
+from ..checkpoints.structure import pruned, restructured, shared
 from ..errors import UserError
+from ..layers import quantized_weights
+from ..networks.registry import has_words, meta_model
+from ..plan.plan import Plan
+from ..quantization.quantize import quantize_
+from ..quantization.structure import apply_structure
+from ..quantization.table import make_table
+from ..quantization.targets import resolve_stages
+from ..report import write_report
+from ..structure.state import stack_sizes
 from .printing import print_inspection, print_table
 
 
@@ -20,26 +35,7 @@ def user_dir(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Dry run: a row a tensor, the totals, nothing computed."""
-    from ..checkpoints.network import load_trained
-    from ..networks.registry import has_words, meta_model
-    from ..plan.plan import Plan
-    from ..quantization.structure import apply_structure
-    from ..quantization.table import make_table
-    from ..quantization.targets import resolve_stages
-
-    if (args.path is None) == (args.arch is None):
-        raise UserError("plan: give either --path CKPT or --arch ARCH")
-    if args.path is not None:
-        if args.set or args.head:
-            raise UserError("plan: --set and --head go with --arch, for a checkpoint has its own; leave them out")
-        model = load_trained(args.path).model
-    else:
-        from ..plugin.models.architectures import architecture_options
-
-        if args.vocab_size is None and has_words(args.arch):
-            raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
-        options = architecture_options(args.arch, args.set, args.head)
-        model = meta_model(args.arch, options, args.vocab_size or 0)
+    model = _network(args)
     the_plan = Plan.of(args.plan)
     original = make_table(model)
     if the_plan.structure is not None:
@@ -51,14 +47,48 @@ def plan(args: argparse.Namespace) -> None:
         print_table(table)
 
 
+def _network(args: argparse.Namespace) -> nn.Module:
+    """The network that `plan` is about: of a checkpoint, or of an architecture."""
+    if (args.path is None) == (args.arch is None):
+        raise UserError("plan: give either --path CKPT or --arch ARCH")
+    if args.path is not None:
+        if args.set or args.head:
+            raise UserError("plan: --set and --head go with --arch, for a checkpoint has its own; leave them out")
+        return Checkpoint(args.path).network
+    from ..plugin.models.architectures import architecture_options
+
+    if args.vocab_size is None and has_words(args.arch):
+        raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
+    options = architecture_options(args.arch, args.set, args.head)
+    return meta_model(args.arch, options, args.vocab_size or 0)
+
+
 def quantize(args: argparse.Namespace) -> None:
     """One-shot quantization of a checkpoint, without training, into a packed file."""
-    from ..artifact import pack, write
-    from ..checkpoints.structure import load_structured
-    from ..plan.plan import Plan
-    from ..quantization.quantize import quantize_
-
     the_plan = Plan.of(args.plan)
+    _check_stages(args, the_plan)
+    _check_out(args.out, args.path, args.plan, packed=True)
+    checkpoint = restructured(Checkpoint(args.path), the_plan.structure)
+    importance = _importance(args, checkpoint) if the_plan.weighs else {}
+    checkpoint.forget_optimizer()
+    calibration = None
+    if args.calibration_data is not None:
+        from ..plugin.calibration import calibration_on
+
+        calibration = calibration_on(checkpoint, args.calibration_data, the_plan)
+    quantize_(
+        checkpoint.network,
+        replace(the_plan, structure=None),  # which the checkpoint has had
+        seed=args.seed,
+        importance=importance,
+        calibration=calibration,
+        progress=_progress,
+    )
+    _write_packed(args.out, checkpoint, the_plan)
+
+
+def _check_stages(args: argparse.Namespace, the_plan: Plan) -> None:
+    """Before any work: that the plan has stages, and data where it needs them. Raises UserError."""
     if not the_plan.stages:
         raise UserError(f"quantize: plan {args.plan} has no stages; add what to quantize")
     if the_plan.activations is not None and args.calibration_data is None:
@@ -66,87 +96,60 @@ def quantize(args: argparse.Namespace) -> None:
             f"quantize: plan {args.plan} quantizes activations, whose ranges need data; give --calibration-data "
             "DATA, the folder that fairseq-train reads"
         )
-    _check_out(args.out, args.path, args.plan, packed=True)
-    trained = load_structured(args.path, the_plan.structure, the_plan.weighs)
-    stages = replace(the_plan, structure=None)  # which the model has had
-    importance = trained.importance
-    if the_plan.weighs and not importance:
-        note = f"note: {args.path} holds no second moments of Adam"
-        if args.calibration_data is None:
-            _progress(
-                f"{note}, so all errors count alike in k-means; --calibration-data DATA measures gradients instead"
-            )
-        else:
-            from ..plugin.calibration import gradients_on
 
-            _progress(f"{note}: gradients on {args.calibration_data} stand for them")
-            importance = gradients_on(trained.model, args.path, args.calibration_data, the_plan.structure, _progress)
-    calibration = None
-    if args.calibration_data is not None:
-        from ..plugin.calibration import calibration_on
 
-        calibration = calibration_on(trained.model, args.path, args.calibration_data, the_plan)
-    quantize_(
-        *(trained.model, stages),
-        seed=args.seed,
-        importance=importance,
-        calibration=calibration,
-        progress=_progress,
-    )
-    packed = pack(trained.model, the_plan, trained.config)
-    write(packed, args.out)
-    print_inspection(args.out, packed)
+def _importance(args: argparse.Namespace, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+    """What k-means weighs errors by: the checkpoint's second moments, or gradients on the data, or nothing."""
+    if checkpoint.moments:
+        return checkpoint.moments
+    note = f"note: {args.path} holds no second moments of Adam"
+    if args.calibration_data is None:
+        _progress(f"{note}, so all errors count alike in k-means; --calibration-data DATA measures gradients instead")
+        return {}
+    from ..plugin.calibration import gradients_on
+
+    _progress(f"{note}: gradients on {args.calibration_data} stand for them")
+    return gradients_on(checkpoint, args.calibration_data, _progress)
 
 
 def export(args: argparse.Namespace) -> None:
     """A checkpoint that was trained with the stages, into the packed file."""
-    from ..artifact import pack, write
-    from ..checkpoints.keys import STAGES
-    from ..checkpoints.network import load_trained
-    from ..layers import quantized_weights
-    from ..plan.plan import Plan
-
     _check_out(args.out, args.path, packed=True)
-    trained = load_trained(args.path)
-    if not quantized_weights(trained.model):
+    checkpoint = Checkpoint(args.path)
+    if not quantized_weights(checkpoint.network):
         raise UserError(
             f"export: {args.path} holds no quantized weights; quantize it with `fairseq-quant-noise quantize`"
         )
-    stages = trained.state.get("extra_state", {}).get(STAGES, {})
+    stages = checkpoint.stages
     the_plan = Plan.of(stages["plan"]) if "plan" in stages else None
     if the_plan is not None and stages["done"] < len(the_plan.stages):
         _progress(f"note: {stages['done']} of the plan's {len(the_plan.stages)} stages are done; the rest stays dense")
-    packed = pack(trained.model, the_plan, trained.config)
-    write(packed, args.out)
-    print_inspection(args.out, packed)
+    _write_packed(args.out, checkpoint, the_plan)
+
+
+def _write_packed(out: str, checkpoint: Checkpoint, the_plan: Plan | None) -> None:
+    """The checkpoint's network, quantized by now, as a packed file; print what is in it."""
+    packed = pack(checkpoint.network, the_plan, checkpoint.config)
+    write(packed, out)
+    print_inspection(out, packed)
 
 
 def prune(args: argparse.Namespace) -> None:
     """Take layers out of a checkpoint that was trained with LayerDrop; the result trains, evaluates and quantizes."""
-    from ..checkpoints.stock import write_checkpoint
-    from ..checkpoints.structure import kept_checkpoint
-    from ..structure.state import stack_sizes
-
     _check_out(args.out, args.path)
-    state = kept_checkpoint(args.path, _keep(args.keep))
-    write_checkpoint(state, args.out)
-    print(f"{args.out}: {_stacks(stack_sizes(state['model']))}")
+    checkpoint = pruned(Checkpoint(args.path), _keep(args.keep), "--keep")
+    checkpoint.write(args.out)
+    print(f"{args.out}: {_stacks(checkpoint)}")
 
 
 def share(args: argparse.Namespace) -> None:
     """Give adjacent layers of a dense checkpoint one set of weights; training goes on with them shared."""
-    from ..checkpoints.stock import write_checkpoint
-    from ..checkpoints.structure import shared_checkpoint
-    from ..structure.state import stack_sizes
-
     _check_out(args.out, args.path)
     if args.share_layers < 2:
         raise UserError(f"--share-layers is {args.share_layers}; give how many adjacent layers share, 2 or more")
-    state = shared_checkpoint(args.path, args.share_layers, args.share_from)
-    write_checkpoint(state, args.out)
-    print(
-        f"{args.out}: {_stacks(stack_sizes(state['model']))}, {args.share_layers} adjacent ones with the same weights"
-    )
+    checkpoint = shared(Checkpoint(args.path), args.share_layers, args.share_from)
+    checkpoint.write(args.out)
+    print(f"{args.out}: {_stacks(checkpoint)}, {args.share_layers} adjacent ones with the same weights")
 
 
 def _keep(given: Sequence[str]) -> object:
@@ -159,21 +162,18 @@ def _keep(given: Sequence[str]) -> object:
     return named
 
 
-def _stacks(sizes: Mapping[str, int]) -> str:
+def _stacks(checkpoint: Checkpoint) -> str:
+    sizes = stack_sizes(checkpoint.weights)
     return ", ".join(f"{n} layers in {stack.removesuffix('.layers')}" for stack, n in sizes.items())
 
 
 def inspect(args: argparse.Namespace) -> None:
     """What is in a packed file, and its bytes."""
-    from ..artifact import read
-
     print_inspection(args.file, read(args.file), as_json=args.json)
 
 
 def verify(args: argparse.Namespace) -> None:
     """Whether a packed file is whole: its hash, its header and every code."""
-    from ..artifact import read
-
     packed = read(args.file)
     result = {"file": args.file, "whole": True, "tensors": len(packed.tensors)}
     print(json.dumps(result) if args.json else f"{args.file}: whole, {len(packed.tensors)} tensors")
@@ -181,17 +181,13 @@ def verify(args: argparse.Namespace) -> None:
 
 def to_dense(args: argparse.Namespace) -> None:
     """A packed file or a checkpoint, into a stock fairseq checkpoint that needs no plugin."""
-    from ..checkpoints.stock import stock_checkpoint, write_checkpoint
-
     _check_out(args.out, args.file)
-    write_checkpoint(stock_checkpoint(args.file), args.out)
+    stock_checkpoint(args.file).write(args.out)
     print(f"{args.out}: a stock fairseq checkpoint")
 
 
 def report(args: argparse.Namespace) -> None:
     """Finished runs as one HTML page with tables and pictures."""
-    from ..report import write_report
-
     runs = write_report(args.folders, args.out)
     summary = {"page": str(Path(args.out) / "index.html"), "runs": runs.names, "missing": runs.notes}
     if args.json:

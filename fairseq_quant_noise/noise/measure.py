@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Distortion:
+class MeasuredDistortion:
     """Sums of squares for one kind of layer."""
 
     weight: list[float]  # of psi(W) - W, of W
@@ -52,14 +52,14 @@ def kind_of(name: str) -> str:
 
 
 class Probe:
-    """Measures the next training forward of `model`, once, then hands {kind: Distortion} to `report` and is gone.
+    """Measures the next training forward of `model`, once, hands {kind: MeasuredDistortion} to `report` and is gone.
 
     Layers are run twice more, on their own input and the same random numbers, so that the forward itself, its gradient
     and the random state stay what they would have been. A layer whose weights are read without calling the modules that
     hold them (fairseq's attention) is measured as a whole.
     """
 
-    def __init__(self, model: nn.Module, report: Callable[[dict[str, Distortion]], None]) -> None:
+    def __init__(self, model: nn.Module, report: Callable[[dict[str, MeasuredDistortion]], None]) -> None:
         self.draw = noise_of(model)
         self.report = report
         self.busy = False
@@ -69,7 +69,7 @@ class Probe:
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         """The draw has been made, the layers have not run yet."""
         self._remove()  # of a forward that failed
-        self.found: dict[str, Distortion] = {}
+        self.found: dict[str, MeasuredDistortion] = {}
         self.called: set[nn.Module] = set()
         self.holders = {m: name for name, m in model.named_modules() if "_weight_noise" in m.__dict__}
         parents = {model.get_submodule(name.rpartition(".")[0]): name for name in self.holders.values()}
@@ -84,8 +84,8 @@ class Probe:
             handle.remove()
         self.handles.clear()
 
-    def _of(self, name: str) -> Distortion:
-        return self.found.setdefault(kind_of(name), Distortion([0.0, 0.0], [0.0, 0.0]))
+    def _of(self, name: str) -> MeasuredDistortion:
+        return self.found.setdefault(kind_of(name), MeasuredDistortion([0.0, 0.0], [0.0, 0.0]))
 
     @torch.no_grad()
     def _weights(self) -> None:

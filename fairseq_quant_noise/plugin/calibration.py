@@ -4,6 +4,7 @@ The ranges of activations, batch statistics, and the squared gradients that stan
 are none.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -12,16 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.keys import no_training
 from ..errors import UserError
 from ..layers import adopt_quantized, input_quantizers
 from ..layers.batch_statistics import batch_norms
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..plan.plan import Plan
-from ..plan.rules import Structure
-from ..quantization.structure import apply_structure
 from ..utils.progress import watched
 from .batches import FIRST_BATCHES
 from .gradients import squared_gradients
+from .loading import upgraded
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +32,28 @@ SENTENCES = 8  # of a batch
 IMAGES, IMAGE_BATCHES = 32, 16  # for batch statistics: of few images the variance between them is missing
 
 
-def calibration_on(
-    model: nn.Module, path: str | Path, data: str | Path, plan: Plan
-) -> Iterator[Callable[[nn.Module], object]]:
-    """A `calibration` for `quantize_`: forwards of `model` over the training split of `data`, by fairseq's criterion.
+def calibration_on(checkpoint: Checkpoint, data: str | Path, plan: Plan) -> Iterator[Callable[[nn.Module], object]]:
+    """A `calibration` for `quantize_`: forwards over the training split of `data`, by fairseq's criterion.
 
-    fairseq's own network of the checkpoint runs in its place, with the weights that `model` has when a first forward is
-    asked for. The layers that data changes, batch normalisations and input quantizers, are those of `model` itself.
+    fairseq's own network of the checkpoint runs, with the weights that `checkpoint.network` has when a first forward is
+    asked for. The layers that data changes, batch normalisations and input quantizers, are those of that network.
     Batch statistics need more than ranges: of a network with batch normalisation there are 16 batches of 32 images.
 
     Args:
-        model: the network without fairseq, with the checkpoint's weights and the plan's `structure`.
-        path: of the checkpoint.
+        checkpoint: whose network is quantized, with the plan's `structure`.
         data: the folder that fairseq-train read.
         plan: that quantizes it.
     Raises:
         UserError: there is no such data.
     """
     _check_data(data)
-    return _forwards(model, str(path), str(data), plan)
+    return _forwards(checkpoint, str(data), plan)
 
 
-def _forwards(model: nn.Module, path: str, data: str, plan: Plan) -> Iterator[Callable[[nn.Module], object]]:
+def _forwards(checkpoint: Checkpoint, data: str, plan: Plan) -> Iterator[Callable[[nn.Module], object]]:
+    model = checkpoint.network
     norms = batch_norms(model)
-    theirs, criterion, task = _prepared(model, path, data, plan.structure, augmentation="none")  # as in evaluation
+    theirs, criterion, task = _prepared(checkpoint, data, augmentation="none")  # as in evaluation
     theirs.eval()
     for name, quantizer in input_quantizers(model).items():
         theirs.set_submodule(f"{name}.{INPUT_QUANTIZER}".lstrip("."), quantizer)
@@ -75,43 +75,43 @@ def _check_data(data: str | Path) -> None:
 
 
 def gradients_on(
-    model: nn.Module,
-    path: str | Path,
-    data: str | Path,
-    structure: Structure | None = None,
-    progress: Callable[[str], None] = logger.info,
+    checkpoint: Checkpoint, data: str | Path, progress: Callable[[str], None] = logger.info
 ) -> dict[str, Tensor]:
-    """`squared_gradients` of the dense network of a checkpoint over the first batches of the training split of `data`.
+    """`squared_gradients` of a checkpoint's dense network over the first batches of the training split of `data`.
 
     Args:
-        model: the network without fairseq, with the checkpoint's weights.
-        path, data, structure, progress: as in `calibration_on`.
+        checkpoint, data: as in `calibration_on`.
+        progress: called with lines that say how far it is.
     Raises:
         UserError: there is no such data.
     """
     _check_data(data)
-    theirs, criterion, task = _prepared(model, str(path), str(data), structure)
+    theirs, criterion, task = _prepared(checkpoint, str(data))
     samples = _samples(task, str(data), FIRST_BATCHES)
     watching = watched(samples, FIRST_BATCHES, "measuring gradients", progress)
     return squared_gradients(theirs, criterion, watching)
 
 
-def _prepared(
-    model: nn.Module, path: str, data: str, structure: Structure | None, **options: Any
-) -> tuple[nn.Module, Any, Any]:
-    """fairseq's network with the weights of `model`, its criterion and its task; `options` replace the checkpoint's."""
+def _prepared(checkpoint: Checkpoint, data: str, **options: Any) -> tuple[nn.Module, Any, Any]:
+    """fairseq's network with the weights of the checkpoint's, its criterion and its task.
+
+    Args:
+        checkpoint, data: as in `calibration_on`.
+        options: that replace the checkpoint's.
+    """
     import fairseq.checkpoint_utils
 
     from .. import register
 
     register()
+    parts = {name: copy.deepcopy(checkpoint.state.get(name)) for name in ("args", "cfg", "task_state")}
+    content = {**parts, "model": dict(checkpoint.weights), **no_training()}
+    state = upgraded(checkpoint.path, content, {"data": data, **options})
     load = fairseq.checkpoint_utils.load_model_ensemble_and_task
-    models, cfg, task = load([path], arg_overrides={"data": data, **options})
-    theirs, state = models[0], model.state_dict()
-    if structure is not None:
-        apply_structure(theirs, structure)
-    adopt_quantized(theirs, state)  # a stock checkpoint builds fairseq's own model, which does not do it itself
-    nn.Module.load_state_dict(theirs, state)  # for fairseq's own looks for the `weight` of heads that are in codes
+    (theirs,), cfg, task = load([str(checkpoint.path)], state=state)
+    weights = checkpoint.network.state_dict()
+    adopt_quantized(theirs, weights)  # a stock checkpoint builds fairseq's own model, which does not do it itself
+    nn.Module.load_state_dict(theirs, weights)  # for fairseq's own looks for the `weight` of heads that are in codes
     return theirs, task.build_criterion(cfg.criterion), task
 
 

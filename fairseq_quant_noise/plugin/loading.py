@@ -19,11 +19,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..artifact import Packed, read
 from ..artifact.configuration import check_evaluated
-from ..artifact.network import network_of
+from ..artifact.network import check_network
 from ..artifact.reader import is_packed
+from ..checkpoints.keys import no_training
 from ..checkpoints.options import SECTIONS, as_fairseq
 from ..checkpoints.safe_load import safe_load
-from ..checkpoints.stock import no_training
 from ..errors import DamagedFileError, UserError
 from ..networks.registry import PREFIX
 from .exits import exits_on_user_error
@@ -67,7 +67,20 @@ def load_state(path: str | Path, arg_overrides: Any = None) -> dict[str, Any]:
     path = PathManager.get_local_path(str(path))
     if is_packed(path):
         return _with_overrides(packed_state(path), arg_overrides)
-    state = safe_load(path)
+    return upgraded(path, safe_load(path), arg_overrides)
+
+
+def upgraded(path: str | Path, state: dict[str, Any], arg_overrides: Any = None) -> dict[str, Any]:
+    """A checkpoint's content as fairseq 0.12 has it, whatever version wrote it; `state` is used up.
+
+    Args:
+        path: of the checkpoint, for messages.
+        state: as `safe_load` reads it.
+        arg_overrides: as in `load_state`.
+
+    Raises:
+        DamagedFileError: fairseq cannot read the configuration, or would run what is in it.
+    """
     _check_options(path, state)
     try:
         return _upgrade_state_dict(_with_overrides(_with_history(state), arg_overrides))
@@ -132,7 +145,7 @@ def _check_network(path: str | Path, packed: Packed) -> None:
     name = packed.manifest.model["cfg"].get("model", {}).get("_name")
     if not isinstance(name, str) or not name.startswith(PREFIX):
         raise DamagedFileError(f"{path}: its configuration is damaged (model {name!r} is none of a packed file's)")
-    network_of(path, packed)
+    check_network(path, packed)
     try:
         options = OmegaConf.create({"model": packed.manifest.model["cfg"]["model"]}).model
         if name in MODEL_DATACLASS_REGISTRY:

@@ -10,7 +10,7 @@ import logging
 from fairseq.logging import metrics
 from torch import nn
 
-from ..noise.measure import Distortion, Probe
+from ..noise.measure import MeasuredDistortion, Probe
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ def probe_next_forward(model: nn.Module) -> None:
     Probe(model, _log_distortion)
 
 
-def _log_distortion(found: dict[str, Distortion]) -> None:
+def _log_distortion(found: dict[str, MeasuredDistortion]) -> None:
     for kind, distortion in found.items():
         for part, value in (("weight", distortion.of_weight), ("output", distortion.of_output)):
             if value is not None:

@@ -6,7 +6,6 @@ beside, synced and renamed; and where a last checkpoint is cut nevertheless, the
 """
 
 import logging
-import os
 import re
 import shutil
 import time
@@ -20,7 +19,7 @@ import torch
 from fairseq.file_io import PathManager
 
 from ..errors import UserError, is_about_a_file
-from ..utils.files import keep_mode
+from ..utils.files import put_in_place
 from .exits import exits_on_user_error
 
 logger = logging.getLogger(__name__)
@@ -60,26 +59,22 @@ class WholeCopies(PathManager):
         return True
 
 
-def _replace(filename: str, write: Callable[[str], object]) -> None:
+def _replace(filename: str, write: Callable[[Path], object]) -> None:
     """Write beside, sync, rename; several tries.
 
     Raises:
         UserError: it cannot be written; what was at `filename` is there still.
     """
-    beside = filename + BESIDE
+    beside = Path(filename + BESIDE)
     for left in reversed(range(TRIES)):
         try:
-            write(beside)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
-            keep_mode(filename, beside)
-            os.replace(beside, filename)
+            put_in_place(filename, beside, write)
             return
         except (OSError, RuntimeError) as error:
             if left:
                 time.sleep(WAIT)
                 continue
-            Path(beside).unlink(missing_ok=True)
+            beside.unlink(missing_ok=True)
             if not _is_of_writing(error):
                 raise
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]

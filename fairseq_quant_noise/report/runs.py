@@ -12,8 +12,7 @@ from typing import Any
 
 from ..artifact import read
 from ..artifact.inspection import inspection
-from ..checkpoints.keys import STAGES
-from ..checkpoints.safe_load import safe_load
+from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from .codebooks import CodebookUse, codebook_use
 from .logs import Log, finite, read_log
@@ -141,7 +140,7 @@ def _exact_starts(runs: Runs, name: str, log: Log, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         return
     try:
-        state = safe_load(checkpoint).get("extra_state", {}).get(STAGES, {})
+        state = Checkpoint(checkpoint).stages
         starts = [int(state["origin"]) + int(start) for start in state["starts"][: state["done"]]]
     except UserError as error:
         runs.notes.append(f"{name}: {log.path.stem}/{checkpoint.name} is left out: {error}")

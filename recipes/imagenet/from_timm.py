@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import fairseq.models  # noqa: F401 (first, so that the package registers its models)
 
-from fairseq_quant_noise.checkpoints.stock import no_training, write_checkpoint
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
+from fairseq_quant_noise.checkpoints.keys import no_training
 from fairseq_quant_noise.networks.registry import build
 from fairseq_quant_noise.networks.timm_weights import load_timm_weights
 from fairseq_quant_noise.plugin.exits import exits_on_user_error
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> None:
             "task": {"_name": "image_classification", **task},
             "criterion": {"_name": "cross_entropy", "sentence_avg": False},
         }
-        write_checkpoint({"args": None, "cfg": cfg, "model": model.state_dict(), **no_training()}, args.out)
+        state = {"args": None, "cfg": cfg, "model": model.state_dict(), **no_training()}
+        Checkpoint(args.out, state).write(args.out)
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 

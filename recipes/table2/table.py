@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_quant_noise.accounting import MIB
-from fairseq_quant_noise.checkpoints.network import load_trained
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.quantization.table import model_bytes
 from recipes.mnli.result import accuracies
 from recipes.results import perplexity
@@ -80,7 +80,7 @@ def result(model: str, folder: Path, line: Line) -> dict[str, Any] | None:
 
 def dense_bytes(run: Path) -> int:
     """4 bytes a number of the dense network of a run, shared layers once."""
-    return model_bytes(load_trained(dense_checkpoint(run)).model)[1]
+    return model_bytes(Checkpoint(dense_checkpoint(run)).network)[1]
 
 
 def cells(record: dict[str, Any]) -> tuple[str, ...]:

@@ -9,10 +9,10 @@ from toys import Tied, quiet, refuses
 
 from fairseq_quant_noise import quantize_, second_moments
 from fairseq_quant_noise.artifact import read
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.checkpoints.keys import IMPORTANCE
-from fairseq_quant_noise.checkpoints.moments import importance_in
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
-from fairseq_quant_noise.checkpoints.structure import load_structured
+from fairseq_quant_noise.checkpoints.structure import restructured
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.plan.rules import Structure
@@ -96,7 +96,7 @@ def test_importance_of_nothing_but_zeros_is_none():
 
 def of_the_optimizer(run):
     """What the run's optimizer holds, by the parameter's name."""
-    moments = optimizer_carry.second_moments(run.model, run.trainer.optimizer)
+    moments = optimizer_carry.adam_moments(run.model, run.trainer.optimizer)
     return {name: tensor.bfloat16() for name, tensor in moments.items()}
 
 
@@ -113,7 +113,7 @@ def of_the_optimizer(run):
 def test_of_the_weights_in_a_checkpoint(lab, kind, flags):
     run = lab.train(*flags, kind=kind, updates=2)
     expected = of_the_optimizer(run)
-    found = importance_in(run.path, safe_load(run.path))
+    found = Checkpoint(run.path).moments
     assert len(expected) == len(dict(run.model.named_parameters(remove_duplicate=False)))
     assert same(found, expected)
 
@@ -126,7 +126,7 @@ def test_of_the_weights_in_one_flat_tensor(lab, flat, kind):
     run = lab.train("--fp16", kind=kind, updates=2)
     state = safe_load(run.path)
     assert len(state["last_optimizer_state"]["state"]) == 1
-    assert same(importance_in(run.path, state), of_the_optimizer(run))
+    assert same(Checkpoint(run.path, state).moments, of_the_optimizer(run))
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
@@ -139,7 +139,7 @@ def test_of_a_network_that_is_partly_in_codes_in_one_flat_tensor(lab, runs, flat
     state, expected = safe_load(run.path), of_the_optimizer(run)
     assert len(state["last_optimizer_state"]["state"]) == 1
     assert sum(name.endswith(".fc1.weight.centroids") for name in expected) == 2
-    assert same(importance_in(run.path, state), expected)
+    assert same(Checkpoint(run.path, state).moments, expected)
 
 
 def with_parameters_of_a_criterion(state, numbers, flat):
@@ -162,27 +162,27 @@ def test_parameters_of_the_criterion_come_after_the_models(lab, form, request):
         request.getfixturevalue("flat")
     run = lab.train(*(["--fp16"] if form == "flat" else []), updates=1)
     expected, state = of_the_optimizer(run), with_parameters_of_a_criterion(safe_load(run.path), 3, form == "flat")
-    assert importance_in(run.path, state) == {}
-    assert importance_in(run.path, {**state, "criterion": {"weight": torch.ones(4)}}) == {}
-    assert same(importance_in(run.path, {**state, "criterion": {"weight": torch.ones(3)}}), expected)
+    assert Checkpoint(run.path, state).moments == {}
+    assert Checkpoint(run.path, {**state, "criterion": {"weight": torch.ones(4)}}).moments == {}
+    assert same(Checkpoint(run.path, {**state, "criterion": {"weight": torch.ones(3)}}).moments, expected)
 
 
 def test_copies_of_a_tie_are_told_apart_from_the_next_parameter(lab):
     """As a GPU saves them: each copy of a tied tensor has memory of its own."""
     run = lab.train(kind="adaptive", updates=1)
     state = safe_load(run.path)
-    expected = importance_in(run.path, state)
+    expected = Checkpoint(run.path, state).moments
     state["model"] = {name: tensor.clone() for name, tensor in state["model"].items()}
-    assert same(importance_in(run.path, state), expected)
+    assert same(Checkpoint(run.path, state).moments, expected)
 
 
 def test_a_parameter_that_never_had_a_gradient_has_none(lab):
     run = lab.train(updates=1)
     state = safe_load(run.path)
-    expected = importance_in(run.path, state)
+    expected = Checkpoint(run.path, state).moments
     names = list(dict(run.model.named_parameters()))
     del state["last_optimizer_state"]["state"][names.index(FC1)]
-    found = importance_in(run.path, state)
+    found = Checkpoint(run.path, state).moments
     assert expected.keys() - found.keys() == {FC1}
     assert same(found, {name: expected[name] for name in found})
 
@@ -196,7 +196,7 @@ def test_a_checkpoint_without_has_none(lab, change):
     if change == "another network":
         moments = state["last_optimizer_state"]["state"]
         moments[0], moments[1] = moments[1], moments[0]
-    assert importance_in(run.path, state) == {}
+    assert Checkpoint(run.path, state).moments == {}
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_moments_that_are_no_moments_are_none(lab, runs, moments):
     """A checkpoint may hold anything there; and an optimizer that overflowed, infinity."""
     state = safe_load(runs.stock("plain").path)
     state["extra_state"] = {**state["extra_state"], IMPORTANCE: moments}
-    assert importance_in("dense.pt", state) == {}
+    assert Checkpoint("dense.pt", state).moments == {}
     path, out = lab.checkpoint(state), lab.new("packed.safetensors")
     main(["quantize", "--path", str(path), "--plan", lab.plan({"stages": [FFN]}), "--out", str(out)])
 
@@ -231,8 +231,8 @@ def test_names_follow_pruning_and_sharing():
 
 def test_a_plan_that_prunes_weighs_the_layers_that_stay(lab):
     run = lab.train("--decoder-layers", 4, updates=2)
-    whole = importance_in(run.path, safe_load(run.path))
-    pruned = load_structured(run.path, Structure(keep_layers=[1, 3]), weigh=True).importance
+    whole = Checkpoint(run.path).moments
+    pruned = restructured(Checkpoint(run.path), Structure(keep_layers=[1, 3])).moments
     assert torch.equal(pruned["decoder.layers.1.fc2.weight"], whole["decoder.layers.3.fc2.weight"])
     assert "decoder.layers.2.fc2.weight" not in pruned
 
@@ -240,9 +240,9 @@ def test_a_plan_that_prunes_weighs_the_layers_that_stay(lab):
 @pytest.mark.parametrize("how", [["prune", "--keep", "1,3"], ["share", "--share-layers", 2]], ids=["prune", "share"])
 def test_a_checkpoint_that_was_pruned_or_shared_keeps_them(lab, how):
     run, out = lab.train("--decoder-layers", 4, updates=2), lab.new("less.pt")
-    whole, verb = importance_in(run.path, safe_load(run.path)), [how[0], *map(str, how[1:])]
+    whole, verb = Checkpoint(run.path).moments, [how[0], *map(str, how[1:])]
     main([*verb, "--path", str(run.path), "--out", str(out)])
-    kept = importance_in(out, safe_load(out))
+    kept = Checkpoint(out).moments
     first = {"prune": 1, "share": 0}[how[0]]
     assert torch.equal(kept["decoder.layers.0.fc2.weight"], whole[f"decoder.layers.{first}.fc2.weight"])
     assert torch.equal(kept["decoder.layers.1.fc2.weight"], whole[f"decoder.layers.{3 * first}.fc2.weight"])
@@ -299,7 +299,7 @@ def stages(lab, kind="plain", **more):
 def test_all_stages_weigh_by_the_moments_of_the_dense_network(lab, runs, weighed, kind):
     dense = runs.stock(kind).path
     run = lab.train(*stages(lab, kind), "--finetune-from-model", dense, kind=kind, updates=3)
-    expected = importance_in(dense, safe_load(dense))
+    expected = Checkpoint(dense).moments
     given = {name: tensor for stage in weighed for name, tensor in stage.items()}
     assert len(given) == len(quantized_weights(run.model))
     assert same(given, {name: expected[name].bfloat16() for name in given})
@@ -358,7 +358,7 @@ def test_a_pruned_run_weighs_by_the_layers_that_stay(lab, weighed):
     dense = lab.train("--decoder-layers", 4, updates=2)
     flags = ["--decoder-layers", 4, "--decoder-layers-to-keep", "1,3", "--finetune-from-model", dense.path]
     lab.train(*stages(lab), *flags, updates=3)
-    expected = importance_in(dense.path, safe_load(dense.path))
+    expected = Checkpoint(dense.path).moments
     assert torch.equal(weighed[0]["decoder.layers.1.fc2.weight"], expected["decoder.layers.3.fc2.weight"].bfloat16())
 
 
@@ -381,6 +381,6 @@ def test_a_resumed_run_needs_the_dense_checkpoint_no_more(lab, runs):
 @both_kinds
 def test_of_a_network_that_is_wholly_in_codes(runs, kind):
     run = runs.ipq(kind)
-    found = importance_in(run.path, safe_load(run.path))
+    found = Checkpoint(run.path).moments
     assert any(name.endswith(".centroids") for name in found)
     assert same(found, of_the_optimizer(run))

@@ -1,7 +1,7 @@
 # ruff: noqa: UP045 (fairseq reads `Optional`, not `| None`)
 """`quant_noise_efficientnet`: EfficientNet for fairseq, whose blocks are timm's, with Quant-Noise and iPQ."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -15,32 +15,28 @@ from ...networks.efficientnet_config import LAYER_OPTIONS, EfficientNetConfig
 from ...networks.timm_weights import our_names
 from ..exits import exits_on_user_error
 from .layers import update_options
-from .options import QuantNoiseOptions
+from .options import QuantNoiseOptions, option
 from .quantizable import Quantizable
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 def _layers(stage: int) -> Any:
-    return _option(None, f"blocks after the first in stage {stage} (default: as --depth says)")
+    return option(None, f"blocks after the first in stage {stage} (default: as --depth says)")
 
 
 def _keep(stage: int) -> Any:
-    return _option(None, f"of the blocks after the first in stage {stage}, which to keep: every-other, or 0,2")
+    return option(None, f"of the blocks after the first in stage {stage}, which to keep: every-other, or 0,2")
 
 
 @dataclass
 class QuantNoiseEfficientNetConfig(QuantNoiseOptions, FairseqDataclass):
     """The defaults are EfficientNet-B0's (`networks/efficientnet_config.py`)."""
 
-    num_classes: Optional[int] = _option(None, "number of classes (default: the data's; 1000 without data)")
-    width: float = _option(1.0, "channels, as a multiple of EfficientNet-B0's; B3 has 1.2")
-    depth: float = _option(1.0, "blocks of a stage, as a multiple of EfficientNet-B0's; B3 has 1.4")
-    stem_stride: int = _option(2, "of the first convolution; 1 for images of 32 x 32")
-    dropout: float = _option(0.2, "dropout before the classifier")
-    drop_path: float = _option(
+    num_classes: Optional[int] = option(None, "number of classes (default: the data's; 1000 without data)")
+    width: float = option(1.0, "channels, as a multiple of EfficientNet-B0's; B3 has 1.2")
+    depth: float = option(1.0, "blocks of a stage, as a multiple of EfficientNet-B0's; B3 has 1.4")
+    stem_stride: int = option(2, "of the first convolution; 1 for images of 32 x 32")
+    dropout: float = option(0.2, "dropout before the classifier")
+    drop_path: float = option(
         0.2, "stochastic depth: probability of leaving out the last block, less for those before it (LayerDrop)"
     )
     blocks_0_layers: Optional[int] = _layers(0)
@@ -57,11 +53,11 @@ class QuantNoiseEfficientNetConfig(QuantNoiseOptions, FairseqDataclass):
     blocks_4_layers_to_keep: Optional[str] = _keep(4)
     blocks_5_layers_to_keep: Optional[str] = _keep(5)
     blocks_6_layers_to_keep: Optional[str] = _keep(6)
-    quant_noise_pq: float = _option(0.0, "share of the blocks of weights that are hit in each forward")
-    quant_noise_pq_block_size: int = _option(
+    quant_noise_pq: float = option(0.0, "share of the blocks of weights that are hit in each forward")
+    quant_noise_pq_block_size: int = option(
         4, "block size of 1x1 convolutions and the classifier, less where it does not divide; 3x3 has 9, 5x5 has 5"
     )
-    quant_noise_scalar: float = _option(0.0, "int8 noise of this share, and int8 weights and activations in evaluation")
+    quant_noise_scalar: float = option(0.0, "int8 noise of this share, and int8 weights and activations in evaluation")
 
 
 class EfficientNetModel(EfficientNet, BaseFairseqModel):

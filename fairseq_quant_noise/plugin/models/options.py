@@ -18,54 +18,45 @@ from ...scalar import bits_of
 SCALAR_BITS = 8  # of --quant-noise-scalar, as in fairseq
 
 
+def option(default: Any, text: str) -> Any:
+    """A field of a model's dataclass: an option with its default and its line in --help."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class QuantNoiseOptions:
     """Mixed into a model's dataclass."""
 
-    share_layers: int = field(
-        default=1, metadata={"help": "adjacent layers that share one set of weights: with 2, layers 1 = 2, 3 = 4, ..."}
-    )
-    share_from: str = field(
-        default="first",
-        metadata={"help": "the weights that layers of an unshared checkpoint start from: of the first, or their mean"},
+    share_layers: int = option(1, "adjacent layers that share one set of weights: with 2, layers 1 = 2, 3 = 4, ...")
+    share_from: str = option(
+        "first", "the weights that layers of an unshared checkpoint start from: of the first, or their mean"
     )
 
-    quant_noise_kind: str = field(
-        default="proxy",
-        metadata={"help": "distortion of --quant-noise-pq: proxy, mean, pq, int2 ... int8; pq,int8 composes"},
+    quant_noise_kind: str = option(
+        "proxy", "distortion of --quant-noise-pq: proxy, mean, pq, int2 ... int8; pq,int8 composes"
     )
-    quant_noise_choice: str = field(
-        default="subvectors",
-        metadata={"help": "subvectors: blocks are hit independently; clusters: with all blocks of their centroid"},
+    quant_noise_choice: str = option(
+        "subvectors", "subvectors: blocks are hit independently; clusters: with all blocks of their centroid"
     )
-    quant_noise_range: Optional[str] = field(  # noqa: UP045 (fairseq reads `Optional`, not `| None`)
-        default=None,
-        metadata={
-            "help": "range of intN: tensor, channel or histogram (default tensor; histogram with --quant-noise-scalar)"
-        },
+    quant_noise_range: Optional[str] = option(  # noqa: UP045 (fairseq reads `Optional`, not `| None`)
+        None, "range of intN: tensor, channel or histogram (default tensor; histogram with --quant-noise-scalar)"
     )
-    quant_noise_refresh: Optional[str] = field(  # noqa: UP045
-        default=None,
-        metadata={"help": "codebooks and ranges are found anew after so many updates, or each 'epoch'"},
+    quant_noise_refresh: Optional[str] = option(  # noqa: UP045
+        None, "codebooks and ranges are found anew after so many updates, or each 'epoch'"
     )
-    quant_noise_schedule: Optional[str] = field(  # noqa: UP045
-        default=None,
-        metadata={"help": "of P: KIND:FROM:UPDATES, such as linear:0:1000; KIND is linear, cosine or step"},
+    quant_noise_schedule: Optional[str] = option(  # noqa: UP045
+        None, "of P: KIND:FROM:UPDATES, such as linear:0:1000; KIND is linear, cosine or step"
     )
-    quant_noise_embedding_layer: bool = field(
-        default=False,
-        metadata={"help": "keep the d x d layer after the embedding that fairseq's own --quant-noise-pq adds"},
+    quant_noise_embedding_layer: bool = option(
+        False, "keep the d x d layer after the embedding that fairseq's own --quant-noise-pq adds"
     )
-    quant_noise_log_interval: int = field(
-        default=100,
-        metadata={"help": "log the relative distortion of weights and outputs every so many updates; 0: never"},
+    quant_noise_log_interval: int = option(
+        100, "log the relative distortion of weights and outputs every so many updates; 0: never"
     )
-    quant_noise_gap_batches: int = field(
-        default=0,
-        metadata={
-            "help": "log the loss under the target quantization on the first so many batches of each validation; this "
-            "quantizes the weights anew each time; 0: never"
-        },
+    quant_noise_gap_batches: int = option(
+        0,
+        "log the loss under the target quantization on the first so many batches of each validation; this "
+        "quantizes the weights anew each time; 0: never",
     )
 
 

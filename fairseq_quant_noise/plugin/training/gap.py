@@ -27,7 +27,7 @@ from ...quantization.targets import Target, resolve_stages
 from ...utils.progress import now_and_then
 from ..metrics import logger
 from .endings import has_stages
-from .optimizer import second_moments
+from .optimizer import adam_moments
 
 
 class Gap:
@@ -100,5 +100,5 @@ def _importance(trainer: Any, targets: Sequence[Target]) -> Mapping[str, Tensor]
         kept: Mapping[str, Tensor] = trainer.quantizer.importance
         return kept
     dense = {t.weight.tensor_name: t.weight.stored for t in targets if isinstance(t.weight.stored, Tensor)}
-    moments = sound(second_moments(trainer.get_model(), trainer.optimizer), dense)
+    moments = sound(adam_moments(trainer.get_model(), trainer.optimizer), dense)
     return {name: tensor.bfloat16() for name, tensor in moments.items()}

@@ -62,7 +62,7 @@ def copied_part(value: Any, cut: slice, shape: Sequence[int]) -> Any:
     return own.clone() if isinstance(own, Tensor) else own
 
 
-def second_moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+def adam_moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
     """Adam's second moments of the model's parameters in a fairseq optimizer, by name; none of an optimizer without.
 
     Each has its parameter's shape, also where the optimizer steps one flat tensor.

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ...accounting import MIB
 from ...artifact.reader import is_packed
+from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.keys import IMPORTANCE, STAGES
-from ...checkpoints.moments import importance_in
-from ...checkpoints.network import read_checkpoint
 from ...errors import UserError
 from ...layers.batch_statistics import batch_norms, estimating
 from ...noise import attach_rules
@@ -37,7 +36,7 @@ from ..models.equivalents import cure
 from ..models.quantizable import Quantizable
 from .best_so_far import start_anew
 from .endings import watch_end
-from .optimizer import carry_over, second_moments
+from .optimizer import adam_moments, carry_over
 from .resume import end_if_complete
 from .stage_schedule import restart_in_stages
 from .stage_times import EPOCH, UPDATE, StageTimes
@@ -124,7 +123,7 @@ class StageController:
     def _quantize_stage(self, stage: int) -> None:
         targets = [t for t in self.targets if t.stage == stage]
         if stage == 0 and self.plan.weighs and not self.importance:
-            moments = second_moments(self.trainer.get_model(), self.trainer.optimizer)
+            moments = adam_moments(self.trainer.get_model(), self.trainer.optimizer)
             self._weigh_by(moments, "the second moments of Adam in this training")
         if stage == 0 and self.plan.weighs and not self.importance:
             self._weigh_by(_gradients(self.trainer, self.epoch), f"the gradients of {FIRST_BATCHES} batches")
@@ -233,9 +232,9 @@ def _moments_in_file(filename: str, model: Any) -> dict[str, Tensor]:
     """Those that the checkpoint holds from which the model was loaded; rank 0 reads it, as for the loading."""
     found: dict[str, Tensor] = {}
     if rank_and_world()[0] == 0 and not is_packed(filename):
-        state = read_checkpoint(PathManager.get_local_path(filename))
-        taken = model.quant_noise_layers.taken(model, state["model"])
-        found = follow(importance_in(filename, state), state["model"], taken)
+        checkpoint = Checkpoint(PathManager.get_local_path(filename))
+        taken = model.quant_noise_layers.taken(model, checkpoint.weights)
+        found = follow(checkpoint.moments, checkpoint.weights, taken)
     of_rank: list[dict[str, Tensor]] = gather(found)
     return of_rank[0]
 

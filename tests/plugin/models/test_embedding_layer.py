@@ -11,7 +11,7 @@ from toys import python, refuses
 
 import fairseq_quant_noise
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.checkpoints.network import load_trained
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.noise import noise_of
 
@@ -108,7 +108,7 @@ def test_a_stock_checkpoint_loads_with_the_option_alone(family):
     ours = family.model(OPTION, "--quant-noise-pq", 0.2).eval()
     ours.load_state_dict(dict(state))
     assert torch.equal(family.scores(ours), expected)
-    close(family.scores(load_trained(family.stock.path).model), expected)
+    close(family.scores(Checkpoint(family.stock.path).network), expected)
     wrong = {"has this layer": ((), state), "none; leave": ((OPTION,), family.model().state_dict())}
     for said, (flags, given) in wrong.items():
         with refuses(".*") as caught:

@@ -21,7 +21,7 @@ from roberta_fixture import (
 
 import fairseq_quant_noise
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.checkpoints.network import load_trained
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import input_quantizers, quantized_weights
 
@@ -130,7 +130,7 @@ def test_published_checkpoints(roberta, kind):  # noqa: F811
     ours = roberta.model("--quant-noise-pq", 0.1, kind=kind).eval()
     ours.load_state_dict(state_of(path)["model"])
     assert torch.equal(logits(ours, kind), expected)
-    torch.testing.assert_close(logits(load_trained(path).model, kind), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(Checkpoint(path).network, kind), expected, atol=1e-5, rtol=1e-5)
     out = roberta.new("packed.safetensors")
     verb("quantize", "--path", path, "--plan", roberta.plan(INT8), "--out", out)
     assert roberta.validate(out, kind)["loss"] == pytest.approx(run.valid[-1]["loss"], rel=0.02)

@@ -24,7 +24,7 @@ from roberta_fixture import (
 )
 from toys import refuses
 
-from fairseq_quant_noise.checkpoints.network import load_trained
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.errors import DamagedFileError
 from fairseq_quant_noise.plugin.models.roberta import QuantNoiseRoberta
@@ -197,7 +197,7 @@ def test_verbs(roberta, layout, capsys):  # noqa: F811
     main(["plan", "--path", str(published.path), "--plan", plan])
     assert f"{ENCODER}.layers.1.self_attn.q_proj.weight" in capsys.readouterr().out
     expected = published.logits(TOKENS)
-    torch.testing.assert_close(load_trained(published.path).model(TOKENS), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(Checkpoint(published.path).network(TOKENS), expected, atol=1e-5, rtol=1e-5)
     main(["to-dense", str(published.path), "--out", str(dense)])
     stock = roberta.load(dense)
     assert type(stock).__name__ == "RobertaModel"

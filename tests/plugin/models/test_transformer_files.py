@@ -24,7 +24,7 @@ from translation_fixture import (
 
 import fairseq_quant_noise
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.checkpoints.network import load_trained
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.errors import UserError
 from fairseq_quant_noise.plugin.models.transformer import QuantNoiseTransformer
 from fairseq_quant_noise.structure.modules import find_stacks, shared_chunk
@@ -157,7 +157,7 @@ def test_layers_are_kept_on_either_side(translation):  # noqa: F811
     sizes = {name: len(stack) for name, stack in find_stacks(fairseq_quant_noise.load(packed)).items()}
     assert sizes == {"encoder.layers": 2, "decoder.layers": 1}
     run = translation.train("--finetune-from-model", out, "--decoder-layers", 1, updates=1)
-    check_same(load_trained(run.path).model, translation.load(run.path))
+    check_same(Checkpoint(run.path).network, translation.load(run.path))
     ours, pruned = translation.train("--finetune-from-model", stock, updates=1).path, translation.new("ours.pt")
     verb("prune", "--path", ours, "--keep", "encoder=0,1", "--keep", "decoder=1", "--out", pruned)
     override = "{'decoder_layers_to_keep': '1'}"  # fairseq's own way
@@ -249,7 +249,7 @@ def test_the_layers_after_the_embeddings_of_fairseqs_own_noise_are_kept(translat
     run = translation.train("--restore-file", stock.path, "--quant-noise-embedding-layer", updates=2)
     names = {"encoder.quant_noise.weight", "decoder.quant_noise.weight"}
     assert names <= state_of(run.path)["model"].keys()
-    check_same(load_trained(run.path).model, translation.load(run.path))
+    check_same(Checkpoint(run.path).network, translation.load(run.path))
     with pytest.raises(SystemExit):
         translation.train("--restore-file", stock.path, updates=2)
 

@@ -13,8 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import fairseq_quant_noise.quantization.quantize
 from fairseq_quant_noise import noise_of, quantize_
-from fairseq_quant_noise.checkpoints.moments import importance_in
-from fairseq_quant_noise.checkpoints.safe_load import safe_load
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.errors import UserError
 from fairseq_quant_noise.noise import weight_noise
 from fairseq_quant_noise.plugin.training.stages import StageController
@@ -180,7 +179,7 @@ def test_two_processes_train_the_stages_together(lab, runs, cluster, name, struc
     assert all(torch.equal(t, first["model"][name]) for name, t in saved["model"].items())
     first_stage = {"stages": STAGES[:1], "structure": structure}
     dense = runs.stock("adaptive").path
-    importance = importance_in(dense, safe_load(dense))
+    importance = Checkpoint(dense).moments
     alone = quantize_(lab.load(dense), first_stage, seed=3, importance=importance).state_dict()
     codes = {name: t for name, t in alone.items() if name.endswith(".codes")}
     assert len(codes) == 4

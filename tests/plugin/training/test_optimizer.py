@@ -6,10 +6,10 @@ from half import PRECISIONS, across_a_stage, build, every_optimizer, every_preci
 from lm_fixture import PLANS, same, state_of
 from toys import refuses
 
-from fairseq_quant_noise.checkpoints.moments import importance_in
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.plugin.training import stages as training
-from fairseq_quant_noise.plugin.training.optimizer import carry_over, second_moments
+from fairseq_quant_noise.plugin.training.optimizer import adam_moments, carry_over
 from fairseq_quant_noise.plugin.training.stages import StageController
 
 pytestmark = pytest.mark.usefixtures("flattens")
@@ -51,7 +51,7 @@ def test_second_moments_have_the_shapes_of_their_parameters(lab, precision):
     model = network(precision, ("first", "old", "last"))
     optimizer = build(lab, "adam", precision, list(model.values()))
     step(optimizer, model, range(3))
-    found, kept = second_moments(model, optimizer), memory(optimizer, model)
+    found, kept = adam_moments(model, optimizer), memory(optimizer, model)
     assert {name: tensor.shape for name, tensor in found.items()} == {name: p.shape for name, p in model.items()}
     assert all(torch.equal(found[name], kept[name]["exp_avg_sq"]) for name in model)
     assert all(bool((tensor > 0).all()) for tensor in found.values())
@@ -122,8 +122,8 @@ def test_stages_in_every_precision(lab, weighed, survived, name, request):
         request.getfixturevalue("flat")
     flags = [*PRECISIONS[name], "--disable-validation"]
     dense = lab.train(*flags, updates=2)
-    moments = {n: t.bfloat16() for n, t in second_moments(dense.model, dense.trainer.optimizer).items()}
-    assert same(importance_in(dense.path, safe_load(dense.path)), moments)
+    moments = {n: t.bfloat16() for n, t in adam_moments(dense.model, dense.trainer.optimizer).items()}
+    assert same(Checkpoint(dense.path).moments, moments)
 
     staged = [*flags, "--quantization-config-path", lab.plan(ATTENTION_LAST), "--save-interval-updates", 1]
     run = lab.train(*staged, "--restore-file", dense.path, updates=6)
@@ -142,8 +142,8 @@ def test_stages_in_every_precision(lab, weighed, survived, name, request):
     assert steps_of(run) == expected
 
     partly = safe_load(run.path)
-    moments = {n: t.bfloat16() for n, t in second_moments(run.model, run.trainer.optimizer).items()}
-    assert same(importance_in(run.path, partly), moments)
+    moments = {n: t.bfloat16() for n, t in adam_moments(run.model, run.trainer.optimizer).items()}
+    assert same(Checkpoint(run.path, partly).moments, moments)
     resumed = lab.train(*staged, "--restore-file", run.folder / "checkpoint_1_3.pt", updates=6)
     assert steps_of(resumed) == expected
     ends = [state_of(r.path) for r in (run, resumed)]
