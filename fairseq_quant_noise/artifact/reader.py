@@ -21,6 +21,8 @@ from .limits import check_sizes, longest_header
 from .manifest import METADATA_KEY, ZERO_HASH, Manifest, QuantizedTensor, parse_json
 from .packed import Packed
 
+SUFFIX = ".safetensors"  # of a packed file's name, by which fairseq's programs know it
+
 _MAX_COPIES = 1_000_000  # tensors that ties and shared layers stand for: a small file must not ask for much memory
 #: What safetensors and torch raise for a file whose header is no sound description of its bytes.
 _UNSOUND = (safetensors.SafetensorError, AssertionError, KeyError, OverflowError, RuntimeError, TypeError, ValueError)
@@ -163,4 +165,4 @@ def _wrong(entry: QuantizedTensor, parts: dict[str, Tensor]) -> str | None:
 
 def is_packed(path: str | Path) -> bool:
     """Whether `path` names a packed file, by its ending."""
-    return str(path).endswith(".safetensors")
+    return str(path).endswith(SUFFIX)

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..artifact import pack, read, write
+from ..artifact.reader import SUFFIX
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.stock import stock_checkpoint
 from ..checkpoints.structure import pruned, restructured, shared
@@ -223,7 +224,7 @@ def _check_out(out: str, *read: str, packed: bool = False) -> None:
     if path.exists() and any(path.samefile(name) for name in read if Path(name).exists()):
         raise UserError(f"--out {out}: is a file that is read, and would be lost; choose another name")
     if packed and path.suffix == ".pt":
-        cure = f"call it {path.with_suffix('.safetensors')}"
+        cure = f"call it {path.with_suffix(SUFFIX)}"
         raise UserError(
             f"--out {out}: is a checkpoint's name, and fairseq's programs know a packed file by its; {cure}"
         )

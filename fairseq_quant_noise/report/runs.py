@@ -12,6 +12,7 @@ from typing import Any
 
 from ..artifact import read
 from ..artifact.inspection import inspection
+from ..artifact.reader import SUFFIX
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
 from .codebooks import CodebookUse, codebook_use
@@ -98,7 +99,7 @@ def _below(root: Path) -> list[Path]:
 
 def _read_folder(runs: Runs, name: str, folder: Path) -> None:
     _read_steps(runs, name, folder)
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob(f"*{SUFFIX}"))
     evals = sorted(folder.glob("eval-*.log"))
     if files or evals or (folder / "result.json").exists():
         runs.names.append(name)
