@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from packed_files import packed_zoo, quantized_afresh
 from torch import nn
 from toys import quiet, refuses
 
-from fairseq_quant_noise.artifact import pack, writer
+from fairseq_quant_noise.artifact import pack
 from fairseq_quant_noise.artifact.writer import serialize, write
 from fairseq_quant_noise.quantization.quantize import quantize_
 from fairseq_quant_noise.quantization.table import model_bytes
+from fairseq_quant_noise.utils import files
 from fairseq_quant_noise.utils.files import replace_file
 
 
@@ -42,8 +44,8 @@ def test_another_process_gives_the_same_bytes():
         "from fairseq_quant_noise.artifact.writer import serialize;"
         "print(hashlib.sha256(serialize(packed_zoo())).hexdigest())"
     )
-    here = os.path.dirname(__file__)
-    folders = [here, os.path.dirname(here), os.path.dirname(os.path.dirname(here))]
+    tests = Path(__file__).parents[1]
+    folders = [str(tests / "support"), str(tests.parent)]
     run = subprocess.run([sys.executable, "-c", script, *folders], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == hashlib.sha256(serialize(packed_zoo())).hexdigest()
 
@@ -120,7 +122,7 @@ def test_when_the_disk_fails_the_old_file_stays_and_nothing_else(old, monkeypatc
     def fail(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(writer.os, call, fail)
+    monkeypatch.setattr(files.os, call, fail)
     with refuses(r"cannot write .*model\.safetensors: No space left on device; choose another place"):
         write(packed_zoo(), old)
     assert only_the_old(old)
@@ -130,7 +132,7 @@ def test_an_interrupt_leaves_the_old_file_and_nothing_else(old, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer.os, "fsync", interrupt)
+    monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         replace_file(old, b"new")
     assert only_the_old(old)
@@ -140,7 +142,7 @@ def test_the_file_is_on_disk_before_it_takes_the_name(old, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(writer.os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
+        monkeypatch.setattr(files.os, name, lambda *a, name=name, real=real: (calls.append(name), real(*a))[1])
     replace_file(old, b"new")
     assert calls[:2] == ["fsync", "replace"]
     assert old.read_bytes() == b"new"
@@ -177,7 +179,7 @@ def test_too_many_open_files_is_not_said_to_be_the_place(old, monkeypatch):
     def fail(*args):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(writer.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="Too many open files"):
         replace_file(old, b"new")
     assert only_the_old(old)
