@@ -70,8 +70,8 @@ step() {
 }
 NETWORK="If the package index was not reached, check the network and pip's settings and run the same command again."
 
-# good_python PYTHON: it runs, and is a release that fairseq-fixed (3.11, 3.12) or git main (3.10) is made for.
-good_python() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
+# good_python PYTHON: it runs, and is a release that fairseq-fixed is made for.
+good_python() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
 find_python() {
   local candidate
@@ -182,7 +182,7 @@ step 4 fairseq "$(pinned fairseq-fixed), torchaudio if it loads" "building fairs
 
 # 5. This package, so that `fairseq-quant-noise` is a command and `import fairseq_quant_noise` works everywhere.
 install_package() { pip install --no-build-isolation --no-deps -e .; }
-step 5 package "$(cat setup.py requirements/core.txt fairseq_quant_noise/__init__.py)" \
+step 5 package "$(cat setup.py pyproject.toml requirements/core.txt fairseq_quant_noise/_version.py)" \
   "installing fairseq-quant-noise" "The lines above say why." install_package
 
 # 6. Images. torchvision must be the one for this torch; on a CPU its own build, or else PyPI's, which is made for CUDA. Beside a CPU

@@ -39,7 +39,8 @@ def test_the_oldest_python_is_the_one_that_ruff_and_mypy_check_for():
     oldest = {
         re.search(pattern, (ROOT / name).read_text())[1].replace(", ", ".")
         for name, pattern in (
-            ("setup.py", r'python_requires=">=(3\.\d+)"'),
+            ("pyproject.toml", r'requires-python = ">=(3\.\d+)"'),
+            ("pyproject.toml", r'classifiers = \[\s+"Programming Language :: Python :: (3\.\d+)"'),
             ("pyproject.toml", r'python_version = "(3\.\d+)"'),
             ("scripts/setup.sh", r"not \((3, \d+)\) <= sys.version_info"),
         )

@@ -108,9 +108,9 @@ def cuda_checkout(checkout, tmp_path):
     wheel(index, "fairseq_fixed", "0.12.3.1", {"fairseq/__init__.py": ""}, "torch>=1.13", "torchaudio>=0.8.0")
     for name in ("core", "vision", "recipes", "build"):
         (checkout / f"requirements/{name}.txt").write_text("torch>=2.6,<3\n" if name in ("core", "vision") else "")
-    (checkout / "setup.py").touch()
     (checkout / "fairseq_quant_noise").mkdir()
-    (checkout / "fairseq_quant_noise/__init__.py").touch()
+    for name in ("setup.py", "pyproject.toml", "fairseq_quant_noise/_version.py"):
+        (checkout / name).touch()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", checkout / ".venv"], check=True)
     for tool in Path(sysconfig.get_path("purelib")).glob("pip*"):
         (packages_of(checkout) / tool.name).symlink_to(tool)

@@ -24,7 +24,12 @@ def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, An
 
 
 _PATH = _option("--path", metavar="CKPT", required=True, help="a fairseq checkpoint")
-_PLAN = _option("--plan", metavar="PLAN", required=True, help="a YAML plan, ours or fairseq's")
+_PLAN = _option(
+    "--plan",
+    metavar="PLAN",
+    required=True,
+    help="a YAML plan, ours or fairseq's, or the name of a plan that comes with the package, such as small_int8",
+)
 _OUT = _option(
     "--out", metavar="FILE", required=True, help="the file to write; replaced only once the new one is whole"
 )
@@ -36,7 +41,7 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
     "plan": (
         plan,
         "fairseq-quant-noise plan --arch quant_noise_roberta_base --vocab-size 50265 --head mnli=3 "
-        "--set quant_noise_embedding_layer=true --plan configs/plans/roberta.yaml",
+        "--set quant_noise_embedding_layer=true --plan roberta",
         [
             _option("--path", metavar="CKPT", help="a fairseq checkpoint"),
             _option("--arch", metavar="ARCH", help="an architecture's name, instead of a checkpoint"),
@@ -61,7 +66,7 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
     ),
     "quantize": (
         quantize,
-        "fairseq-quant-noise quantize --path dense.pt --plan configs/plans/small.yaml --out model.safetensors",
+        "fairseq-quant-noise quantize --path dense.pt --plan small --out model.safetensors",
         [
             _PATH,
             _PLAN,

@@ -1,6 +1,7 @@
 """What each verb of `fairseq-quant-noise` does with its parsed arguments."""
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -56,6 +57,7 @@ def _network(args: argparse.Namespace) -> nn.Module:
         if args.set or args.head:
             raise UserError("plan: --set and --head go with --arch, for a checkpoint has its own; leave them out")
         return Checkpoint(args.path).network
+    _need_fairseq("--arch", "give --path CKPT instead")
     from ..plugin.models.architectures import architecture_options
 
     if args.vocab_size is None and has_words(args.arch):
@@ -97,6 +99,8 @@ def _check_stages(args: argparse.Namespace, the_plan: Plan) -> None:
             f"quantize: plan {args.plan} quantizes activations, whose ranges need data; give --calibration-data "
             "DATA, the folder that fairseq-train reads"
         )
+    if args.calibration_data is not None:
+        _need_fairseq("--calibration-data", "leave it out, with a plan that has no `activations`")
 
 
 def _importance(args: argparse.Namespace, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
@@ -209,6 +213,12 @@ def bench(args: argparse.Namespace) -> None:
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _need_fairseq(option: str, instead: str) -> None:
+    """Raise UserError where fairseq, which the option works with, is not installed."""
+    if importlib.util.find_spec("fairseq") is None:
+        raise UserError(f"{option}: needs fairseq, which is not installed; install fairseq-fixed, or {instead}")
 
 
 def _check_out(out: str, *read: str, packed: bool = False) -> None:

@@ -9,13 +9,14 @@ from ..errors import UserError
 from .checks import check_keys, check_setting, read_yaml
 from .fairseq_yaml import is_fairseq_format, stages_of
 from .rules import Activations, Centroids, NoiseRule, StageRule, Structure, Tuning, given
+from .shipped import plan_path
 
 D = TypeVar("D")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked plan. `Plan.of` makes one from a path, a mapping or a Plan."""
+    """A checked plan. `Plan.of` makes one from a path, a shipped plan's name, a mapping or a Plan."""
 
     noise: tuple[NoiseRule, ...] = ()
     stages: tuple[StageRule, ...] = ()
@@ -31,7 +32,7 @@ class Plan:
 
     @classmethod
     def of(cls, source: "str | Path | Mapping[str, Any] | Plan") -> "Plan":
-        """The plan of a YAML file, a mapping, or a Plan (returned as it is).
+        """The plan of a YAML file, a shipped plan's name, a mapping, or a Plan (returned as it is).
 
         Raises:
             UserError: one line that names the file, rule or key and the cure.
@@ -39,7 +40,7 @@ class Plan:
         if isinstance(source, Plan):
             return source
         if isinstance(source, str | Path):
-            return cls.of(read_yaml(Path(source)))
+            return cls.of(read_yaml(plan_path(source)))
         if is_fairseq_format(source):
             return cls.of({"stages": stages_of(source)})
         check_keys("plan", source, [f.name for f in fields(cls)])

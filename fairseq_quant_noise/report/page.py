@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def page(runs: Runs, drawn: Sequence[Picture]) -> str:
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{key}">{title}</a>' for key, title in SECTIONS.items())
     sections = "".join(_section(key, [p for p in drawn if p.section == key], tables[key]) for key in SECTIONS)
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     of = f"{len(runs.names)} runs" if len(runs.names) != 1 else "1 run"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
