@@ -10,8 +10,8 @@ namespace {
 // out (rows, blocks * d) = the centroids (256, d) of the codes, for eight rows or fewer.
 // Writes go along a row; the codes, mostly laid out the other way, are read eight by eight.
 template <int D>
-void decode_rows(const uint8_t* codes, int64_t by_row, int64_t by_block, const float* centroids, int64_t d, int64_t rows,
-                 int64_t blocks, float* out) {
+void decode_rows(const uint8_t* codes, int64_t by_row, int64_t by_block, const float* centroids, int64_t d,
+                 int64_t rows, int64_t blocks, float* out) {
   const int64_t dims = D ? D : d;
   for (int64_t first = 0; first < blocks; first += 8) {
     const int64_t count = blocks - first < 8 ? blocks - first : 8;

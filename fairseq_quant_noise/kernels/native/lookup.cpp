@@ -30,8 +30,8 @@ void add_four(const float (*table)[256], const uint8_t* codes, int64_t stride, i
   }
 }
 #else
-// Eight codes are one load. Left to itself, GCC gathers the eight entries into a vector, which takes twice as long on many
-// processors.
+// Eight codes are one load. Left to itself, GCC gathers the eight entries into a vector, which takes twice as long on
+// many processors.
 #if defined(__GNUC__) && !defined(__clang__)
 __attribute__((noinline, optimize("no-tree-vectorize")))
 #endif
@@ -52,8 +52,8 @@ void add_four(const float (*table)[256], const uint8_t* codes, int64_t stride, i
 }
 #endif
 
-// out[r] += sum_j < x[j], centroids[codes[j][r]] > by tables of 256 products, four blocks j at a time, so that their tables
-// stay in the nearest cache.
+// out[r] += sum_j < x[j], centroids[codes[j][r]] > by tables of 256 products, four blocks j at a time, so that their
+// tables stay in the nearest cache.
 template <int D>
 void look_up_numbers(const float* x, int64_t blocks, int64_t d, const float* centroids, const uint8_t* codes,
                      int64_t stride, int64_t rows, float* __restrict__ out) {
@@ -84,9 +84,10 @@ void look_up_numbers(const float* x, int64_t blocks, int64_t d, const float* cen
 
 #ifdef __AVX512VBMI__
 
-// A processor that picks bytes from registers looks numbers up at more than twice the rate of its loads from a table. So the
-// tables become numbers of 24 bits, a table for each of their three bytes, which are added up as whole numbers: the entries
-// are those of one scale for `together` blocks, rounded at 2^-24 of the largest that there can be, as float32 rounds it.
+// A processor that picks bytes from registers looks numbers up at more than twice the rate of its loads from a table.
+// So the tables become numbers of 24 bits, a table for each of their three bytes, which are added up as whole numbers:
+// the entries are those of one scale for `together` blocks, rounded at 2^-24 of the largest that there can be, as
+// float32 rounds it.
 constexpr int64_t together = 64;
 
 struct Tables {
@@ -232,11 +233,12 @@ extern const double rows_by_tables = 1;
 extern const double rows_by_tables = 0.75;
 #endif
 
-// out (n, rows) = x (n, blocks * d) times the weight of the codes (blocks, rows), transposed, plus the bias (rows), if any.
+// out (n, rows) = x (n, blocks * d) times the weight of the codes (blocks, rows), transposed, plus the bias (rows), if
+// any.
 //   centroids  (d, 256): a column for each
 // In parts whose bounds do not depend on the threads, and are added up in one order.
-void linear_by_tables(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids, const uint8_t* codes,
-                      int64_t rows, const float* bias, float* out, int64_t threads) {
+void linear_by_tables(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids,
+                      const uint8_t* codes, int64_t rows, const float* bias, float* out, int64_t threads) {
   constexpr int64_t tile = 1 << 12, lookups = 1 << 16;  // a tile of the sums fits the nearest cache
   const int64_t tiles = parts(rows, tile);
   int64_t splits = parts(rows * blocks, lookups) / tiles;  // of the blocks, where there are few rows

@@ -1,5 +1,5 @@
-// A product with a weight in codes, for many rows: a piece of the weight at a time is decoded into the second-level cache, in
-// the order in which the product reads it. A dense product copies its weight into such an order too.
+// A product with a weight in codes, for many rows: a piece of the weight at a time is decoded into the second-level
+// cache, in the order in which the product reads it. A dense product copies its weight into such an order too.
 //
 // Shapes: x (n, blocks * d), the weight (rows, blocks * d), out (n, rows).
 
@@ -16,8 +16,8 @@
 namespace kernels {
 namespace {
 
-// The sums of a tile, `high` rows of x by `across` vectors of rows of the weight, take 24 of AVX-512's 32 registers, 12 of
-// AVX2's 16.
+// The sums of a tile, `high` rows of x by `across` vectors of rows of the weight, take 24 of AVX-512's 32 registers, 12
+// of AVX2's 16.
 #ifdef __AVX512F__
 constexpr int lanes = 16, high = 8;
 #else
@@ -37,7 +37,8 @@ Vector load(const float* from) {
   return read;
 }
 
-// out (high, A vectors) = start + x (high, k) times weight (k, A vectors); the rows of out, start and x are a pitch apart.
+// out (high, A vectors) = start + x (high, k) times weight (k, A vectors); the rows of out, start and x are a pitch
+// apart.
 template <int A>
 void multiply(const float* x, int64_t x_pitch, const float* weight, int64_t k, const float* start, int64_t start_pitch,
               float* out, int64_t pitch) {
@@ -60,7 +61,8 @@ void multiply(const float* x, int64_t x_pitch, const float* weight, int64_t k, c
   }
 }
 
-// The same for `tall` rows of x and `wide` rows of the weight, which is padded to `width`; x has all of the tile's rows.
+// The same for `tall` rows of x and `wide` rows of the weight, which is padded to `width`; x has all of the tile's
+// rows.
 void multiply_some(int64_t tall, int64_t wide, int64_t width, const float* x, int64_t x_pitch, const float* weight,
                    int64_t k, const float* start, int64_t start_pitch, float* out, int64_t pitch) {
   static const float zeros[panel] = {};
@@ -107,9 +109,10 @@ void transpose(const float* centroids, int64_t d, const uint8_t* codes, float* t
 
 #endif
 
-// out (blocks * d, width) = the centroids (256, d) of the codes (blocks, count), transposed; the columns beyond count are any.
-void decode_panel(const float* centroids, int64_t d, const uint8_t* codes, int64_t stride, int64_t count, int64_t blocks,
-                  float* out, int64_t width) {
+// out (blocks * d, width) = the centroids (256, d) of the codes (blocks, count), transposed; the columns beyond count
+// are any.
+void decode_panel(const float* centroids, int64_t d, const uint8_t* codes, int64_t stride, int64_t count,
+                  int64_t blocks, float* out, int64_t width) {
   uint8_t padded[panel] = {};
   for (int64_t b = 0; b < blocks; ++b, codes += stride, out += d * width) {
     const uint8_t* of = codes;
@@ -133,15 +136,16 @@ extern "C" {
 // out (n, rows) = x times the weight of the codes (blocks, rows), transposed, plus the bias (rows), if any.
 //   centroids  (256, d)
 // Every sum is added up in one order, whatever the threads.
-void linear_by_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids, const uint8_t* codes,
-                      int64_t rows, const float* bias, float* out, int64_t threads) {
+void linear_by_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids,
+                      const uint8_t* codes, int64_t rows, const float* bias, float* out, int64_t threads) {
   const int64_t inner = blocks * d, share = std::max<int64_t>(depth / d, 1);  // blocks of a piece
   const int64_t groups = parts(rows, lanes);
   const int64_t tasks = std::min(parts(parts(groups, across * panels), threads) * threads, groups);
   parallel(tasks, threads, [&](int64_t task) {
     const int64_t first = task * groups / tasks * lanes;  // rows of the weight
     const int64_t count = std::min((task + 1) * groups / tasks * lanes, rows) - first;
-    static thread_local std::vector<Line> memory;  // for the piece, and for the rows of x of a tile that are less than high
+    // For the piece, and for the rows of x of a tile that are less than high.
+    static thread_local std::vector<Line> memory;
     memory.resize(std::max<int64_t>(memory.size(), parts((panels * panel + high) * share * d, 16)));
     float* const piece = memory[0].numbers;
     float* const last = piece + panels * panel * share * d;

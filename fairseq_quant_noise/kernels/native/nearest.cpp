@@ -37,12 +37,14 @@ struct Lanes<double> {
 #ifdef __AVX512F__
 int64_t first_of_least(__m512 values, Lanes<float>::numbers numbers) {
   const __m512 least = _mm512_set1_ps(_mm512_reduce_min_ps(values));
-  return _mm512_mask_reduce_min_epi32(_mm512_cmp_ps_mask(values, least, _CMP_EQ_OQ), reinterpret_cast<__m512i>(numbers));
+  return _mm512_mask_reduce_min_epi32(_mm512_cmp_ps_mask(values, least, _CMP_EQ_OQ),
+                                      reinterpret_cast<__m512i>(numbers));
 }
 
 int64_t first_of_least(__m512d values, Lanes<double>::numbers numbers) {
   const __m512d least = _mm512_set1_pd(_mm512_reduce_min_pd(values));
-  return _mm512_mask_reduce_min_epi64(_mm512_cmp_pd_mask(values, least, _CMP_EQ_OQ), reinterpret_cast<__m512i>(numbers));
+  return _mm512_mask_reduce_min_epi64(_mm512_cmp_pd_mask(values, least, _CMP_EQ_OQ),
+                                      reinterpret_cast<__m512i>(numbers));
 }
 #else
 template <typename V, typename I>
@@ -102,14 +104,14 @@ void dispatch(const T* points, int64_t n, int64_t d, const T* slope, const T* bi
 
 extern "C" {
 
-#define LEAST(name, T)                                                                                               \
-  void name(const T* points, int64_t n, int64_t d, const T* slope, const T* bias, int64_t k, int64_t* out,           \
-            int64_t threads) {                                                                                       \
-    constexpr int64_t part = 1 << 12;                                                                                \
-    parallel(parts(n, part), threads, [&](int64_t i) {                                                               \
-      const int64_t start = i * part, count = n - start < part ? n - start : part;                                   \
-      dispatch(points + start * d, count, d, slope, bias, k, out + start);                                           \
-    });                                                                                                              \
+#define LEAST(name, T)                                                                                     \
+  void name(const T* points, int64_t n, int64_t d, const T* slope, const T* bias, int64_t k, int64_t* out, \
+            int64_t threads) {                                                                             \
+    constexpr int64_t part = 1 << 12;                                                                      \
+    parallel(parts(n, part), threads, [&](int64_t i) {                                                     \
+      const int64_t start = i * part, count = n - start < part ? n - start : part;                         \
+      dispatch(points + start * d, count, d, slope, bias, k, out + start);                                 \
+    });                                                                                                    \
   }
 LEAST(least_float, float)
 LEAST(least_double, double)

@@ -7,8 +7,8 @@
 
 namespace kernels {
 
-// torch's own OpenMP threads, which wait for work without sleeping; cpu.py says where they are (`set_team`). Without them one
-// thread does it all.
+// torch's own OpenMP threads, which wait for work without sleeping; cpu.py says where they are (`set_team`). Without
+// them one thread does it all.
 using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 extern Team team;
 
