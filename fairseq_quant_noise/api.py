@@ -52,6 +52,7 @@ def save(
         path: of the file, by custom `.safetensors`.
         plan: recorded in the file.
         config: how `load` can build the network (see `artifact.manifest.Manifest.model`); leave it out for your own.
+
     Raises:
         UserError: the file cannot be written.
     """
@@ -64,6 +65,7 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     Args:
         path: of the file.
         into: a dense network to load into, for files whose network this package cannot build by itself.
+
     Raises:
         UserError: there is no such file, or `into` is needed or does not fit.
         DamagedFileError: the file is not whole.

@@ -18,6 +18,7 @@ def training_transform(size: int, augmentation: str = "imagenet", crop: float = 
         augmentation: imagenet (a random part of the image, resized, and flips), randaugment (and two operations of
             RandAugment, arXiv 1909.13719), cifar (the image moved by up to an eighth, and flips), or none.
         crop: of `evaluation_transform`, for none.
+
     Raises:
         UserError: no such augmentation, or torchvision is missing.
     """
@@ -41,6 +42,7 @@ def evaluation_transform(size: int, crop: float = 0.875) -> Any:
     Args:
         size: in pixels.
         crop: the middle's share of the image's shorter side.
+
     Raises:
         UserError: torchvision is missing.
     """

@@ -18,6 +18,7 @@ def write(packed: Packed, path: str | Path) -> int:
 
     Returns:
         The bytes of the file.
+
     Raises:
         UserError: the folder is missing, unwritable or full; or `read` would refuse the file.
     """

@@ -30,6 +30,7 @@ def pruned(checkpoint: Checkpoint, keep: object, where: str) -> Checkpoint:
         checkpoint: dense or with quantized weights, of any model whose stacks are called `layers`.
         keep: as in `keep_layers_`.
         where: the option or key that says so, for messages.
+
     Raises:
         UserError: a layer that there is not, the same one twice, none at all, or a part of a chunk.
     """
@@ -49,6 +50,7 @@ def shared(checkpoint: Checkpoint, chunk: int, start: str) -> Checkpoint:
         checkpoint: a dense one.
         chunk: N, layers that come to share.
         start: `first` or `mean` (see `state.share_state`).
+
     Raises:
         UserError: N does not divide the layers, the weights are quantized, or a model that this package does not know.
     """

@@ -1,5 +1,7 @@
-"""The inner loops, each with one signature and several forms, of which one is chosen at run time: plain torch
-(`reference.py`), compiled for a CPU where there is a C++ compiler (`cpu.py`), in Triton on a GPU (`gpu.py`).
+"""The inner loops, each with one signature and several forms, of which one is chosen at run time.
+
+The forms are plain torch (`reference.py`), C++ for a CPU, compiled where there is a compiler (`cpu.py`), and Triton on
+a GPU (`gpu.py`).
 
     nearest(points, centroids, weights)    the E-step of k-means; the forms have its core, `least`
     decode(codes, centroids)               a weight out of its codes
@@ -26,6 +28,7 @@ def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) ->
         points: (n, d) float32 or float64.
         centroids: (K, d), of the same dtype.
         weights: (n, d), of the same dtype, 0 or more.
+
     Returns:
         (n,) int64.
     """
@@ -44,6 +47,7 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
     Args:
         codes: (O, I/d) uint8, of any strides.
         centroids: (K, d).
+
     Returns:
         (O, I), of the centroids' dtype.
     """
@@ -66,6 +70,7 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
         codes: (I/d, O) uint8, a row for each block of the input ("block-major").
         centroids: (K, d), K at most 256.
         bias: (O,), or None.
+
     Returns:
         (..., O).
     """

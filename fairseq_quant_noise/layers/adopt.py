@@ -15,6 +15,7 @@ def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
     Returns:
         The names of the modules that changed.
+
     Raises:
         UserError: the codes do not fit the weight's shape, or a weight in training would have to come from codes.
     """

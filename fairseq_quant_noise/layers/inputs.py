@@ -171,6 +171,7 @@ def calibrating(model: nn.Module, required: bool = True) -> Iterator[None]:
     Args:
         model: with input quantizers.
         required: whether each of them must see an input; else those that see none keep the range they had.
+
     Raises:
         UserError: no input reached a quantizer that is required to see one.
     """

@@ -95,6 +95,7 @@ class Format:
         Args:
             weight: in whatever form it is now.
             parts: its entries in the state.
+
         Raises:
             UserError: the entries do not fit the weight.
         """

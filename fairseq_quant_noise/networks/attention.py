@@ -44,9 +44,10 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
-        """x: (B, T, C) -> (B, T, C).
+        """(B, T, C) -> (B, T, C).
 
         Args:
+            x: (B, T, C).
             mask: None where no key is padding, else what `causal_mask` (or, if not `causal`, `key_mask`) returns.
             memory: (B, S, M), or None for attention to its own sequence.
         """

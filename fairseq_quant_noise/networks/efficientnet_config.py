@@ -67,6 +67,7 @@ class EfficientNetConfig:
 
         Args:
             options: by name; one that is absent or None has its default, one that is unknown is ignored.
+
         Raises:
             UserError: an option out of range.
         """

@@ -22,6 +22,7 @@ def number_positions(tokens: Tensor, padding_idx: int) -> Tensor:
 
     Args:
         tokens: (B, T) int64.
+        padding_idx: the padding word.
 
     Returns:
         (B, T) int64.

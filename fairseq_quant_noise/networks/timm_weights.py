@@ -43,6 +43,7 @@ def load_timm_weights(model: nn.Module, path: str | Path) -> None:
     Args:
         model: an `EfficientNet`. A classifier for another number of classes than the file's stays as it is.
         path: of a `.safetensors` file, or of a state dict that torch.save wrote.
+
     Raises:
         UserError: no such file, not a state dict, or of another network; names the first tensor that does not fit.
     """

@@ -38,6 +38,7 @@ class Distortion:
         Args:
             blocks: (n, d), not to be written to.
             hit: (n,) bool, or None where all are hit.
+
         Returns:
             (n, d), of the same dtype.
         """

@@ -1,4 +1,4 @@
-"""Does the noise do what it should? How large it is, by kind of layer, in one training forward of a model with noise:
+"""How large the noise is, by kind of layer, in one training forward of a model with noise.
 
     || psi(W) - W || / || W ||              of the weights
     || y(psi(W)) - y(W) || / || y(W) ||     of the outputs of the layers on the same input

@@ -36,6 +36,9 @@ def draw_clusters(codes: Tensor, n_centroids: int, p: float, generator: torch.Ge
     Args:
         codes: (n,) uint8, each block's centroid.
         n_centroids: K.
+        p: from 0 to 1.
+        generator: draws the centroids.
+
     Returns:
         (n,) bool, on the generator's device.
     """

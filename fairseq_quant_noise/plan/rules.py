@@ -1,11 +1,11 @@
-"""The plan: what is noised while training, what is quantized, in which order. One YAML file, checked before any work.
+r"""The plan: what is noised while training, what is quantized, in which order. One YAML file, checked before any work.
 
     noise:
-      - {match: 'decoder\\.layers\\.\\d+\\.fc[12]', kind: proxy, p: 0.05, block_size: 8}
+      - {match: 'decoder\.layers\.\d+\.fc[12]', kind: proxy, p: 0.05, block_size: 8}
     stages:
-      - {match: 'decoder\\.layers\\.\\d+\\.fc[12]', scheme: pq, block_size: 8, n_centroids: 256, updates: 4500}
-      - {match: 'decoder\\.embed_tokens\\..*', block_size: {default: 8, '.*\\.1': 4}}
-      - {match: 'decoder\\.layers\\.\\d+\\.self_attn\\..*', scheme: int8, range: channel}
+      - {match: 'decoder\.layers\.\d+\.fc[12]', scheme: pq, block_size: 8, n_centroids: 256, updates: 4500}
+      - {match: 'decoder\.embed_tokens\..*', block_size: {default: 8, '.*\.1': 4}}
+      - {match: 'decoder\.layers\.\d+\.self_attn\..*', scheme: int8, range: channel}
     centroids: {dtype: fp16}
     activations: {bits: 8, range: histogram, calibration_batches: 8}
     structure: {share_layers: 2, keep_layers: every-other}

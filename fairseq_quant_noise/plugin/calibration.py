@@ -43,6 +43,7 @@ def calibration_on(checkpoint: Checkpoint, data: str | Path, plan: Plan) -> Iter
         checkpoint: whose network is quantized, with the plan's `structure`.
         data: the folder that fairseq-train read.
         plan: that quantizes it.
+
     Raises:
         UserError: there is no such data.
     """
@@ -82,6 +83,7 @@ def gradients_on(
     Args:
         checkpoint, data: as in `calibration_on`.
         progress: called with lines that say how far it is.
+
     Raises:
         UserError: there is no such data.
     """

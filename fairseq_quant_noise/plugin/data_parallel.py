@@ -31,7 +31,9 @@ def distributed_fairseq_model(args: Any, model: nn.Module, process_group: Any, d
     Args:
         args: the section distributed_training.
         model: what is trained.
-        process_group, device: as fairseq has them.
+        process_group: fairseq's.
+        device: where the model is.
+
     Raises:
         UserError: LayerDrop, on GPUs, without --find-unused-parameters.
     """

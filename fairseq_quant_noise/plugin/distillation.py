@@ -21,6 +21,7 @@ class Recorder:
         self._model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, and keep the arguments and the output."""
         self.call = (args, kwargs)
         self.output = self._model(*args, **kwargs)
         return self.output
@@ -33,7 +34,8 @@ def kl_sum(student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> Tens
     """sum over rows of KL(teacher || student).
 
     Args:
-        student, teacher: (N, V) logits or log-probabilities.
+        student: (N, V) logits or log-probabilities.
+        teacher: the same of the teacher.
         keep: (N,) bool, the rows that count; all of them by default.
     """
     log_q = F.log_softmax(student.float(), dim=-1)  # (N, V)

@@ -27,6 +27,7 @@ def literal(text: str) -> Any:
 
     Args:
         text: a Python literal, or a sum or product of such.
+
     Raises:
         UserError: it is anything else.
         TypeError: it is no text, as from eval.

@@ -39,6 +39,7 @@ def encode(
         seed: of k-means; with the same weight and importance it gives the same bits.
         importance: of the numbers' squared errors (`quantization/importance.py`), of the weight's shape; all alike
             without.
+
     Raises:
         UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold.
     """

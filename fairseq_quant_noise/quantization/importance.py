@@ -25,8 +25,10 @@ def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     Args:
         model: any network, before it is quantized.
         optimizer: of its training; an Adam, AdamW or the like.
+
     Returns:
         By the parameter's name, tied ones under each name; of those that the optimizer has stepped.
+
     Raises:
         UserError: an optimizer without second moments.
     """
@@ -76,6 +78,7 @@ def check_importance(importance: Mapping[str, Tensor], shapes: Mapping[str, Sequ
     Args:
         importance: by the tensor's name.
         shapes: of the weights to quantize, by the tensor's name.
+
     Raises:
         UserError: another shape, or numbers that are negative or not finite; it names the tensor.
     """

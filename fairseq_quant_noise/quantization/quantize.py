@@ -59,8 +59,10 @@ def quantize_(
             `activations`, over the first `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of
             them, or a function that runs the model on inputs of its own; such a function may also stand for all.
         progress: called with a line for each weight.
+
     Returns:
         The same model.
+
     Raises:
         UserError: the plan does not fit the model, which is then unchanged (but for its `structure`); or the
             calibration inputs do not reach all of it, which is quantized by then.
@@ -165,7 +167,10 @@ def quantized_values(
 
     Args:
         targets: weights that are dense.
-        seed, importance, progress: as in `quantize_targets`.
+        seed: of k-means.
+        importance: what k-means weighs errors by, by the weights' names.
+        progress: called with each line of progress.
+
     Raises:
         UserError: a weight is not finite.
     """

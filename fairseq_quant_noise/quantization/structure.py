@@ -13,8 +13,10 @@ def apply_structure(model: nn.Module, structure: Any) -> dict[str, list[int]]:
     Args:
         model: any network with a ModuleList `layers`.
         structure: a `plan.Structure`.
+
     Returns:
         By stack, the layers that stayed, where some were to go.
+
     Raises:
         UserError: it does not fit the network.
     """

@@ -21,6 +21,7 @@ def write_report(folders: Iterable[str | Path], out: str | Path) -> Runs:
     Args:
         folders: finished runs, or folders above them.
         out: the folder of the report, made if need be; files of an earlier report in it are replaced.
+
     Raises:
         UserError: no results, no matplotlib, or `out` cannot be written.
     """

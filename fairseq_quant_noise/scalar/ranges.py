@@ -26,7 +26,10 @@ def fit_affine(name: str, weight: Tensor, bits: int, range_: str, *, check: bool
     Args:
         name: the weight's name, for messages.
         weight: of two dimensions or more; channels lie along the first.
+        bits: N of intN.
+        range_: tensor, channel or histogram.
         check: look whether the weight is finite, for which a GPU must wait.
+
     Raises:
         UserError: the weight holds NaN or infinity.
     """

@@ -20,7 +20,7 @@ _STAGE = re.compile(r"(blocks)\.(\d+)\.layers")
 
 
 def side_of(stack: str) -> str:
-    """What the options about a stack begin with: encoder, decoder; of the stages of an EfficientNet blocks_0, …"""
+    """What the options about a stack begin with: encoder, decoder, or blocks_0 and so on for an EfficientNet's."""
     stage = _STAGE.fullmatch(stack)
     return f"{stage[1]}_{stage[2]}" if stage else stack.partition(".")[0]
 
@@ -32,6 +32,7 @@ def chunk_map(name: str, n_layers: int, chunk: int) -> list[int]:
         name: of the stack, for the message.
         n_layers: in use.
         chunk: N, adjacent layers that share their weights.
+
     Raises:
         UserError: `chunk` is not a number from 1 up that divides `n_layers` (of a stage of blocks, any from 1 up).
     """
@@ -49,6 +50,7 @@ def parse_keep(where: str, keep: object) -> Keep:
     Args:
         where: the option or key, for the message.
         keep: the value that was given.
+
     Raises:
         UserError: nothing to keep, a layer named twice, or something else than numbers from 0 up.
     """
@@ -80,6 +82,7 @@ def kept_layers(where: str, keep: Keep, name: str, n_layers: int, chunk: int = 1
         name: of the stack.
         n_layers: in use.
         chunk: adjacent layers that share their weights and stay or go together.
+
     Raises:
         UserError: a layer that the stack has not, or a part of a chunk.
     """

@@ -72,6 +72,7 @@ def share_layers_(model: nn.Module, chunk: int, start: str = "first") -> nn.Modu
         model: any network with a ModuleList `layers`.
         chunk: N, layers that share.
         start: `first`, the weights of the chunk's first layer, or `mean`, over its layers.
+
     Raises:
         UserError: N does not divide the layers, or layers of a chunk are not alike.
     """
@@ -103,6 +104,7 @@ def tie_layers_(model: nn.Module, maps: Mapping[str, Sequence[int]]) -> None:
     Args:
         model: any network.
         maps: by stack, for each layer in use the layer that stores its weights (see `layer_map.chunk_map`).
+
     Raises:
         UserError: the network has not these layers, or they are not alike.
     """
@@ -170,8 +172,10 @@ def keep_layers_(model: nn.Module, keep: object) -> dict[str, list[int]]:
         model: any network with a ModuleList `layers`, best one trained with LayerDrop.
         keep: `every-other`, a list of layers, or a mapping from stacks (`decoder.layers`, or `decoder`) to either;
             stacks that a mapping leaves out stay whole. Layers that share their weights stay or go together.
+
     Returns:
         By stack, the layers that stayed.
+
     Raises:
         UserError: a layer that there is not, the same one twice, none at all, or a part of a chunk.
     """

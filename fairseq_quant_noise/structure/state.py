@@ -52,6 +52,7 @@ def share_state(state: Mapping[str, Tensor], chunk: int, start: str = "first") -
         state: with all layers; layers that share already are left as they are.
         chunk: N, layers that come to share.
         start: `first`, the weights of the chunk's first layer, or `mean`, over its layers.
+
     Raises:
         UserError: `chunk` does not divide a stack, or layers in codes would have to be joined.
     """
@@ -89,6 +90,7 @@ def maps_and_ties(ties: Mapping[str, str], names: Iterable[str]) -> tuple[dict[s
     Args:
         ties: tied copy -> the tensor that stores it.
         names: of the tensors that are stored.
+
     Returns:
         By stack, for each layer in use the layer that stores its weights; and the other ties.
     """

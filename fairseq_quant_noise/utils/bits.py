@@ -37,6 +37,8 @@ def unpack_bits(packed: Tensor, n_codes: int, bits: int) -> Tensor:
 
     Args:
         packed: (packed_size(n_codes, bits),) uint8.
+        n_codes: how many codes there are.
+        bits: of a code.
     """
     if bits == 8:
         return packed

@@ -38,6 +38,7 @@ def put_in_place(path: str | Path, beside: Path, write: Callable[[Path], object]
         path: of the file to make or to replace.
         beside: another name in the same folder.
         write: called with `beside`; it writes the whole file.
+
     Raises:
         OSError: it cannot be written; and whatever `write` raises.
     """

@@ -25,6 +25,7 @@ def seed_of_rank(seed: int) -> int:
 
     Args:
         seed: 0 <= seed < 2^62.
+
     Returns:
         Another such number.
     """
@@ -62,6 +63,7 @@ def check_same(tensors: Mapping[str, Tensor], when: str) -> None:
     Args:
         tensors: by name, the same names in every process.
         when: for the message, such as "before stage 1".
+
     Raises:
         UserError: some differ; in every process, with the name of the first.
     """

@@ -84,6 +84,7 @@ def load_without_copy(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Args:
         model: built on the meta device, so that its weights are in memory once, as those of `state`.
         state: of all its tensors.
+
     Raises:
         RuntimeError: as torch's; the state does not fit.
     """

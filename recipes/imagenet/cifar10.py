@@ -1,4 +1,6 @@
-"""CIFAR-10 as a tree of images:  python -m recipes.imagenet.cifar10 SOURCE OUT [--train 1000] [--val 200]
+"""CIFAR-10 as a tree of images.
+
+    python -m recipes.imagenet.cifar10 SOURCE OUT [--train 1000] [--val 200]
 
 SOURCE holds either a tree train/CLASS/IMAGE and val/CLASS/IMAGE, or the binary version of the official site
 (cifar-10-batches-bin, with data_batch_1.bin to 5 and test_batch.bin). OUT gets the same tree with the first so many

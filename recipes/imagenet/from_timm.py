@@ -1,4 +1,4 @@
-"""Weights of timm's EfficientNet as a checkpoint, for the verbs and fairseq-validate without a training:
+"""Weights of timm's EfficientNet as a checkpoint, for the verbs and fairseq-validate without a training.
 
     python -m recipes.imagenet.from_timm efficientnet_b3.safetensors --arch quant_noise_efficientnet_b3 --out b3.pt
 

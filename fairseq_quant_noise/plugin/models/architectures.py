@@ -27,6 +27,7 @@ def architecture_options(architecture: str, settings: Sequence[str] = (), heads:
         architecture: a registered name.
         settings: options as KEY=VALUE, by the names that Hydra knows.
         heads: classification heads as NAME=CLASSES; their inner width is the embedding's, as the tasks make them.
+
     Raises:
         UserError: no such architecture, option or value, or a head where the model has none.
     """

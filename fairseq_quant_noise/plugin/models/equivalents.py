@@ -43,6 +43,7 @@ def check_noise(options: Any) -> None:
 
     Args:
         options: `cfg.model` of a training.
+
     Raises:
         UserError: it names the option, the model, and the architecture to train.
     """
@@ -64,6 +65,7 @@ def check_task(options: Any, task: Any) -> None:
     Args:
         options: `cfg.model` of a training.
         task: `cfg.task`.
+
     Raises:
         UserError: it names the task, the model, and a task that trains one model for all pairs.
     """

@@ -83,6 +83,7 @@ def layers_of(options: Any) -> Layers:
 
     Args:
         options: fairseq's `cfg.model`, changed in place.
+
     Raises:
         UserError: layers to keep that are none, twice there, out of range, or a part of a chunk.
     """
@@ -128,6 +129,7 @@ def prune_state_dict(state_dict: Mapping[str, Tensor], model_cfg: Any) -> Mappin
     Args:
         state_dict: a checkpoint's weights.
         model_cfg: `cfg.model`, or None; its `*_layers_to_keep` become None once they have been applied.
+
     Raises:
         UserError: layers to keep that are none, twice there, or out of range.
     """

@@ -1,4 +1,4 @@
-"""The quantization gap in fairseq's log: does the noise help? (fairseq issue 5223)
+"""The quantization gap in fairseq's log: does the noise help (fairseq issue 5223)?
 
     quantized_loss, quantization_gap    at validation, on the first --quant-noise-gap-batches batches: the loss of the
                                         network with its weights quantized now, without fine-tuning, and how far it is

@@ -47,6 +47,7 @@ def in_order(model: nn.Module, state: Mapping[str, Any], saved: Sequence[str]) -
         state: of the optimizer, an entry a parameter or one flat tensor for all; others' parameters come after the
             model's.
         saved: the names of the model's weights in the order in which the checkpoint has them.
+
     Returns:
         `state` itself where the order is the same, or where the checkpoint has other parameters.
     """

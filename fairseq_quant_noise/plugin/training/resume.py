@@ -91,6 +91,7 @@ def check_given(trainer: Any, filename: str, stages: bool) -> None:
     """Raise UserError where the checkpoint that an option names is not there.
 
     Args:
+        trainer: fairseq's.
         filename: of the checkpoint that fairseq is about to load.
         stages: whether a plan is to quantize the network.
     """

@@ -32,6 +32,7 @@ class StageTimes:
     Args:
         plan: with its stages.
         max_epoch, max_update: of the run; 0 without the option.
+
     Raises:
         UserError: as `stage_starts`.
     """
@@ -90,6 +91,7 @@ class StageTimes:
         Args:
             done: stages that have started.
             warmup: updates of --warmup-updates.
+
         Raises:
             UserError: the run ends before a stage starts, or a stage that restarts the schedule is all warm-up; it
                 names the stage and the cure.
