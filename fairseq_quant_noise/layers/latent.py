@@ -63,8 +63,10 @@ class LatentIntWeight(ScalarWeight):
         return self.latent.shape
 
     def fit(self) -> Affine:
-        """The codes of the weight as it is. A histogram's are searched for when the model changes its mode, or the
-        weight its version or its extremes: optimizers write through `.data`, which leaves no other trace.
+        """The codes of the weight as it is.
+
+        A histogram's are searched for when the model changes its mode, or the weight its version or its extremes:
+        optimizers write through `.data`, which leaves no other trace.
         """
         if self.range != "histogram":
             return fit_affine(self.name, self.latent, self.bits, self.range)

@@ -81,7 +81,8 @@ def gradients_on(
     """`squared_gradients` of a checkpoint's dense network over the first batches of the training split of `data`.
 
     Args:
-        checkpoint, data: as in `calibration_on`.
+        checkpoint: as in `calibration_on`.
+        data: as there.
         progress: called with lines that say how far it is.
 
     Raises:
@@ -98,7 +99,8 @@ def _prepared(checkpoint: Checkpoint, data: str, **options: Any) -> tuple[nn.Mod
     """fairseq's network with the weights of the checkpoint's, its criterion and its task.
 
     Args:
-        checkpoint, data: as in `calibration_on`.
+        checkpoint: as in `calibration_on`.
+        data: as there.
         options: that replace the checkpoint's.
     """
     import fairseq.checkpoint_utils
