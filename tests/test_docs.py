@@ -1,4 +1,5 @@
 """What README.md and docs/ tell people to type is run, in order, on a tiny model; what cannot be run here is parsed.
+The files that the documents name exist.
 
 A block of commands or Python that cannot run offline has a comment above it: `<!-- not run: the reason -->`. Its
 options must exist all the same. Recipes take time and data, so of `bash recipes/...` the script is looked at, and so is
@@ -31,6 +32,14 @@ from fairseq_quant_noise.cli.main import _VERBS, main, make_parser
 from fairseq_quant_noise.plan.plan import Plan
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: What people read besides, whose commands take hours or are repeated from the pages.
+DOCUMENTS = [
+    *PAGES,
+    *(ROOT / name for name in ("RESULTS.md", "SECURITY.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+]
+PACKAGE = ROOT / "fairseq_quant_noise"
+HOLD_FILES = ("tests", "scripts", "recipes", "benchmarks")
+NOT_OURS = ("scripts/average_checkpoints.py",)  # fairseq's
 MARK = re.compile(r"<!-- (?:not run: (.+?)|file: (\S+)) -->")
 PROGRAMS = ("fairseq-", "bash ", "python ", "pip ")
 PARSERS = {
@@ -126,7 +135,9 @@ def check_options(words):
     elif program == "fairseq-hydra-train":
         assert "--config-dir" in arguments
     else:
-        assert program in ("bash", "python", "pip", "pytest", "cd"), f"{program}: not a command that this test knows"
+        assert program in ("bash", "python", "pip", "pytest", "cd", "source"), (
+            f"{program}: not a command that this test knows"
+        )
         if program == "bash":
             script = ROOT / arguments[0]
             assert script.is_file(), f"{arguments[0]} does not exist"
@@ -241,7 +252,7 @@ def test_what_a_page_says_to_type_works(page, files, tmp_path, monkeypatch):
             raise said(block, error) from error
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_within_a_line_have_verbs_and_options_that_exist(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for code in re.findall(r"`(fairseq-quant-noise [^`]+)`", text):
@@ -250,7 +261,7 @@ def test_commands_within_a_line_have_verbs_and_options_that_exist(page):
             check_options(["fairseq-quant-noise", verb, *re.findall(r"(?<![\w-])--[\w-]+", code)])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_of_a_page_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         path, _, anchor = target.partition("#")
@@ -260,6 +271,50 @@ def test_links_of_a_page_lead_somewhere(page):
             headings = re.findall(r"^#+ (.+)$", found.read_text(), re.MULTILINE) if anchor else []
             anchors = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
             assert not anchor or anchor in anchors, target
+
+
+def missing_files(text):
+    """The source files named between backticks that are neither in the package nor in the checkout.
+
+    A name without a folder, such as `patches.py`, may be anywhere in them; capitals stand for a name of the reader's.
+    """
+    places = [PACKAGE, *(ROOT / name for name in HOLD_FILES)]
+    return [
+        name
+        for name in re.findall(r"`(?:python |bash )?((?:[\w-]+/)*[a-z_\d-]+\.(?:py|cpp|sh)|configs/[a-z_\d/]+\.yaml)", text)
+        if not ((PACKAGE / name).exists() or (ROOT / name).exists() or name in NOT_OURS)
+        and ("/" in name or not any([*place.rglob(name)] for place in places))
+    ]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(page):
+    assert missing_files(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/how_it_works.md", "CONTRIBUTING.md"])
+def test_every_folder_that_a_page_on_the_code_names_exists(page):
+    named = re.findall(r"(?:`|^ +)((?:[a-z_]+/)+)(?:`|  )", (ROOT / page).read_text(), re.MULTILINE)
+    assert len(named) >= 3
+    assert [name for name in named if not ((PACKAGE / name).is_dir() or (ROOT / name).is_dir())] == []
+
+
+def test_a_file_that_does_not_exist_is_found():
+    text = "`weights/blocks.py`, `weights/gone.py`, `gone.py`, `patches.py`, `python scripts/gone.py --check`"
+    assert missing_files(text) == ["weights/gone.py", "gone.py", "scripts/gone.py"]
+
+
+def test_the_readme_is_short_and_every_page_is_in_the_list_of_pages():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+    listed = re.findall(r"\]\((\w+\.md)\)", (ROOT / "docs/README.md").read_text())
+    assert {page.name for page in PAGES if page.parent.name == "docs"} == {"README.md", *listed}
+
+
+def test_the_architecture_has_the_layers_that_import_linter_checks():
+    contract = (ROOT / "pyproject.toml").read_text().partition('containers = ["fairseq_quant_noise"]')[2]
+    layers = re.findall(r'"(.+)"', re.search(r"layers = \[(.+?)\n\]", contract, re.DOTALL)[1])
+    assert len(layers) > 5
+    assert "```text\n" + "\n".join(layers) + "\n```" in (ROOT / "docs/architecture.md").read_text()
 
 
 def test_the_pages_have_the_blocks_that_this_test_looks_for():
