@@ -281,7 +281,9 @@ def missing_files(text):
     places = [PACKAGE, *(ROOT / name for name in HOLD_FILES)]
     return [
         name
-        for name in re.findall(r"`(?:python |bash )?((?:[\w-]+/)*[a-z_\d-]+\.(?:py|cpp|sh)|configs/[a-z_\d/]+\.yaml)", text)
+        for name in re.findall(
+            r"`(?:python |bash )?((?:[\w-]+/)*[a-z_\d-]+\.(?:py|cpp|sh)|configs/[a-z_\d/]+\.yaml)", text
+        )
         if not ((PACKAGE / name).exists() or (ROOT / name).exists() or name in NOT_OURS)
         and ("/" in name or not any([*place.rglob(name)] for place in places))
     ]
@@ -315,6 +317,14 @@ def test_the_architecture_has_the_layers_that_import_linter_checks():
     layers = re.findall(r'"(.+)"', re.search(r"layers = \[(.+?)\n\]", contract, re.DOTALL)[1])
     assert len(layers) > 5
     assert "```text\n" + "\n".join(layers) + "\n```" in (ROOT / "docs/architecture.md").read_text()
+
+
+def test_a_comment_in_a_configuration_says_something_by_itself():
+    """Such as "Nesterov momentum" beside a key, and not "of it"."""
+    fragment = re.compile(r"^(?!\s*#).* # (of|from|and|by|at|in|so|to|as|up to|down to)\b.*$", re.MULTILINE)
+    files = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert len(files) > 50
+    assert [line[0] for path in files for line in fragment.finditer(path.read_text())] == []
 
 
 def test_the_pages_have_the_blocks_that_this_test_looks_for():
