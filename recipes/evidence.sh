@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The claims of the Quant-Noise paper, tested over seeds at the size of the quickstart: eighteen networks a seed, and packed
-# files of each. By the times of its parts 45 minutes of two cores a seed; it prints every step, and goes on when killed.
+# Tests the claims of the Quant-Noise paper over seeds, at the size of the quickstart: eighteen networks for each seed, and
+# packed files of each. Each seed takes 45 minutes on two cores (the sum of its parts). Resumes when killed.
 #
 #     bash recipes/evidence.sh            everything
-#     bash recipes/evidence.sh --list     the networks, each with the packed files that are made of it
-#     bash recipes/evidence.sh --page     the page from what is there so far: evidence.md, evidence.png, evidence.jsonl
+#     bash recipes/evidence.sh --list     the networks, each with its packed files
+#     bash recipes/evidence.sh --page     the page of the results so far: evidence.md, evidence.png, evidence.jsonl
 #
-#     OUT=runs/evidence      where everything goes
+#     OUT=runs/evidence      the folder of all output
 #     SEEDS="1 2 3"          ONLY="none proxy-0.05"    only these networks      ONLY_FILES="one-shot ipq"    only these files
 #     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
-#     UPDATES=1800  IPQ_UPDATES=150  VOCAB_SIZE=1000    one set of them for one OUT
+#     UPDATES=1800  IPQ_UPDATES=150  VOCAB_SIZE=1000    the same values for all runs in one OUT
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 cd "$REPO"
@@ -35,7 +35,7 @@ for name in ${ONLY_FILES:-}; do
 done
 need python fairseq-train fairseq-eval-lm fairseq-quant-noise
 
-# train RUN: the dense network; of one that is pruned, the checkpoint.
+# train RUN: trains the dense network; for a pruned one, makes the checkpoint.
 train() {
   local updates="$UPDATES" flags=(${FLAGS[@]+"${FLAGS[@]}"})
   if [ -n "$KEEP" ]; then
@@ -51,7 +51,7 @@ train() {
   finished "$1/dense" "$updates" || UPDATES="$updates" lm_train "$1/dense" "${flags[@]}"
 }
 
-# pack RUN FILE: a packed file; in stages, what is still dense keeps the noise of the run, which is in the plan too.
+# pack RUN FILE: makes a packed file. In stages, weights that are still dense keep the noise of the run, which the plan has too.
 pack() {
   local out="$1/$2.safetensors" dense="$1/dense/checkpoint_best.pt" flags=(${FLAGS[@]+"${FLAGS[@]}"})
   if [[ " ${STAGED[*]-} " != *" $2 "* ]]; then
@@ -59,13 +59,13 @@ pack() {
     return 0
   fi
   if [[ " ${TAUGHT[*]-} " == *" $2 "* ]]; then flags+=(--ipq-teacher "$dense"); fi
-  flags+=(--decoder-layerdrop 0) # which would cost a quarter of the perplexity while centroids are tuned
+  flags+=(--decoder-layerdrop 0) # LayerDrop makes perplexity a quarter higher while centroids are fine-tuned
   if [ -n "$KEEP" ]; then flags+=(--decoder-layers "$(module recipes.n_layers "$dense")"); fi
   finished "$1/$2" "$IPQ_UPDATES" || lm_ipq "$1/dense" "$1/$2.yaml" "$1/$2" "${flags[@]}"
   fairseq-quant-noise export --path "$1/$2/checkpoint_last.pt" --out "$out"
 }
 
-# network SEED NAME: from the training to the perplexities.
+# network SEED NAME: all steps of a network, from the training to the perplexities.
 network() {
   local SEED="$1" run="$OUT/seed-$1/$2" file
   SEEDED="$OUT/seed-$1"
@@ -88,7 +88,7 @@ one_set_of UPDATES IPQ_UPDATES VOCAB_SIZE
 bash recipes/quickstart/prepare.sh "$OUT"
 for seed in $SEEDS; do
   module recipes.evidence.grid "$OUT/seed-$seed" --updates "$UPDATES"
-  # A network that goes on from another one waits for it: first those that start from nothing, then the others.
+  # A network that starts from another one must wait for it: first the networks from scratch, then the others.
   FIRST=() THEN=()
   for name in $ONLY; do
     if grep -qx "START=''" "$OUT/seed-$seed/$name/settings"; then

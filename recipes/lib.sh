@@ -1,10 +1,10 @@
 # shellcheck shell=bash
 # Helpers that every recipe sources before anything else:   . "$(dirname "$0")/../lib.sh"
 #
-# A recipe is a list of steps. A step that succeeded leaves a stamp beside its output, so a recipe that was
-# killed goes on where it stopped when it is run again. The stamp holds the command line: a step whose
-# command has changed is done again, and so is one whose stamp was deleted. So give a step that is a function
-# whatever its result depends on as arguments.
+# A recipe is a list of steps. A step that succeeds leaves a stamp beside its output, so that a recipe that was
+# killed resumes where it stopped. The stamp holds the command line: a step runs again if its command has
+# changed or its stamp was deleted. So if a step is a function, pass everything that its result depends on
+# as arguments.
 
 # end_group PGID: ends every process of the group, and waits until they have ended.
 end_group() {
@@ -17,10 +17,10 @@ end_group() {
   kill -KILL -- "-$1" 2>/dev/null || true
 }
 
-# A recipe ends with all that it has started, at any depth, and also when TERM, INT or HUP ends it. bash looks at a signal
-# only once its command in the foreground has ended, and leaves that command alone where the signal ends bash. So the
-# recipe runs as a second bash, in a process group of its own; the first one waits for it and ends the group. What a
-# recipe calls, other recipes among it, is in the same group.
+# When a recipe ends, also by TERM, INT or HUP, everything that it has started ends with it. bash handles a signal only
+# after its foreground command has ended, and does not end that command when the signal ends bash. So the recipe runs
+# as a second bash in its own process group; the first one waits for it and ends the group. Everything that a recipe
+# calls, including other recipes, is in the same group.
 if [ "${BASH_SOURCE[1]:-}" = "$0" ] && [ -z "${RECIPE_GROUP:-}" ]; then
   GROUP=""
   trap 'end_group "${GROUP:-$(jobs -p)}"; exit 129' HUP
@@ -37,7 +37,7 @@ if [ "${BASH_SOURCE[1]:-}" = "$0" ] && [ -z "${RECIPE_GROUP:-}" ]; then
 fi
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-# The tools of the checkout's own environment come first; without it, those of the caller's environment serve.
+# Prefer the tools of the checkout's own environment; without it, use those of the caller's environment.
 PATH="$REPO/.venv/bin:$PATH"
 export REPO PATH
 
@@ -49,16 +49,16 @@ done
 RECIPE+="bash $(printf '%q ' "$0" "$@")"
 unset name
 
-# say TEXT...: one line for the person who waits.
+# say TEXT...: prints one line of progress.
 say() { printf '%s\n' "$*"; }
 
-# die TEXT...: the user's mistake, in one line that names the cure; exit code 2, as in the command line tool.
+# die TEXT...: reports a user's mistake in one line that names the cure; exit code 2, as in the command line tool.
 die() {
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
 
-# need TOOL...: stops at once, not after an hour, when a program is missing.
+# need TOOL...: stops at once, and not after an hour, when a program is missing.
 need() {
   local tool
   for tool in "$@"; do
@@ -74,7 +74,7 @@ whole_numbers() {
   done
 }
 
-# one_set_of NAME...: stops where the runs in OUT were made with other values of these variables.
+# one_set_of NAME...: stops if the runs in OUT were made with other values of these variables.
 one_set_of() {
   local name settings=""
   for name in "$@"; do settings="$settings${settings:+ }$name=${!name}"; done
@@ -94,7 +94,7 @@ free_dir() {
 # minutes SECONDS: 75 -> 1m15s
 minutes() { if [ "$1" -lt 60 ]; then printf '%ds' "$1"; else printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); fi; }
 
-# took DIR NAME SECONDS COMMAND: a line of DIR/steps.jsonl, which `fairseq-quant-noise report` reads.
+# took DIR NAME SECONDS COMMAND: adds a line to DIR/steps.jsonl, which `fairseq-quant-noise report` reads.
 took() {
   local line
   line="$(printf '%s\t%s\t%s' "$2" "$4" "${RECIPE% }" | tr '\n' ' ' | sed 's/[\\"]/\\&/g')"
@@ -113,7 +113,7 @@ step() {
     return 0
   fi
   say "[step] $name"
-  set +e # or the recipe would end here without a word about which step failed
+  set +e # otherwise the recipe would end here without naming the step that failed
   (set -e && "$@")
   status=$?
   set -e
@@ -127,7 +127,7 @@ step() {
   say "[done] $name ($(minutes $((SECONDS - began))))"
 }
 
-# logged LOG COMMAND...: what the command prints is shown, and goes to the end of LOG.
+# logged LOG COMMAND...: shows the command's output and appends it to LOG.
 logged() {
   local log="$1"
   shift
@@ -144,16 +144,16 @@ lock() {
   fi
 }
 
-# progress NAME LOG: one line with the last figures in the log of fairseq-train, nothing while there are none.
+# progress NAME LOG: prints one line with the last figures in the log of fairseq-train; nothing while there are none.
 progress() {
   tail -n 50 "$2" 2>/dev/null | grep -oE '(loss=|ppl=|num_updates=|minutes_left=)[0-9.]+' | tail -n 4 | tr '\n' ' ' |
     sed "s|^|    $1: |;s| \$|\n|" || true # nothing logged yet
 }
 
-# module NAME ARG...: a program of the recipes' own, from any folder.
+# module NAME ARG...: runs one of the recipes' Python programs, from any folder.
 module() { PYTHONPATH="$REPO${PYTHONPATH:+:$PYTHONPATH}" python -m "$@"; }
 
-# finished DIR UPDATES: whether a training is complete. fairseq-train adds an update to one that is.
+# finished DIR UPDATES: true if a training is complete. fairseq-train would add an update to a complete one.
 finished() {
   [ -f "$1/checkpoint_last.pt" ] && python - "$@" 2>/dev/null <<'PYTHON'
 import sys
@@ -182,14 +182,14 @@ PYTHON
 }
 
 GPT2_BPE_URL="https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe"
-# gpt2_file DIR NAME SHA256: one of the files of GPT-2's byte pairs, downloaded to DIR.
+# gpt2_file DIR NAME SHA256: downloads one of the files of GPT-2's byte pairs to DIR.
 gpt2_file() {
   need curl
   fetch "$GPT2_BPE_URL/$2" "$1/$2" "$3" ||
     die "GPT-2's $2 could not be downloaded; fetch encoder.json, vocab.bpe and dict.txt elsewhere and pass --bpe DIR"
 }
 
-# gpt2_bpe DIR DOWNLOADS: sets BPE, the folder of GPT-2's byte pairs: DIR, or if that is empty a download.
+# gpt2_bpe DIR DOWNLOADS: sets BPE, the folder of GPT-2's byte pairs: DIR, or a download if DIR is empty.
 gpt2_bpe() {
   local file sum
   BPE="${1:-$2/gpt2_bpe}"
@@ -207,8 +207,8 @@ FILES
 # The small language model of quickstart.sh and table1.sh. They set DATA, UPDATES, IPQ_UPDATES and SEED.
 PLUGIN="$REPO/fairseq_quant_noise"
 
-# lm_flags: sets LM_FLAGS, which dense trainings and fine-tunings have in common. --required-batch-size-multiple 1:
-# otherwise fairseq's validation leaves out the sentences that do not fill a multiple of 8, and disagrees with
+# lm_flags: sets LM_FLAGS, which dense trainings and fine-tunings have in common. Without --required-batch-size-multiple
+# 1, fairseq's validation leaves out the sentences that do not fill a multiple of 8, and disagrees with
 # fairseq-eval-lm.
 lm_flags() {
   LM_FLAGS=(
@@ -220,7 +220,7 @@ lm_flags() {
   if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then LM_FLAGS+=(--cpu); fi
 }
 
-# lm_train DIR NOISE_FLAGS...: a dense model in DIR. Killed, it goes on from its last checkpoint.
+# lm_train DIR NOISE_FLAGS...: trains a dense model in DIR. After a kill, it resumes from its last checkpoint.
 lm_train() {
   local dir="$1"
   shift
@@ -230,8 +230,8 @@ lm_train() {
     --save-interval-updates 500 --keep-interval-updates 1 --no-epoch-checkpoints --save-dir "$dir"
 }
 
-# lm_ipq DENSE PLAN DIR FLAGS...: iPQ of the best model in DENSE. Each stage of the plan quantizes its weights by
-# k-means and fine-tunes what there is so far.
+# lm_ipq DENSE PLAN DIR FLAGS...: runs iPQ on the best model in DENSE. Each stage of the plan quantizes its weights by
+# k-means and fine-tunes everything that is quantized so far.
 lm_ipq() {
   local dense="$1" plan="$2" dir="$3"
   shift 3
@@ -241,15 +241,15 @@ lm_ipq() {
     --save-interval-updates 50 --keep-interval-updates 1 --no-epoch-checkpoints --save-dir "$dir"
 }
 
-# lm_evaluate MODEL LOG: perplexity on the test split with fairseq's own program.
+# lm_evaluate MODEL LOG: measures perplexity on the test split with fairseq's own program.
 lm_evaluate() {
   fairseq-eval-lm "$DATA" --user-dir "$PLUGIN" --path "$1" --gen-subset test --tokens-per-sample 128 \
     --max-tokens 2048 --num-workers 0 --no-progress-bar --cpu >"$2.part" 2>&1 || { tail -n 5 "$2.part" >&2; return 1; }
   mv "$2.part" "$2"
 }
 
-# side_by_side JOBS RUN...: at most JOBS runs at once. RUN is "NAME: COMMAND", the command a line of shell; the newest log in
-# $OUT/NAME gives a line of progress every minute. The first run that fails ends the recipe, and so the others.
+# side_by_side JOBS RUN...: starts the runs, at most JOBS at once. RUN is "NAME: COMMAND", where the command is a line of
+# shell. Prints progress from the newest log in $OUT/NAME every minute. The first run that fails ends the recipe and all runs.
 side_by_side() {
   local jobs="$1" run
   shift
@@ -263,7 +263,7 @@ side_by_side() {
   wait_below 1
 }
 
-# wait_below N: until fewer than N runs are going on.
+# wait_below N: waits until fewer than N runs are active.
 wait_below() {
   local entry status left
   while true; do
@@ -287,10 +287,10 @@ wait_below() {
   done
 }
 
-# newest_log DIR: the log that is written to.
+# newest_log DIR: prints the log that was written to last.
 newest_log() { find "$1" -maxdepth 1 \( -name '*.log' -o -name log \) -exec ls -t {} + 2>/dev/null | head -n 1; }
 
-# quietly LOG COMMAND...: what the command prints goes to the end of LOG, whose last lines are shown when it fails.
+# quietly LOG COMMAND...: appends the command's output to LOG; shows the last lines of LOG if the command fails.
 quietly() {
   local log="$1"
   shift
@@ -322,7 +322,7 @@ table_arguments() {
   done
 }
 
-# mnli_data: the text that RoBERTa is pre-trained on and the pairs of MNLI, in OUT/text-bin and OUT/mnli-bin.
+# mnli_data: prepares the text for pre-training RoBERTa and the pairs of MNLI, in OUT/text-bin and OUT/mnli-bin.
 mnli_data() {
   bash "$REPO/recipes/roberta/prepare.sh" "$OUT/text-bin" --local "$WIKITEXT" --words "${WORDS:-16000}" ${BPE[@]+"${BPE[@]}"}
   bash "$REPO/recipes/mnli/prepare.sh" "$OUT/mnli-bin" --local "$GLUE" --dict "$OUT/text-bin/dict.txt" ${BPE[@]+"${BPE[@]}"}

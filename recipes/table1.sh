@@ -3,23 +3,23 @@
 # language models on the documentation strings of the Python standard library, about two hours on two cores, no GPU.
 #
 #     bash recipes/table1.sh           everything
-#     bash recipes/table1.sh --list    the twelve runs, each with the packed files that are made of it
+#     bash recipes/table1.sh --list    the twelve runs, each with its packed files
 #
-# trains each network with its noise, quantizes it (intN at one go; iPQ in three stages with fine-tuning), evaluates
+# It trains each network with its noise, quantizes it (intN at once; iPQ in three stages with fine-tuning), evaluates
 # network and packed files with fairseq-eval-lm, prints the run's lines as it ends, and ends with the tables in
-# runs/table1/table.md and table.jsonl. A step that is done is not done again; killed, the same command goes on.
+# runs/table1/table.md and table.jsonl. Steps that are done are skipped. After a kill, the same command resumes.
 #
-#     OUT=runs/table1        where everything goes
-#     ONLY="none int4-qn"    only these runs; the tables have the lines that are there
+#     OUT=runs/table1        the folder of all output
+#     ONLY="none int4-qn"    only these runs; the tables show the runs that exist
 #     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
-#     UPDATES=3000  IPQ_UPDATES=300  SEED=1  VOCAB_SIZE=4000    one set of them for one OUT
+#     UPDATES=3000  IPQ_UPDATES=300  SEED=1  VOCAB_SIZE=4000    the same values for all runs in one OUT
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 cd "$REPO"
 
 RUNS="none int4-qat int4-qn int8-qat int8-qn pq-qat proxy pq pq-clusters proxy-clusters int4-channel-qn int8-channel-qn"
 
-# files NAME: the packed files that are made of a run.
+# files NAME: prints the names of a run's packed files.
 files() {
   case "$1" in
     none) say int4 int4-channel int8 int8-channel ipq ipq-int8 ;;
@@ -40,18 +40,18 @@ esac
 OUT="${OUT:-$REPO/runs/table1}"
 ONLY="${ONLY:-$RUNS}"
 JOBS="${JOBS:-2}"
-UPDATES="${UPDATES:-3000}"          # of dense training, 1,024 tokens each: 8.4 passes over the corpus
-IPQ_UPDATES="${IPQ_UPDATES:-300}"   # of fine-tuning, a third for each of the plan's three stages
+UPDATES="${UPDATES:-3000}"          # updates of dense training, 1,024 tokens each: 8.4 passes over the corpus
+IPQ_UPDATES="${IPQ_UPDATES:-300}"   # updates of fine-tuning, a third for each of the plan's three stages
 SEED="${SEED:-1}"
 export VOCAB_SIZE="${VOCAB_SIZE:-4000}"
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a core for each run
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # one core for each run
 whole_numbers JOBS UPDATES IPQ_UPDATES SEED VOCAB_SIZE
 for name in $ONLY; do
   [[ " $RUNS " == *" $name "* ]] || die "ONLY names a run '$name'; there are: $RUNS"
 done
 need python fairseq-train fairseq-eval-lm fairseq-quant-noise
 
-# noise_flags NAME: sets NOISE_FLAGS, the noise of a training. QAT is noise on every weight in every forward.
+# noise_flags NAME: sets NOISE_FLAGS, the noise of a training. QAT is noise on every weight in every forward pass.
 noise_flags() {
   case "$1" in
     none) NOISE_FLAGS=(--quant-noise-pq 0) ;;
@@ -62,13 +62,13 @@ noise_flags() {
   esac
 }
 
-# train NAME: the dense model.
+# train NAME: trains the dense model.
 train() {
   noise_flags "$1"
   finished "$OUT/$1/dense" "$UPDATES" || quietly "$OUT/$1/dense.log" lm_train "$OUT/$1/dense" "${NOISE_FLAGS[@]}"
 }
 
-# ipq NAME FILE: fine-tuned in stages. What is still dense keeps the noise of the run, which is in the plan too.
+# ipq NAME FILE: quantizes in stages. Weights that are still dense keep the noise of the run, which the plan has too.
 ipq() {
   local run="$OUT/$1"
   finished "$run/$2" "$IPQ_UPDATES" ||
@@ -76,13 +76,13 @@ ipq() {
   quietly "$run/$2.log" fairseq-quant-noise export --path "$run/$2/checkpoint_last.pt" --out "$run/$2.safetensors"
 }
 
-# one_shot NAME FILE PLAN: rounded, without fine-tuning.
+# one_shot NAME FILE PLAN: quantizes without fine-tuning.
 one_shot() {
   quietly "$OUT/$1/$2.log" \
     fairseq-quant-noise quantize --path "$OUT/$1/dense/checkpoint_best.pt" --plan "$3" --out "$OUT/$1/$2.safetensors"
 }
 
-# run NAME: from the training to the lines of the tables.
+# run NAME: all steps of a run, from the training to its lines in the tables.
 run() {
   local name="$1" dir="$OUT/$1" file
   mkdir -p "$dir"

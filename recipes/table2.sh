@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Table 2 of the Quant-Noise paper, reduced: what sharing (pairs of layers), pruning (every other pair), iPQ and noise
-# each add. Seven rows for a language model on WikiText-2 and, with --glue, for quant_noise_roberta_small on MNLI.
-# By the times of its parts two to three hours of one core for the language model and as much again for MNLI; less where
-# runs of table3.sh are there.
+# Table 2 of the Quant-Noise paper, reduced: the effects of sharing (pairs of layers), pruning (every other pair), iPQ and
+# noise. Seven rows for a language model on WikiText-2 and, with --glue, for quant_noise_roberta_small on MNLI.
+# Takes two to three hours on one core for the language model and as much again for MNLI (the sum of its parts); less if
+# runs of table3.sh exist.
 #
 #     bash recipes/table2.sh OUT_DIR --wikitext DIR [--glue DIR [--bpe DIR]]
 #
-# DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (without: a download). Every network is trained
-# with LayerDrop .2. OUT_DIR of table3.sh gives its pre-trained networks. It ends with the tables, in OUT_DIR/table2.md and
-# table2.jsonl. A step that is done is not done again; killed, the same command goes on.
+# DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (default: a download). Every network is trained
+# with LayerDrop .2. In the OUT_DIR of table3.sh, its pre-trained networks are used. The tables are in OUT_DIR/table2.md and
+# table2.jsonl. Steps that are done are skipped. After a kill, the same command resumes.
 #     JOBS=2 (runs side by side)   UPDATES=3000  IPQ_UPDATES=300 (language model)   PRETRAIN_UPDATES=6000
 #     MNLI_UPDATES=2000  MNLI_IPQ_UPDATES=450   WORDS=16000  SEED=1   ONLY="lm mnli"
 set -euo pipefail
@@ -23,21 +23,21 @@ whole_numbers JOBS
 mkdir -p "$OUT/lm"
 lock "$OUT"
 
-# lm NAME NOISE SHARE IPQ: a network of the language model, and what was made of it.
+# lm NAME NOISE SHARE IPQ: trains a language model and makes its files.
 lm() {
   quietly "$OUT/lm/$1/log" env NOISE="$2" SHARE="$3" IPQ="$4" UPDATES="${UPDATES:-3000}" IPQ_UPDATES="${IPQ_UPDATES:-300}" \
     bash "$REPO/recipes/wikitext/run.sh" "$OUT/lm-bin" "$OUT/lm/$1"
 }
-# lm_pruned NAME FROM NOISE IPQ: every other pair of layers of the network FROM.
+# lm_pruned NAME FROM NOISE IPQ: keeps every other pair of layers of the network FROM.
 lm_pruned() {
   KEEP=every-other DENSE="$OUT/lm/$2/dense/checkpoint_best.pt" lm "$1" "$3" 2 "$4"
 }
-# lm_x94 NAME FROM NOISE: the same by the plan for x94, which prunes by itself and has larger blocks.
+# lm_x94 NAME FROM NOISE: the same with the plan for x94, which prunes by itself and has larger blocks.
 lm_x94() {
   PLAN="$REPO/configs/plans/wikitext103_x94.yaml" DENSE="$OUT/lm/$2/dense/checkpoint_best.pt" lm "$1" "$3" 2 1
 }
-# mnli NAME NOISE SHARE IPQ KEEP: pre-trained in OUT/NAME/pre, unless it is pruned from the network of the pre-training
-# KEEP; then fine-tuned, and what was made of it.
+# mnli NAME NOISE SHARE IPQ KEEP: pre-trains in OUT/NAME/pre, or prunes the network of the pre-training KEEP; then
+# fine-tunes and makes the files.
 mnli() {
   local pre="${5:-$1}"
   if [ -z "${5:-}" ]; then

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Table 3 of the Quant-Noise paper for RoBERTa, reduced: iPQ on MNLI without noise, with noise from pre-training on, and
-# with noise in fine-tuning only (post-hoc); and the first two without the teacher. quant_noise_roberta_small, pre-trained on
-# WikiText-2; by the times of its parts about three hours of one CPU core, half of that on two.
+# with noise in fine-tuning only (post-hoc); and the first two without the teacher. The network is quant_noise_roberta_small,
+# pre-trained on WikiText-2. Takes about three hours on one CPU core, half of that on two (the sum of its parts).
 #
 #     bash recipes/table3.sh OUT_DIR --wikitext DIR --glue DIR [--bpe DIR]
 #
-# DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (without: a download). The results are lines of
-# JSON in OUT_DIR/table3.jsonl. Killed, the same command goes on.
+# DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (default: a download). The results are lines of
+# JSON in OUT_DIR/table3.jsonl. After a kill, the same command resumes.
 #     WORDS=16000 (of the dictionary)   PRETRAIN_UPDATES=6000  LAYERDROP=0.2 (in pre-training)  UPDATES=2000  IPQ_UPDATES=450
 #     SEED=1   JOBS=2 (runs side by side)
 set -euo pipefail
@@ -20,7 +20,7 @@ lock "$OUT"
 
 mnli_data
 
-# pretrain NAME NOISE, and mnli NAME PRETRAINED NOISE TEACHER
+# pretrain NAME NOISE, and mnli NAME PRETRAINED NOISE TEACHER: one run of each recipe
 pretrain() {
   quietly "$OUT/$1/log" env UPDATES="${PRETRAIN_UPDATES:-6000}" NOISE="$2" \
     bash "$REPO/recipes/roberta/run.sh" "$OUT/text-bin" "$OUT/$1/pre"

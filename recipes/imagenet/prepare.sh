@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A tree of images for recipes/imagenet/run.sh.
+# Makes a tree of images for recipes/imagenet/run.sh.
 #
 #     bash recipes/imagenet/prepare.sh OUT --local DIR             ImageNet: DIR has train/WNID/*.JPEG and val/WNID/*.JPEG
 #     bash recipes/imagenet/prepare.sh OUT --local DIR --cifar10   a subset of CIFAR-10, for SIZE=cpu
 #
-# ImageNet (ILSVRC 2012) is not ours to download: register at image-net.org, unpack, and sort the validation images into a
-# folder for each class. The tree is used where it is, by a link. CIFAR-10: DIR, or an archive (.tar.xz, .tar.gz), holds
+# ImageNet (ILSVRC 2012) cannot be downloaded here: register at image-net.org, unpack, and sort the validation images into
+# a folder for each class. The tree is used in place, through a link. CIFAR-10: DIR, or an archive (.tar.xz, .tar.gz), holds
 # either a tree train/CLASS and val/CLASS or the binary version of www.cs.toronto.edu/~kriz/cifar.html.
 #
-#     TRAIN=1000 VAL=200     images a class of CIFAR-10
+#     TRAIN=1000 VAL=200     images in each class of CIFAR-10
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 

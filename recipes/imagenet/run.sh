@@ -4,15 +4,15 @@
 #     bash recipes/imagenet/run.sh DATA OUT              EfficientNet-B3 on ImageNet
 #     SIZE=cpu bash recipes/imagenet/run.sh DATA OUT     a narrow network on a subset of CIFAR-10, on one core
 #
-#     NOISE=none|pq|int4    none; on PQ's blocks (p NOISE_P, default .1); or of int4 (p .5). OUT holds one of them:
+#     NOISE=none|pq|int4    none; on PQ's blocks (p NOISE_P, default .1); or int4 noise (p .5). One OUT for each:
 #     for noise in none pq int4; do NOISE=$noise SIZE=cpu bash recipes/imagenet/run.sh DATA runs/cifar10/$noise; done
-#     WEIGHTS=FILE          start from weights of timm's instead of at random: post-hoc
+#     WEIGHTS=FILE          start from timm's weights instead of random ones: post-hoc
 #     SEED=1 UPDATES=N IPQ_UPDATES=N
 #
-# The paper's, as far as it is known: EfficientNet-B3 at 300 pixels, noise .1, iPQ with the classifier last and the dense
-# network as the teacher. fairseq has no RMSProp, which EfficientNet was first trained with: nag with a cosine takes its
-# place, and epochs and rates are ours. ImageNet takes days on 8 GPUs; nobody has run that size with this recipe yet.
-# DATA comes from recipes/imagenet/prepare.sh; pieces that are done are not done again.
+# The paper's setting, as far as it is known: EfficientNet-B3 at 300 pixels, noise .1, iPQ with the classifier last and the
+# dense network as the teacher. EfficientNet was first trained with RMSProp, which fairseq does not have; this recipe uses
+# nag with a cosine, and its own epochs and rates. ImageNet takes days on 8 GPUs; this size has not been run yet.
+# DATA comes from recipes/imagenet/prepare.sh. Steps that are done are skipped.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 case "${1:-}" in -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
@@ -55,9 +55,9 @@ dense() {
 }
 one_shot() {
   quietly "$OUT/$1.log" fairseq-quant-noise quantize --path "$OUT/dense/checkpoint_last.pt" --plan "$2" --out "$OUT/$1.safetensors" \
-    --calibration-data "$DATA" # for the batch statistics of the quantized weights
+    --calibration-data "$DATA" # re-estimates the batch statistics for the quantized weights
 }
-# What is still dense keeps its noise while the stages run.
+# Weights that are still dense keep their noise while the stages run.
 ipq() {
   finished "$OUT/ipq" "$IPQ_UPDATES" || quietly "$OUT/ipq.log" fairseq-train "${COMMON[@]}" "${TUNE[@]}" \
     ${NOISE_FLAGS[@]+"${NOISE_FLAGS[@]}"} --criterion ipq --ipq-criterion cross_entropy \
@@ -65,7 +65,7 @@ ipq() {
     --finetune-from-model "$OUT/dense/checkpoint_last.pt" --max-update "$IPQ_UPDATES" --save-dir "$OUT/ipq"
   quietly "$OUT/ipq.log" fairseq-quant-noise export --path "$OUT/ipq/checkpoint_last.pt" --out "$OUT/ipq.safetensors"
 }
-# evaluate MODEL LOG
+# evaluate MODEL LOG: measures accuracy on the validation images
 evaluate() {
   local log="$OUT/eval-$2.log"
   fairseq-validate "$DATA" --user-dir "$PLUGIN" --path "$1" "${TASK[@]}" --criterion cross_entropy --batch-size 100 \

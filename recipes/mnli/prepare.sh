@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# GLUE's MNLI in fairseq's binary format, in the byte pairs of GPT-2 that RoBERTa reads.
+# Converts GLUE's MNLI to fairseq's binary format, in the byte pairs of GPT-2 that RoBERTa reads.
 #
 #     bash recipes/mnli/prepare.sh OUT_DIR               downloads MNLI and the byte pairs first
 #     bash recipes/mnli/prepare.sh OUT_DIR --local DIR   takes DIR/train.tsv, dev_matched.tsv, dev_mismatched.tsv in
@@ -9,7 +9,7 @@
 #     --workers N     processes (default: the number of cores)
 #
 # OUT_DIR has input0, input1 and label; `valid` is dev_matched and `valid1` dev_mismatched. Under a minute for 13,000
-# pairs. Killed and run again, it goes on; run twice, it does nothing.
+# pairs. After a kill, the same command resumes; once complete, it does nothing.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
@@ -53,7 +53,7 @@ gpt2_bpe "$BPE" "$OUT.download"
 DICT="${DICT:-$BPE/dict.txt}"
 [ -f "$DICT" ] || die "--dict $DICT does not exist; give the dict.txt beside the pre-trained model"
 
-# fairseq-preprocess refuses to write over an older dictionary, so all is written beside, and the folder is renamed.
+# fairseq-preprocess refuses to overwrite an older dictionary, so a new folder is written and then renamed.
 binarize() {
   local part="$OUT.part" split name dev=dev_matched
   rm -rf "$part"
@@ -71,11 +71,11 @@ binarize() {
   done
   preprocess label "$part/labels.txt" .label "$dev"
   rm -r "$part/text"
-  touch "$part/.done" # says whose folder it is, even if the recipe is killed right here
+  touch "$part/.done" # marks the folder as this recipe's, even if it is killed right here
   rm -rf "$OUT"
   mv "$part" "$OUT"
 }
-# preprocess NAME DICTIONARY ENDING DEV
+# preprocess NAME DICTIONARY ENDING DEV: binarizes one column of the pairs
 preprocess() {
   local dev="$OUT.part/text/${4/,/$3,$OUT.part/text/}$3"
   fairseq-preprocess --only-source --srcdict "$2" --workers "$WORKERS" --destdir "$OUT.part/$1" \

@@ -4,7 +4,7 @@
 #
 #     bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt            the paper's setting: base, one GPU
 #     SIZE=cpu bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt   quant_noise_roberta_small on one CPU core
-#     NOISE=0 bash recipes/mnli/run.sh ...                               without noise, to compare
+#     NOISE=0 bash recipes/mnli/run.sh ...                               without noise, for comparison
 #     TEACHER=0 bash recipes/mnli/run.sh ...                             iPQ without distillation, in OUT_DIR/ipq-alone
 #     SHARE=2 bash recipes/mnli/run.sh ...                               pairs of layers share their weights
 #     KEEP=every-other bash recipes/mnli/run.sh ...                      the checkpoint is pruned, then fine-tuned
@@ -14,7 +14,7 @@
 # (valid1) dense, after one-shot iPQ and after fine-tuning, and bytes. OUT_DIR/ipq.safetensors is the small file.
 #     NOISE=0.2 (paper; .1 for cpu)   UPDATES, IPQ_UPDATES   PLAN=configs/plans/roberta.yaml (roberta_small.yaml)   SEED=1
 #     IPQ=0: only fine-tune and evaluate
-# A step that is done is not done again; killed, the same command goes on.
+# Steps that are done are skipped. After a kill, the same command resumes.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
@@ -30,7 +30,7 @@ need python fairseq-train fairseq-validate fairseq-quant-noise
 [ -f "$DATA/input0/dict.txt" ] || die "$DATA/input0/dict.txt is missing; run: bash recipes/mnli/prepare.sh -h"
 [ -f "$PRETRAINED" ] || die "$PRETRAINED does not exist; give a checkpoint of RoBERTa"
 
-# The settings: the MODEL, how it is TRAINed, how its centroids are TUNEd.
+# The settings: MODEL for the network, TRAIN for the training, TUNE for the fine-tuning of the centroids.
 case "${SIZE:-paper}" in
   paper)
     NOISE="${NOISE:-0.2}" PLAN="${PLAN:-$REPO/configs/plans/roberta.yaml}"
@@ -66,11 +66,11 @@ COMMON=("$DATA" --user-dir "$PLUGIN" --task sentence_prediction "${MODEL[@]}"
   --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric --no-epoch-checkpoints --keep-interval-updates 1
   --no-progress-bar --log-format simple --log-interval 100 --seed "$SEED")
 
-# layers CKPT: the option that says how many there are, where they were pruned.
+# layers CKPT: prints the option for the number of layers of a pruned checkpoint.
 layers() { if [ -n "$KEEP" ]; then echo "--encoder-layers $(module recipes.n_layers "$1")"; fi; }
 
-# The embedding, the layers and the pooler come from the checkpoint; the head is new. How many layers there are is the
-# pruned checkpoint's.
+# The embedding, the layers and the pooler come from the checkpoint; the head is new. A pruned checkpoint sets the
+# number of layers.
 train() {
   if [ -n "$KEEP" ]; then
     fairseq-quant-noise prune --path "$PRETRAINED" --keep "$KEEP" --out "$OUT/pruned.pt"
@@ -90,7 +90,7 @@ quantize_one_shot() {
   logged "$OUT/one-shot.log" \
     fairseq-quant-noise quantize --path "$OUT/dense/checkpoint_best.pt" --plan "$PLAN" --out "$OUT/one-shot.safetensors"
 }
-# evaluate MODEL LOG
+# evaluate MODEL LOG: measures accuracy with fairseq-validate
 evaluate() {
   fairseq-validate "$DATA" --user-dir "$PLUGIN" --path "$1" --valid-subset "$SUBSETS" \
     --task sentence_prediction --criterion sentence_prediction --classification-head-name mnli \
@@ -100,7 +100,7 @@ evaluate() {
 }
 
 mkdir -p "$OUT"
-SETTING="${SIZE:-paper} noise $NOISE updates $UPDATES seed $SEED $PRETRAINED" # a step is done again when this changes
+SETTING="${SIZE:-paper} noise $NOISE updates $UPDATES seed $SEED $PRETRAINED" # a step runs again when this changes
 if [ "$SHARE$KEEP" != 1 ]; then SETTING="$SETTING share $SHARE keep $KEEP"; fi
 IPQ_SETTING="$SETTING $IPQ_UPDATES $PLAN"
 step "fine-tune, noise $NOISE" "$OUT/.trained" train "$SETTING"

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Text to pre-train RoBERTa on, in the byte pairs of GPT-2 and fairseq's binary format.
+# Converts text for pre-training RoBERTa to the byte pairs of GPT-2 and fairseq's binary format.
 #
 #     bash recipes/roberta/prepare.sh OUT_DIR --local DIR
 #
 # DIR holds train.txt and valid.txt, plain text with an empty line between documents, or WikiText's
-# wiki.{train,valid}.tokens, which are made plain text first.
+# wiki.{train,valid}.tokens, which are converted to plain text first.
 #     --bpe DIR       encoder.json, vocab.bpe and dict.txt of GPT-2's byte pairs, instead of a download
 #     --words N       a dictionary of the N most frequent byte pairs of the text, instead of dict.txt, for small models
 #     --workers N     processes (default: the number of cores)
 #
-# OUT_DIR is what fairseq-train reads. A minute for WikiText-2. Killed and run again, it goes on; run twice, it does nothing.
+# fairseq-train reads OUT_DIR. Takes a minute for WikiText-2. After a kill, the same command resumes; once complete, it does nothing.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
@@ -42,7 +42,7 @@ for split in train valid; do
 done
 gpt2_bpe "$BPE" "$OUT.download"
 
-# fairseq-preprocess refuses to write over an older dictionary, so it writes beside, and the whole folder is renamed.
+# fairseq-preprocess refuses to overwrite an older dictionary, so it writes a new folder, which is then renamed.
 binarize() {
   local part="$OUT.part" split text dictionary=(--srcdict "$BPE/dict.txt")
   if [ -n "$WORDS" ]; then dictionary=(--nwordssrc "$WORDS"); fi
@@ -59,7 +59,7 @@ binarize() {
   fairseq-preprocess --only-source "${dictionary[@]}" --workers "$WORKERS" --destdir "$part" \
     --trainpref "$part.text/train.bpe" --validpref "$part.text/valid.bpe"
   rm -r "$part.text"
-  touch "$part/.done" # says whose folder it is, even if the recipe is killed right here
+  touch "$part/.done" # marks the folder as this recipe's, even if it is killed right here
   rm -rf "$OUT"
   mv "$part" "$OUT"
 }

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# RoBERTa pre-trained with Quant-Noise and LayerDrop. After recipes/roberta/prepare.sh.
+# Pre-trains RoBERTa with Quant-Noise and LayerDrop. Run recipes/roberta/prepare.sh first.
 #
 #     bash recipes/roberta/run.sh DATA_BIN OUT_DIR             the paper's setting: base, 125,000 updates, many GPUs
 #     SIZE=cpu bash recipes/roberta/run.sh DATA_BIN OUT_DIR    quant_noise_roberta_small on one CPU core: an hour
-#     NOISE=0 bash recipes/roberta/run.sh DATA_BIN OUT_DIR     without noise, to compare
+#     NOISE=0 bash recipes/roberta/run.sh DATA_BIN OUT_DIR     without noise, for comparison
 #
-# ends with OUT_DIR/checkpoint_best.pt, to fine-tune with recipes/mnli/run.sh. Killed, the same command goes on.
+# The result is OUT_DIR/checkpoint_best.pt, to fine-tune with recipes/mnli/run.sh. After a kill, the same command resumes.
 #     NOISE=0.2 (paper; .1 for cpu)   LAYERDROP=0.2 (paper; 0 for cpu)   UPDATES=125000 (paper; 6000 for cpu)   SEED=1
 #     SHARE=2: pairs of layers share their weights
 set -euo pipefail
@@ -24,12 +24,12 @@ case "${SIZE:-paper}" in
   paper)
     UPDATES="${UPDATES:-125000}" NOISE="${NOISE:-0.2}" LAYERDROP="${LAYERDROP:-0.2}"
     FLAGS=(--arch quant_noise_roberta_base --untie-weights-roberta --tokens-per-sample 512 --sample-break-mode complete --fp16
-      --skip-invalid-size-inputs-valid-test # of lines over 512 tokens, which training leaves out too
+      --skip-invalid-size-inputs-valid-test # skips lines over 512 tokens, as training does
       --batch-size 16 --update-freq 2 --lr 5e-4 --warmup-updates 10000 --clip-norm 0.0 --log-interval 100)
     ;;
   cpu)
     UPDATES="${UPDATES:-6000}" NOISE="${NOISE:-0.1}" LAYERDROP="${LAYERDROP:-0}"
-    # More words masked than the usual .15: a short training learns more of each row.
+    # Masks more words than the usual .15, so that a short training learns more from each row.
     FLAGS=(--arch quant_noise_roberta_small --tokens-per-sample 128 --max-positions 128 --sample-break-mode none --cpu
       --mask-prob 0.3 --max-tokens 2048 --lr 1.5e-3 --warmup-updates 400 --clip-norm 1.0 --num-workers 0
       --log-interval 100 --save-interval-updates 500)

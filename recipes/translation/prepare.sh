@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Parallel text in sentencepiece's pieces and fairseq's binary format, with one dictionary for both languages.
+# Converts parallel text to sentencepiece's pieces and fairseq's binary format, with one dictionary for both languages.
 #
 #     bash recipes/translation/prepare.sh OUT_DIR               downloads IWSLT'14 German-English first
 #     bash recipes/translation/prepare.sh OUT_DIR --iwslt DIR   takes its unpacked folder de-en
@@ -8,8 +8,8 @@
 #     --words N       size of the dictionary (default: 10000)
 #     --workers N     processes for the binarization (default: the number of cores)
 #
-# OUT_DIR is what fairseq-train reads; OUT_DIR/spm.model is the tokenizer. From the first of --langs into the second.
-# Twenty seconds on a busy core for 28,000 short pairs. Killed and run again, it goes on; run twice, it does nothing.
+# fairseq-train reads OUT_DIR; OUT_DIR/spm.model is the tokenizer. Translation is from the first of --langs to the second.
+# Takes twenty seconds on a busy core for 28,000 short pairs. After a kill, the same command resumes; once complete, it does nothing.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
@@ -73,7 +73,7 @@ for prefix in "$TRAIN" "$VALID" ${TEST:+"$TEST"}; do
   done
 done
 
-# fairseq-preprocess refuses to write over an older dictionary, so it writes beside, and the whole folder is renamed.
+# fairseq-preprocess refuses to overwrite an older dictionary, so it writes a new folder, which is then renamed.
 binarize() {
   local part="$OUT.part" test=()
   rm -rf "$part" "$part.text"
@@ -85,7 +85,7 @@ binarize() {
     ${test[@]+"${test[@]}"} --workers "$WORKERS" --destdir "$part" >"$part.log" 2>&1 || { tail -n 5 "$part.log" >&2 && return 1; }
   mv "$part.text/spm.model" "$part/spm.model"
   rm -r "$part.text" "$part.log"
-  touch "$part/.done" # says whose folder it is, even if the recipe is killed right here
+  touch "$part/.done" # marks the folder as this recipe's, even if it is killed right here
   rm -rf "$OUT"
   mv "$part" "$OUT"
 }

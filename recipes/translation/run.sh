@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Translation with Quant-Noise, end to end: train, quantize in three stages with the trained network as the teacher, export,
-# translate. After recipes/translation/prepare.sh.
+# translate. Run recipes/translation/prepare.sh first.
 #
 #     bash recipes/translation/run.sh DATA_BIN OUT_DIR            IWSLT'14's usual network and training, on one GPU
 #     SIZE=cpu bash recipes/translation/run.sh DATA_BIN OUT_DIR   quant_noise_transformer_small on one CPU core
-#     NOISE=0 bash recipes/translation/run.sh ...                 without noise, to compare
+#     NOISE=0 bash recipes/translation/run.sh ...                 without noise, for comparison
 #     TEACHER=0 bash recipes/translation/run.sh ...               iPQ without distillation, in OUT_DIR/ipq-alone
 #     SHARE=2 bash recipes/translation/run.sh ...                 pairs of layers share their weights, on both sides
 #     KEEP=every-other bash recipes/translation/run.sh ...        both sides are pruned after training, before iPQ
@@ -14,7 +14,7 @@
 #     NOISE=0.1   SHARE=1   KEEP= (all)   LAYERDROP=0   UPDATES=50000 (cpu: 2000)   IPQ_UPDATES=9000 (300)   SEED=1
 #     PLAN=configs/plans/translation.yaml   BEAM=5   IPQ=0: only train and translate   DENSE=CKPT: quantize this one
 #     FLAGS= more options for both trainings, such as "--encoder-embed-dim 64"
-# A step that is done is not done again; killed, the same command goes on.
+# Steps that are done are skipped. After a kill, the same command resumes.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
@@ -30,8 +30,8 @@ need python fairseq-train fairseq-generate fairseq-quant-noise
 [ -n "$(find "$DATA" -maxdepth 1 -name 'train.*.bin' 2>/dev/null)" ] ||
   die "$DATA holds no train.*.bin of two languages; run: bash recipes/translation/prepare.sh -h"
 
-# The settings: the MODEL, how it is TRAINed, how its centroids are TUNEd, how it is made to TRANSLATE. fairseq's example for
-# IWSLT'14, but for the embedding, which is one for source, target and output.
+# The settings: MODEL, TRAIN, TUNE (fine-tuning of the centroids) and TRANSLATE. They are those of fairseq's example for
+# IWSLT'14, except that source, target and output share one embedding.
 case "$SIZE" in
   paper)
     UPDATES="${UPDATES:-50000}" IPQ_UPDATES="${IPQ_UPDATES:-9000}"
@@ -69,7 +69,7 @@ train() {
 }
 prune() { fairseq-quant-noise prune --path "$TRAINED" --keep "$KEEP" --out "$OUT/pruned.pt"; }
 
-# LayerDrop is for the dense training alone. A pruned network has the layers that its checkpoint has.
+# LayerDrop is only for the dense training. A pruned network has the layers of its checkpoint.
 quantize_in_stages() {
   local options=(--encoder-layerdrop 0 --decoder-layerdrop 0) counts
   if [ -n "$KEEP" ]; then
@@ -86,7 +86,7 @@ export_packed() { fairseq-quant-noise export --path "$OUT/$FILE/checkpoint_last.
 quantize_one_shot() {
   fairseq-quant-noise quantize --path "$DENSE" --plan "$PLAN" --out "$OUT/one-shot.safetensors"
 }
-# translate MODEL LOG: with fairseq's own program; the log has the translations and ends with BLEU.
+# translate MODEL LOG: uses fairseq's own program; the log has the translations and ends with BLEU.
 translate() {
   fairseq-generate "$DATA" --user-dir "$REPO/fairseq_quant_noise" --path "$1" --gen-subset "$SUBSET" --beam "$BEAM" \
     --remove-bpe sentencepiece --scoring sacrebleu "${TRANSLATE[@]}" --no-progress-bar >"$2.part" 2>&1 ||
@@ -97,7 +97,7 @@ translate() {
 
 mkdir -p "$OUT"
 TRAINED="${DENSE:-$OUT/dense/checkpoint_best.pt}"
-# A step is done again when its setting changes.
+# A step runs again when its settings change.
 SETTING="$SIZE noise $NOISE share $SHARE layerdrop $LAYERDROP updates $UPDATES seed $SEED ${FLAGS:-}"
 if [ -z "${DENSE:-}" ]; then step "train, noise $NOISE, share $SHARE" "$OUT/.trained" train "$SETTING"; fi
 SETTING="$SETTING $TRAINED keep $KEEP"

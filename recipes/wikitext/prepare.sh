@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# WikiText-103 (or WikiText-2, for a try) in fairseq's binary format, with the full vocabulary.
+# Converts WikiText-103 (or WikiText-2, for a trial) to fairseq's binary format, with the full vocabulary.
 #
 #     bash recipes/wikitext/prepare.sh OUT_DIR               downloads WikiText-103 (183 MB) first
 #     bash recipes/wikitext/prepare.sh OUT_DIR --local DIR   takes DIR/wiki.{train,valid,test}.tokens, where
 #                                                            the test split may be missing
 #     --workers N     processes for the binarization (default: the number of cores)
 #
-# OUT_DIR is what fairseq-train reads. The vocabulary is every word of the training text: 267,744 entries for
-# WikiText-103, fairseq's four special symbols included. Half a minute for WikiText-2, fifty times that for
-# WikiText-103. Killed and run again, it goes on; run twice, it does nothing.
+# fairseq-train reads OUT_DIR. The vocabulary is every word of the training text: 267,744 entries for
+# WikiText-103, fairseq's four special symbols included. Takes half a minute for WikiText-2, fifty times that for
+# WikiText-103. After a kill, the same command resumes; once complete, it does nothing.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
-# First the data set's author's own copy, then the address in fairseq's examples, which answers 403 since 2024.
+# First the copy of the data set's author, then the address in fairseq's examples, which has answered 403 since 2024.
 URLS=(
   "https://wikitext.smerity.com/wikitext-103-v1.zip"
   "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip"
@@ -40,7 +40,7 @@ case "$WORKERS" in '' | *[!0-9]* | 0) die "--workers $WORKERS is not a positive 
 need fairseq-preprocess
 free_dir "$OUT"
 
-# The text. The zip is kept only if it is whole: WikiText-103 has one checksum, whoever serves it.
+# Get the text. The zip is kept only if its checksum is right; it is the same at every address.
 download() {
   local url
   for url in "${URLS[@]}"; do
@@ -65,7 +65,7 @@ for split in train valid; do
     die "$LOCAL/wiki.$split.tokens does not exist; give --local the folder that holds wiki.$split.tokens"
 done
 
-# fairseq-preprocess refuses to write over an older dictionary, so it writes beside, and the whole folder is renamed.
+# fairseq-preprocess refuses to overwrite an older dictionary, so it writes a new folder, which is then renamed.
 binarize() {
   local test=()
   if [ -f "$LOCAL/wiki.test.tokens" ]; then test=(--testpref "$LOCAL/wiki.test.tokens"); fi
@@ -73,7 +73,7 @@ binarize() {
   fairseq-preprocess --only-source \
     --trainpref "$LOCAL/wiki.train.tokens" --validpref "$LOCAL/wiki.valid.tokens" ${test[@]+"${test[@]}"} \
     --workers "$WORKERS" --destdir "$OUT.part"
-  touch "$OUT.part/.done" # says whose folder it is, even if the recipe is killed right here
+  touch "$OUT.part/.done" # marks the folder as this recipe's, even if it is killed right here
   rm -rf "$OUT"
   mv "$OUT.part" "$OUT"
 }

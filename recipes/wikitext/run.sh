@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# WikiText-103 with Quant-Noise, end to end: train, quantize in stages, export, evaluate. After recipes/wikitext/prepare.sh.
+# WikiText-103 with Quant-Noise, end to end: train, quantize in stages, export, evaluate. First: recipes/wikitext/prepare.sh.
 #
 #     bash recipes/wikitext/run.sh DATA_BIN OUT_DIR                  the paper's setting: 8 GPUs of 32 GB, days
 #     SIZE=cpu bash recipes/wikitext/run.sh DATA_BIN OUT_DIR         4 layers, d 256, on one CPU core: about an hour
-#     NOISE=0 bash recipes/wikitext/run.sh DATA_BIN OUT_DIR          the same without noise, to compare
+#     NOISE=0 bash recipes/wikitext/run.sh DATA_BIN OUT_DIR          the same without noise, for comparison
 #     SHARE=2 bash recipes/wikitext/run.sh DATA_BIN OUT_DIR          pairs of layers share their weights
 #     KEEP=every-other bash recipes/wikitext/run.sh DATA_BIN OUT_DIR   pruned after training, before iPQ
 #
 # It ends with a line of OUT_DIR/result.json: perplexity dense, after one-shot iPQ and after fine-tuning, and bytes.
-# A step that is done is not done again; killed, the same command goes on. GPUS and OMP_NUM_THREADS are the caller's.
+# Steps that are done are skipped. After a kill, the same command resumes. The caller may set GPUS and OMP_NUM_THREADS.
 #     NOISE=0.05   SHARE=1   KEEP= (all)   LAYERDROP=0.2 (paper; 0 for cpu)   UPDATES=286000 (3000)   IPQ_UPDATES=13500 (300)
 #     SEED=1   PLAN=configs/plans/wikitext103.yaml   IPQ=0: only train and evaluate   DENSE=CKPT: quantize this one
 set -euo pipefail
@@ -28,7 +28,7 @@ PLUGIN="$REPO/fairseq_quant_noise"
 need fairseq-train fairseq-eval-lm fairseq-quant-noise
 [ -f "$DATA/dict.txt" ] || die "$DATA/dict.txt is missing; run: bash recipes/wikitext/prepare.sh -h"
 
-# The settings: MODEL, how it is TRAINed, how its centroids are TUNEd, how both are EVALuated.
+# The settings: MODEL, TRAIN, TUNE (fine-tuning of the centroids) and EVAL (evaluation).
 case "$SIZE" in
   paper)
     LAYERDROP="${LAYERDROP:-0.2}" UPDATES="${UPDATES:-286000}" IPQ_UPDATES="${IPQ_UPDATES:-13500}"
@@ -38,7 +38,7 @@ case "$SIZE" in
       --lr-shrink 0.75 --warmup-updates 16000 --warmup-init-lr 1e-7 --min-lr 1e-4 --stop-min-lr 1e-9
       --max-tokens 3072 --update-freq 3 --max-update "$UPDATES")
     # 3 stages of 4,500 updates, without noise, as in fairseq's published command. Its cosine is so long that the rate
-    # hardly falls. Attention over 2,944 tokens is what fits beside the codebooks.
+    # hardly falls. Rows of 2,944 tokens leave memory for the codebooks.
     TUNE=(--optimizer nag --clip-norm 0.1 --lr 0.05 --lr-scheduler cosine --lr-period-updates 270000 --t-mult 2
       --lr-shrink 0.75 --min-lr 1e-4 --stop-min-lr 1e-9 --quant-noise-pq 0 --fp16 --update-freq 3
       --max-tokens 2944 --tokens-per-sample 2944 --max-update "$IPQ_UPDATES")
@@ -47,7 +47,7 @@ case "$SIZE" in
     ;;
   cpu)
     LAYERDROP="${LAYERDROP:-0}" UPDATES="${UPDATES:-3000}" IPQ_UPDATES="${IPQ_UPDATES:-300}"
-    # The same architecture at 4 layers, d 256, for WikiText-2: 3.6 M parameters, three passes over the text.
+    # The same architecture with 4 layers, d 256, for WikiText-2: 3.6 M parameters, three passes over the text.
     MODEL=(--arch quant_noise_transformer_lm_wikitext103 --cpu
       --decoder-layers 4 --decoder-embed-dim 256 --decoder-input-dim 256 --decoder-output-dim 256
       --decoder-ffn-embed-dim 512 --decoder-attention-heads 4
@@ -67,7 +67,7 @@ esac
 COMMON=("$DATA" --user-dir "$PLUGIN" --task language_modeling "${MODEL[@]}" --sample-break-mode none
   --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --ddp-backend legacy_ddp --seed "$SEED"
   --share-layers "$SHARE"
-  --required-batch-size-multiple 1 # or fairseq's validation leaves out what does not fill a multiple of 8
+  --required-batch-size-multiple 1 # otherwise validation leaves out sentences that do not fill a multiple of 8
   --no-progress-bar --log-interval 100 --no-epoch-checkpoints --save-interval-updates 500 --keep-interval-updates 1)
 SUBSET=test && [ -f "$DATA/test.bin" ] || SUBSET=valid
 
@@ -78,8 +78,8 @@ train() {
 prune() { fairseq-quant-noise prune --path "$TRAINED" --keep "$KEEP" --out "$OUT/pruned.pt"; }
 
 # The teacher and --ipq-distillation-weight would go here; the paper's language model is fine-tuned on the text alone.
-# LayerDrop is for the dense training: while centroids are tuned it costs a quarter of the perplexity. A pruned network has
-# the layers that its checkpoint has.
+# LayerDrop is only for the dense training: while centroids are fine-tuned, it makes perplexity a quarter higher. A pruned
+# network has the layers of its checkpoint.
 quantize_in_stages() {
   local layers=(--decoder-layerdrop 0)
   if [ -n "$KEEP" ]; then layers+=(--decoder-layers "$(module recipes.n_layers "$DENSE")"); fi
@@ -91,7 +91,7 @@ quantize_one_shot() {
   logged "$OUT/one-shot.log" fairseq-quant-noise quantize --path "$DENSE" --plan "$PLAN" --out "$OUT/one-shot.safetensors"
 }
 
-# evaluate MODEL LOG
+# evaluate MODEL LOG: measures perplexity with fairseq-eval-lm
 evaluate() {
   fairseq-eval-lm "$DATA" --user-dir "$PLUGIN" --path "$1" --gen-subset "$SUBSET" "${EVAL[@]}" --no-progress-bar 2>&1 |
     tee "$2.part"
@@ -100,7 +100,7 @@ evaluate() {
 
 mkdir -p "$OUT"
 TRAINED="${DENSE:-$OUT/dense/checkpoint_best.pt}"
-# A step is done again when its setting changes.
+# A step runs again when its settings change.
 SETTING="$SIZE noise $NOISE share $SHARE layerdrop $LAYERDROP updates $UPDATES seed $SEED"
 if [ -z "${DENSE:-}" ]; then step "train, noise $NOISE, share $SHARE" "$OUT/.trained" train "$SETTING"; fi
 SETTING="$SETTING $TRAINED keep $KEEP"
