@@ -26,20 +26,20 @@ SECTIONS = (
     (
         source.StageRule,
         "`stages`: a list of rules",
-        "Stages run in this order. `block_size` and `n_centroids` are a number, or a mapping from regular "
-        "expressions over the names that `match` matches to numbers, with `default` for the others. Either all stages "
-        "give `updates` or none. A weight with fewer than 4 K blocks gets fewer centroids: the largest power of two "
-        "that leaves four blocks each.",
+        "Stages run in the order of the list. `block_size` and `n_centroids` are a number, or a mapping from regular "
+        "expressions to numbers, with `default` for all other names that `match` matches. Either all stages "
+        "give `updates`, or none does. A weight with fewer than 4 K blocks gets fewer centroids: the largest power of "
+        "two that leaves four blocks each.",
     ),
     (source.Centroids, "`centroids`", ""),
-    (source.Activations, "`activations`", "Without this section inputs are left alone; `{}` stands for the defaults."),
-    (source.Structure, "`structure`", "Noise and stages act on what is left."),
+    (source.Activations, "`activations`", "Without this section, inputs are not rounded; `{}` gives the defaults."),
+    (source.Structure, "`structure`", "Noise and stages act on the layers that remain."),
     (
         source.Tuning,
         "`tuning`",
-        "With `restart` a stage has the learning rates of a run of its own, warm-up included: the scheduler counts "
-        "updates and epochs from the stage's start. Where its length is --max-update (a cosine's period, "
-        "`total_num_update`) it is the stage's length; other lengths are taken as they are given, for each stage.",
+        "With `restart`, a stage has the learning rates of a run of its own, warm-up included: the scheduler counts "
+        "updates and epochs from the stage's start. A length of the scheduler that is --max-update (a cosine's period, "
+        "`total_num_update`) becomes the stage's length; other lengths are used as given, for each stage.",
     ),
 )
 NAMES = {"start": "from"}  # fields whose key in YAML has another name

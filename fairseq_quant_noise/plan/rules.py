@@ -39,10 +39,10 @@ Setting = int | Mapping[str, Any]
 class Schedule:
     """How p gets from `start` (in YAML: `from`) to the rule's p over the first `updates` (`noise/schedule.py`)."""
 
-    kind: str = "constant"  # constant, linear, cosine, step
+    kind: str = "constant"  # shape of the schedule: constant, linear, cosine, step
     start: float = 0.0  # p at the first update
-    updates: int = 0  # until p is reached
-    steps: int = 4  # of equal height, of kind step
+    updates: int = 0  # number of updates until the rule's p is reached
+    steps: int = 4  # number of equal steps, for kind step
 
     def __post_init__(self) -> None:
         if self.kind not in SCHEDULES:
@@ -62,14 +62,14 @@ class NoiseRule:
     """Noise for the weights whose module name matches."""
 
     match: str  # regular expression over module names, full match
-    p: float  # the share of blocks hit in each forward, in [0, 1]; 1 is quantization-aware training
+    p: float  # share of blocks hit in each forward pass, in [0, 1]; 1 is quantization-aware training
     kind: str | tuple[str, ...] = "proxy"  # proxy, mean, pq, int2 … int8 (noise/distortions.py), or a list to compose
-    block_size: int | None = None  # d; without it, 1 where all kinds are intN, else 8
-    choice: str = "subvectors"  # blocks are hit independently, or with all blocks of their centroid: clusters
-    n_centroids: int = 256  # K of the codebook that pq and clusters need
-    range: str = "tensor"  # of intN: tensor, channel, histogram (scalar/ranges.py)
-    refresh: int | str | None = None  # codebooks and ranges are found anew after so many updates, or each `epoch`
-    schedule: Schedule | None = None  # of p
+    block_size: int | None = None  # d; default: 1 where all kinds are intN, else 8
+    choice: str = "subvectors"  # subvectors: blocks are hit one by one; clusters: all of a centroid together
+    n_centroids: int = 256  # K of the codebook that kind pq and choice clusters need
+    range: str = "tensor"  # intN only: tensor, channel, histogram (scalar/ranges.py)
+    refresh: int | str | None = None  # recompute codebooks and ranges every so many updates, or each `epoch`
+    schedule: Schedule | None = None  # schedule of p; default: constant
 
     def __post_init__(self) -> None:
         where = f"noise rule '{self.match}'"
@@ -129,11 +129,11 @@ class StageRule:
 
     match: str  # regular expression over module names, full match
     scheme: str = "pq"  # pq (product quantization), or int2 … int8
-    block_size: Setting = 8  # d, of pq
-    n_centroids: Setting = 256  # K of pq, 256 at most: a code is a byte
-    codebook: str = "own"  # of pq: each weight has its own, or those of one d share one: shared
-    range: str = "tensor"  # of intN: tensor, channel, histogram (scalar/ranges.py)
-    updates: int | None = None  # of fine-tuning in this stage; without it, the stages share --max-update
+    block_size: Setting = 8  # d, pq only
+    n_centroids: Setting = 256  # K, pq only; at most 256, because a code is a byte
+    codebook: str = "own"  # pq only. own: one per weight; shared: one per stage for weights of equal d and K
+    range: str = "tensor"  # intN only: tensor, channel, histogram (scalar/ranges.py)
+    updates: int | None = None  # length of this stage; default: the stages share --max-update equally
 
     def __post_init__(self) -> None:
         check_regex("stage", self.match)
@@ -170,8 +170,8 @@ class StageRule:
 class Centroids:
     """How centroids are found and stored."""
 
-    dtype: str = "fp16"  # of the centroids in the file, and of the centroids that evaluation uses: fp16 or int8
-    weighted: bool = True  # k-means weighs errors by squared gradients, Adam's or of data (quantization/importance.py)
+    dtype: str = "fp16"  # number format of the centroids in the file and in evaluation: fp16 or int8
+    weighted: bool = True  # weigh k-means errors by squared gradients, Adam's or measured (quantization/importance.py)
 
     def __post_init__(self) -> None:
         if self.dtype not in CENTROID_BITS:
@@ -189,9 +189,9 @@ class Centroids:
 class Activations:
     """The inputs of the quantized weights' products, in N bits (`layers/inputs.py`)."""
 
-    bits: int = 8  # N, 2 to 8
-    range: str = "histogram"  # or tensor
-    calibration_batches: int = 8  # forwards that a range is the mean of, 255 at most
+    bits: int = 8  # N, from 2 to 8
+    range: str = "histogram"  # histogram or tensor
+    calibration_batches: int = 8  # number of forward passes whose ranges are averaged, at most 255
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
@@ -207,12 +207,12 @@ class Activations:
 class Structure:
     """Which layers are stored and in use: shared first, then pruned (`structure/`)."""
 
-    share_layers: int = 1  # adjacent layers that have one set of weights
-    share_from: str = "first"  # where they differ so far: the chunk's first layer, or the mean over its layers
+    share_layers: int = 1  # number of adjacent layers that share one set of weights
+    share_from: str = "first"  # initial weights of a chunk: those of its first layer, or the mean of its layers
     keep_layers: Any = (
         None  # every-other, a list of layers, or either by stack: {encoder: [0, 2], decoder: every-other}
     )
-    layerdrop: float | None = None  # in training: probability of leaving out a chunk; without it, what the flags say
+    layerdrop: float | None = None  # probability of skipping a chunk in training; default: --*-layerdrop
 
     def __post_init__(self) -> None:
         check_positive("structure: share_layers", self.share_layers)
@@ -232,7 +232,7 @@ class Structure:
 class Tuning:
     """How the network is trained in the stages, on what the training's own options leave open."""
 
-    schedule: str = CONTINUE  # the learning rate's: one over all stages, or a new one in each: restart
+    schedule: str = CONTINUE  # learning-rate schedule. continue: one over all stages; restart: a new one in each
 
     def __post_init__(self) -> None:
         if self.schedule not in (CONTINUE, RESTART):
