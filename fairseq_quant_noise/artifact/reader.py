@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..errors import DamagedFileError, UserError, is_about_a_file
 from ..layers.parts import LATENT
-from ..layers.registry import FORMATS
+from ..layers.registry import FORMATS, QuantizedTensor
 from .configuration import check_configuration
 from .limits import check_sizes, longest_header
-from .manifest import METADATA_KEY, ZERO_HASH, Manifest, QuantizedTensor, parse_json
+from .manifest import METADATA_KEY, ZERO_HASH, Manifest, parse_json
 from .packed import Packed
 
 SUFFIX = ".safetensors"  # of a packed file's name, by which fairseq's programs know it

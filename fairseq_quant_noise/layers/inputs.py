@@ -91,7 +91,7 @@ class InputQuantizer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "InputQuantizer":
         kept = self.range
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.range = kept.to(self.range.device)  # float32, whatever the model's dtype
         return self
 

@@ -87,7 +87,7 @@ class LatentIntWeight(ScalarWeight):
         """The weight as its codes give it back."""
         if not self.training:
             return fake_quantize(self.latent, self.fit())
-        return StraightThrough.apply(self.latent, fake_quantize(self.latent, self._in_training()))
+        return StraightThrough.apply(self.latent, fake_quantize(self.latent, self._in_training()))  # type: ignore[no-untyped-call]
 
     def _in_training(self) -> Affine:
         if self.range != "histogram":

@@ -155,7 +155,7 @@ class PQWeight(QuantizedWeight):
         if self.training:
             seen = self.centroids.detach() if self.bits == 16 else self.stored_centroids()
             count = torch.stack([user.count() for user in self.users]).sum(0).clamp_(min=1)  # (K, 1)
-            return _Lookup.apply(self.centroids, seen, codes, count).view(self.shape)
+            return _Lookup.apply(self.centroids, seen, codes, count).view(self.shape)  # type: ignore[no-untyped-call]
         return self.stored_centroids().index_select(0, codes).view(self.shape)
 
     def count(self) -> Tensor:

@@ -75,7 +75,7 @@ class QuantizedWeight(Format, nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedWeight":
         kept = {name: self._buffers[name] for name in self.full_precision}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:

@@ -118,7 +118,7 @@ class IntWeight(ScalarWeight):
     @classmethod
     def describes(cls, entry: QuantizedTensor) -> bool:
         """Neither blocks nor a codebook."""
-        return entry.block_size is None and entry.n_centroids is entry.codebook is None
+        return all(part is None for part in (entry.block_size, entry.n_centroids, entry.codebook))
 
     @classmethod
     def code_bits(cls, entry: QuantizedTensor) -> int:

@@ -60,4 +60,4 @@ def psi(weight: Tensor, hit: Tensor | None, block_size: int, phi: Distortion) ->
         if hit is not None:
             distorted = torch.where(hit.unsqueeze(1), distorted, blocks)
         distorted = distorted.reshape(weight.shape)
-    return StraightThrough.apply(weight, distorted)
+    return StraightThrough.apply(weight, distorted)  # type: ignore[no-untyped-call]
