@@ -19,6 +19,7 @@ from torch import Tensor
 from ..artifact.reader import is_packed
 from ..errors import DamagedFileError, UserError
 from . import checksums
+from .dictionaries import with_dictionaries
 from .keys import CHECKSUMS
 from .pickled_config import allowed, check_no_placeholder, placeholder, plain_config
 from .pickled_numbers import RefusedError, with_arrays
@@ -169,6 +170,8 @@ def _plain(state: dict[str, Any]) -> dict[str, Any]:
         state["extra_state"] = {name: value for name, value in extra.items() if name not in _METERS}
     for name in state.keys() - kinds.keys() - {"model"}:
         state[name] = with_arrays(state[name])
+    if isinstance(state.get("task_state"), dict):
+        state["task_state"] = with_dictionaries(state["task_state"])
     check_no_placeholder(value for name, value in state.items() if name not in kinds)
     return state
 

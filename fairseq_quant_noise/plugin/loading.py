@@ -10,6 +10,7 @@ from typing import Any
 
 import fairseq.checkpoint_utils
 import fairseq.distributed.utils
+from fairseq.data import Dictionary
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.dataclass.utils import merge_with_parent
 from fairseq.file_io import PathManager
@@ -21,6 +22,7 @@ from ..artifact import Packed, read
 from ..artifact.configuration import check_evaluated
 from ..artifact.network import check_network
 from ..artifact.reader import is_packed
+from ..checkpoints.dictionaries import SavedDictionary
 from ..checkpoints.keys import no_training
 from ..checkpoints.options import SECTIONS, as_fairseq
 from ..checkpoints.safe_load import safe_load
@@ -81,6 +83,8 @@ def upgraded(path: str | Path, state: dict[str, Any], arg_overrides: Any = None)
     Raises:
         DamagedFileError: fairseq cannot read the configuration, or would run what is in it.
     """
+    if isinstance(state.get("task_state"), dict):
+        state["task_state"] = {name: _of_fairseq(value) for name, value in state["task_state"].items()}
     _check_options(path, state)
     try:
         return _upgrade_state_dict(_with_overrides(_with_history(state), arg_overrides))
@@ -89,6 +93,17 @@ def upgraded(path: str | Path, state: dict[str, Any], arg_overrides: Any = None)
         raise DamagedFileError(
             f"checkpoint {path}: fairseq cannot read its configuration ({type(error).__name__}: {reason})"
         ) from None
+
+
+def _of_fairseq(value: Any) -> Any:
+    """fairseq's own dictionary in place of what was saved of it, alone or in a list; all else as it is."""
+    if isinstance(value, list):
+        return [*map(_of_fairseq, value)] if any(isinstance(item, SavedDictionary) for item in value) else value
+    if not isinstance(value, SavedDictionary):
+        return value
+    dictionary = Dictionary.__new__(Dictionary)
+    vars(dictionary).update(value.fields)
+    return dictionary
 
 
 def _check_options(path: str | Path, state: dict[str, Any]) -> None:
