@@ -312,6 +312,13 @@ def test_the_readme_is_short_and_every_page_is_in_the_list_of_pages():
     assert {page.name for page in PAGES if page.parent.name == "docs"} == {"README.md", *listed}
 
 
+def test_each_fault_of_fairseq_has_one_row():
+    rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "docs/upstream.md").read_text(), re.MULTILINE)
+    numbers = [int(number) for row in rows for number in row.split(", ")]
+    assert len(numbers) > 20
+    assert numbers == sorted(set(numbers))
+
+
 def test_the_architecture_has_the_layers_that_import_linter_checks():
     contract = (ROOT / "pyproject.toml").read_text().partition('containers = ["fairseq_quant_noise"]')[2]
     layers = re.findall(r'"(.+)"', re.search(r"layers = \[(.+?)\n\]", contract, re.DOTALL)[1])
