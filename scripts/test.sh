@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Everything a change must pass: style and format (Python and C++), types, the direction of imports, tests. Sets up .venv first, if need be.
+# Everything a change must pass: style and format (Python and C++), types, the direction of imports, tests. Sets up .venv
+# first, if need be.
 #
 #     bash scripts/test.sh                    all of it
 #     bash scripts/test.sh tests/pq           the arguments go to pytest
+#     bash scripts/test.sh -m "not slow"      without the tests that take longest
 #     bash scripts/test.sh -n 0 -x            in one process; by default a worker for each core, and 8 at the most
 #
 # Exit code 0 only if all six pass. pytest comes last, so its closing line is the end of the output.

@@ -19,6 +19,8 @@ import torch
 from fairseq_quant_noise import __version__
 from fairseq_quant_noise.networks.registry import build
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
 FOLDERS = ("fairseq_quant_noise", "configs", "requirements")

@@ -6,6 +6,8 @@ import pytest
 from hydra_fixture import NAMES, composed, filled
 from recipe_commands import commands, parsed
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("wikitext", "roberta", "translation", "imagenet")
 RUN = {task: f'bash "$REPO/recipes/{task}/run.sh" data out' for task in TASKS}
 RUN["mnli"] = 'bash "$REPO/recipes/mnli/run.sh" data out pre.pt'

@@ -14,6 +14,8 @@ import fairseq_quant_noise
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import quantized_weights
 
+pytestmark = pytest.mark.slow
+
 HYPOTHESES = {"train": 3000, "valid": 200}
 CLEARLY_BETTER = 50  # % of 600 pairs; the majority has 33.3, the words of the premise give 43; standard error 2
 

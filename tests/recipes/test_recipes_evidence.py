@@ -90,6 +90,7 @@ def test_a_verdict_needs_seeds_that_agree(ours, within, verdict):
     assert found.verdict == verdict
 
 
+@pytest.mark.slow
 def test_the_page_is_built_again_from_its_lines(tmp_path):
     lines = [
         {"run": f"{network}/{file}", "seed": seed, "ppl": ppl + seed / 10, "bytes": size}

@@ -55,6 +55,7 @@ def test_the_table_reads_fairseqs_logs(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "| pq | ipq | 41.2 | 88.5 | 1,048,576 | 1.000 |"
 
 
+@pytest.mark.slow
 def test_the_configuration_for_hydra_trains(tmp_path):
     write_images(tmp_path / "data")
     keys = [f"task.data={tmp_path / 'data'}", f"common.user_dir={ROOT / 'fairseq_quant_noise'}"]

@@ -8,6 +8,8 @@ from lm_fixture import PLANS, split, state_of
 
 from fairseq_quant_noise.checkpoints.keys import STAGES
 
+pytestmark = pytest.mark.slow
+
 #: A validation and a checkpoint every second update, and no other.
 EVERY = split(
     "--validate-interval-updates 2 --save-interval-updates 2 --keep-interval-updates 1 --validate-interval 99"

@@ -20,6 +20,8 @@ from fairseq_quant_noise.plugin.training.stages import StageController
 from fairseq_quant_noise.quantization.quantize import encode_together
 from fairseq_quant_noise.utils import ranks
 
+pytestmark = pytest.mark.slow
+
 STAGES = PLANS["adaptive"]["stages"]
 DAMAGED = "decoder.layers.1.fc2"
 NOISE = split(

@@ -8,6 +8,8 @@ from watching import watched
 
 from fairseq_quant_noise.noise import noise_of
 
+pytestmark = pytest.mark.slow
+
 DECAY = 0.5
 EMA = split(f"--store-ema --ema-decay {DECAY} --batch-size 24")
 NOISES = {"proxy": split("--quant-noise-pq 0.2"), "int8": split("--quant-noise-scalar 0.5"), "none": []}
