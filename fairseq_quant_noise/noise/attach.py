@@ -1,5 +1,6 @@
 """Attach and detach: a model whose weights are noised wherever a training forward reads them."""
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,10 +12,12 @@ from ..plan.matching import match_rules
 from ..plan.rules import NoiseRule
 from ..weights.access import intercept, release
 from ..weights.blocks import check_block_size, fitting_block_size
-from ..weights.discovery import Weight, find_weights, warn_of_uncovered
+from ..weights.discovery import WORTH_A_WORD, Weight, find_weights, warn_of_uncovered
 from .model_noise import ModelNoise
 from .statistics import CleanStatistics
 from .weight_noise import WeightNoise
+
+logger = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_quant_noise"  # on the root module: its ModelNoise
 
@@ -55,8 +58,25 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
         draw.watch(module)
     CleanStatistics(model, draw)
     warn_of_uncovered(model)
+    _warn_of_zeroed_convolutions(noised)
     model._quant_noise = draw  # type: ignore[assignment]
     return [w for w, _ in noised]
+
+
+def _warn_of_zeroed_convolutions(noised: Sequence[tuple[Weight, Sequence[NoiseRule]]]) -> None:
+    """Log one warning where proxy noise hits convolutions: `pq` costs them less (docs/how_it_works.md has figures)."""
+    sizes = {weight.name: weight.module.weight.numel() for weight, _ in noised}  # type: ignore[operator]
+    zeroed = [
+        weight.name
+        for weight, rules in noised
+        if isinstance(weight.module, nn.Conv2d) and any("proxy" in rule.kinds and rule.p for rule in rules)
+    ]
+    share = sum(sizes[name] for name in zeroed) / max(sum(sizes.values()), 1)
+    if share > WORTH_A_WORD:
+        logger.warning(
+            f"proxy noise zeroes blocks of convolutions ({share:.0%} of the noised weights; {zeroed[0]} is the first), "
+            "which costs accuracy in training; kind pq costs less: --quant-noise-kind pq, or kind: pq in the plan"
+        )
 
 
 def fitted_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[NoiseRule]:

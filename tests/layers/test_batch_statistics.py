@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 from toys import quiet, refuses
 
-from fairseq_quant_noise import attach_noise, load, quantize_, save
+from fairseq_quant_noise import attach_noise, load, noise_of, quantize_, save
 from fairseq_quant_noise.layers import calibrating, input_quantizers
 from fairseq_quant_noise.layers.batch_statistics import batch_norms, estimating
+from fairseq_quant_noise.noise import attach_rules, fitted_rules
+from fairseq_quant_noise.plan import NoiseRule
 from fairseq_quant_noise.utils import ranks
 
 CLASSES = 6
@@ -49,10 +51,8 @@ def network():
     )
 
 
-@functools.cache
-def trained():
-    torch.manual_seed(0)
-    model, (x, y) = network(), images(512, 2)
+def fit(model):
+    x, y = images(512, 2)
     optimizer = torch.optim.Adam(model.parameters(), 5e-3)
     for _ in range(3):
         for batch in torch.randperm(len(x)).split(32):
@@ -60,6 +60,12 @@ def trained():
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
     return model
+
+
+@functools.cache
+def trained():
+    torch.manual_seed(0)
+    return fit(network())
 
 
 @torch.no_grad()
@@ -87,6 +93,19 @@ def toy():
     attach_noise(model, {"noise": [{"match": "0", "p": 0.5, "block_size": 1}]})
     model[3].eval()
     return model
+
+
+# Noise
+
+
+@pytest.mark.upstream(29)
+@pytest.mark.parametrize(("kind", "p"), [("proxy", 0.1), ("pq", 0.3)])
+def test_a_network_of_convolutions_learns_under_noise_on_all_of_them(kind, p):
+    torch.manual_seed(0)
+    model = network()
+    attach_rules(model, fitted_rules(model, [NoiseRule(".*", p, kind, 4)]))
+    assert not any(isinstance(model.get_submodule(name), nn.BatchNorm2d) for name in noise_of(model).weights)
+    assert accuracy(fit(model)) > 0.9
 
 
 # quantize_

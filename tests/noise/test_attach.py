@@ -254,3 +254,28 @@ def test_after_a_refusal_the_model_is_as_it_was():
         attach_rules(model, [NoiseRule("fc", 0.5), NoiseRule("conv", 0.5, block_size=4)])
     assert type(model.fc) is nn.Linear
     noised(model, match="fc")
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 4))
+
+
+def test_proxy_noise_on_convolutions_is_warned_of_with_their_share_and_the_cure(caplog):
+    attach_rules(convolutions(), [NoiseRule("0", 0.1, block_size=9), NoiseRule("3", 0.1, block_size=8)])
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "90% of the noised weights; 0 is the first" in said  # 288 of 320
+    assert "--quant-noise-kind pq" in said
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [NoiseRule("0", 0.1, "pq", 9), NoiseRule("3", 0.1, "proxy", 8)],
+        [NoiseRule(".*", 0.1, "mean", 1)],
+        [NoiseRule(".*", 0.0, "proxy", 1)],
+    ],
+    ids=["of a Linear alone", "another kind", "never"],
+)
+def test_other_noise_on_a_network_of_convolutions_is_not_warned_of(rules, caplog):
+    attach_rules(convolutions(), rules)
+    assert not caplog.records

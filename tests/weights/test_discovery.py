@@ -114,5 +114,5 @@ def test_nothing_is_said_where_rules_can_name_all(caplog):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 8), nn.LayerNorm(8))
     model.append(nn.Linear(8, 8))
     model[-1].weight = model[3].weight
-    attach_noise(model, {"noise": [{"match": ".*", "p": 0.1, "block_size": 1}]})
+    attach_noise(model, {"noise": [{"match": ".*", "kind": "mean", "p": 0.1, "block_size": 1}]})
     assert not caplog.records
