@@ -7,6 +7,8 @@ import torch
 from lm_fixture import PLANS
 from watching import NOISE, watched
 
+pytestmark = pytest.mark.slow
+
 EPOCH, STAGE = 4, 12  # updates
 
 
