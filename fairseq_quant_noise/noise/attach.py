@@ -64,7 +64,7 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
 
 
 def _warn_of_zeroed_convolutions(noised: Sequence[tuple[Weight, Sequence[NoiseRule]]]) -> None:
-    """Log one warning where proxy noise hits convolutions: `pq` costs them less (docs/how_it_works.md has figures)."""
+    """Log one warning where proxy noise hits convolutions: pq costs training less (docs/noise.md)."""
     sizes = {weight.name: weight.module.weight.numel() for weight, _ in noised}  # type: ignore[operator]
     zeroed = [
         weight.name
@@ -75,7 +75,8 @@ def _warn_of_zeroed_convolutions(noised: Sequence[tuple[Weight, Sequence[NoiseRu
     if share > WORTH_A_WORD:
         logger.warning(
             f"proxy noise zeroes blocks of convolutions ({share:.0%} of the noised weights; {zeroed[0]} is the first), "
-            "which costs accuracy in training; kind pq costs less: --quant-noise-kind pq, or kind: pq in the plan"
+            "and training loses accuracy by it; if too much, kind pq loses less (--quant-noise-kind pq, or kind: pq in "
+            "the plan)"
         )
 
 
