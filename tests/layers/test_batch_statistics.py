@@ -14,7 +14,7 @@ from fairseq_quant_noise import attach_noise, load, noise_of, quantize_, save
 from fairseq_quant_noise.layers import calibrating, input_quantizers
 from fairseq_quant_noise.layers.batch_statistics import batch_norms, estimating
 from fairseq_quant_noise.noise import attach_rules, fitted_rules
-from fairseq_quant_noise.plan import NoiseRule
+from fairseq_quant_noise.plan.rules import NoiseRule
 from fairseq_quant_noise.utils import ranks
 
 CLASSES = 6
