@@ -74,4 +74,4 @@ def _wrong_number(name: str, value: Any) -> str | None:
     if not isinstance(value, int | float):
         return None
     most = _MOST_LAYERS if name.endswith("layers") else _MOST_POSITIONS if _POSITIONS.fullmatch(name) else _LARGEST
-    return None if math.isfinite(value) and abs(value) <= most else f"{value!r} is beyond all measure"
+    return None if math.isfinite(value) and abs(value) <= most else f"{value!r} is implausibly large (limit {most:g})"

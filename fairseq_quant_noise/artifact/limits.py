@@ -1,4 +1,4 @@
-"""What a packed file may ask of the memory of who opens it, by its own bytes; the writer keeps to it as well."""
+"""Limits on the header and the decoded size of a packed file, relative to its bytes; reader and writer keep to them."""
 
 import math
 
@@ -6,7 +6,7 @@ from ..errors import DamagedFileError
 from .packed import Packed
 
 _HEADER, _HEADER_SHARE = 1 << 20, 16  # a megabyte (4,000 tensors), and the sixteenth part of the file
-_LONGEST_HEADER = 100_000_000  # of safetensors itself
+_LONGEST_HEADER = 100_000_000  # bytes; safetensors refuses a longer one
 _MOST_DENSE = 1024  # dense bytes for a byte of the file; iPQ at d = 8 and K = 256 has 32
 
 
@@ -16,7 +16,7 @@ def longest_header(file_bytes: int) -> int:
 
 
 def check_sizes(packed: Packed, file_bytes: int) -> None:
-    """Refuse a file that stands for a network beyond all measure: few codes of long blocks, a bomb for `to-dense`.
+    """Refuse a file whose network would be implausibly large: few codes of long blocks, a bomb for `to-dense`.
 
     Raises:
         DamagedFileError: its dense tensors have more than 1,024 times its bytes.

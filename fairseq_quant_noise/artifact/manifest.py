@@ -34,7 +34,7 @@ FORMAT_VERSION = 4  # that of a file with shared codebooks
 _WITHOUT_SHARED = 3  # that of any other file, as before there were any
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
-_LARGEST = 3.4e38  # of an input's range: a float32
+_LARGEST = 3.4e38  # the largest end of an input's range: a float32
 
 
 @dataclass(frozen=True)

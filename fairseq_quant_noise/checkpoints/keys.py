@@ -5,13 +5,13 @@ from typing import Any
 # In `extra_state`.
 STAGES = "quant_noise_stages"  # the plan, how many of its stages are done, and where each begins
 IMPORTANCE = "quant_noise_importance"  # second moments of the dense weights, where the optimizer no longer has them
-CHECKSUMS = "quant_noise_checksums"  # of the codes, by the tensor's name
+CHECKSUMS = "quant_noise_checksums"  # checksums of the codes, by the tensor's name
 NOISE = "quant_noise"  # what the noise has drawn and measured
 POSITION = "quant_noise_position"  # where the run is in its data
 EMA_COUNTER = "quant_noise_ema"  # updates since the last step of the average, with --ema-update-freq
 
 # In the state of a half-precision optimizer.
-FP32_COPIES = "quant_noise_fp32_params"  # of each parameter
+FP32_COPIES = "quant_noise_fp32_params"  # the fp32 copy of each parameter
 SCALER = "quant_noise_scaler"  # all of the loss scale
 
 # In the state of the learning-rate scheduler.

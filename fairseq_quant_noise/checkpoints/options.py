@@ -24,9 +24,9 @@ _SECTIONS = ("model", "task", "criterion")
 #: Options of other sections that a criterion's defaults refer to, as ${optimization.sentence_avg}.
 _REFERRED = {"optimization": ("sentence_avg",), "distributed_training": ("ddp_backend",), "common": ("tpu",)}
 
-SECTIONS = (*_SECTIONS, *_REFERRED)  # of a packed file's configuration
+SECTIONS = (*_SECTIONS, *_REFERRED)  # the sections that a packed file's configuration keeps
 
-#: What a flat configuration says of other parts; fairseq would take their names for options of the model.
+#: Keys of a flat (pre-Hydra) configuration that name other components; fairseq would take them for the model's.
 _PARTS = ("task", "criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer", "scoring", "simul_type")
 
 #: A criterion's options in fairseq, with defaults: a flat configuration mixes them with others, which fairseq refuses.
@@ -50,7 +50,7 @@ SHARED = ("classification_head_name", "regression_target")  # options of `ipq` t
 #: fairseq's options that say how much noise a training has.
 NOISE_FLAGS = ("quant_noise_pq", "quant_noise_scalar")
 
-STRUCTURE_OPTIONS = ("share_layers", "share_from")  # of this package alone
+STRUCTURE_OPTIONS = ("share_layers", "share_from")  # only this package has them
 
 FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
 
@@ -61,7 +61,7 @@ _PATHS = ("data", "plasma_path", "encoder_embed_path", "decoder_embed_path")
 
 _MACHINE = {**dict.fromkeys(_PATHS, ""), "timm_weights": None, "save_predictions": None}  # none of it goes into a file
 
-_ALONE = {"seed": 1, "distributed_world_size": 1}  # of other sections, for tasks that look into them
+_ALONE = {"seed": 1, "distributed_world_size": 1}  # options of other sections that some tasks look up
 
 
 def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ _RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 class Placeholder:
     """An instance of a class of the pickle, or what one of its functions returned: the state, and no behaviour."""
 
-    name = ""  # of the global
+    name = ""  # the global it stands for
     state: Any = None  # what the pickle says of the instance
 
     def __init__(self, *args: Any) -> None:

@@ -66,7 +66,7 @@ class PickledArray:
 
 
 def _empty_array(*_: Any) -> PickledArray:
-    """Of numpy's `_reconstruct`, whose array has its state set next."""
+    """Stand in for numpy's `_reconstruct`, after which the pickle sets the array's state."""
     return PickledArray()
 
 

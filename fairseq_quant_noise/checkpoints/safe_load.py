@@ -25,7 +25,7 @@ from .pickled_config import allowed, check_no_placeholder, placeholder, plain_co
 from .pickled_numbers import RefusedError, with_arrays
 
 _GLOBAL = re.compile(r"GLOBAL (.+?) (?:was not an allowed|whose module)")
-_MOST_GLOBALS = 100  # of fairseq's own that one file may name
+_MOST_GLOBALS = 100  # how many classes of fairseq one file may name
 _IF_TRUSTED = (
     "if you trust it, load it once with torch.load(path, weights_only=False), keep its 'model' and 'args' or 'cfg', "
     "and save it again"

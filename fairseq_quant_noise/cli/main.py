@@ -15,7 +15,7 @@ from ..structure.layer_map import START
 from .verbs import bench, export, inspect, plan, prune, quantize, report, share, to_dense, user_dir, verify
 
 Verb = Callable[[argparse.Namespace], None]
-#: Of `bench`: the programs in benchmarks/.
+#: The claims that `bench` can measure: the programs in benchmarks/.
 CLAIMS = ("noise", "finetune", "encode", "infer", "generate", "growth", "sizes")
 
 

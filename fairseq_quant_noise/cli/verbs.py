@@ -235,6 +235,4 @@ def _check_out(out: str, *read: str, packed: bool = False) -> None:
         raise UserError(f"--out {out}: is a file that is read, and would be lost; choose another name")
     if packed and path.suffix == ".pt":
         cure = f"call it {path.with_suffix(SUFFIX)}"
-        raise UserError(
-            f"--out {out}: is a checkpoint's name, and fairseq's programs know a packed file by its; {cure}"
-        )
+        raise UserError(f"--out {out}: packed files must end in .safetensors; {cure}")

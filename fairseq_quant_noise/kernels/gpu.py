@@ -11,8 +11,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
-_MOST_ROWS = 8  # of x
-_ROWS, _BLOCKS = 64, 16  # of the weight: what a program takes at a time
+_MOST_ROWS = 8  # rows of x that the kernel takes
+_ROWS, _BLOCKS = 64, 16  # rows and blocks of the weight that one program handles
 _PROGRAMS = 512  # enough to fill a GPU: with fewer rows than that gives, the blocks are split too
 
 

@@ -79,7 +79,7 @@ def _mean_over_ranks(norms: Sequence[Any]) -> None:
     for i, norm in enumerate(norms):
         of_norm = zip(*(buffers[i] for buffers in of_rank), strict=True)
         means, variances, counts = (torch.stack(buffers).double() for buffers in of_norm)
-        share = (counts / counts.sum().clamp(min=1))[:, None]  # of each process in all batches
+        share = (counts / counts.sum().clamp(min=1))[:, None]  # each process's share of all batches
         norm.running_mean.copy_((means * share).sum(0))
         norm.running_var.copy_((variances * share).sum(0))
         norm.num_batches_tracked.copy_(counts.sum())

@@ -45,7 +45,7 @@ class LatentIntWeight(ScalarWeight):
         on = latent.device
         self.register_buffer(SPEC, torch.tensor([bits, RANGES.index(range_)], dtype=torch.uint8, device=on))
         channels = latent.shape[0] if range_ == "channel" else 1
-        self.register_buffer(AFFINE, torch.zeros(2, channels, device=on))  # of the last search, in training
+        self.register_buffer(AFFINE, torch.zeros(2, channels, device=on))  # found by the last search in training
         self.register_buffer(AGE, torch.zeros((), dtype=torch.long, device=on))  # training forwards
         self._fitted: tuple[tuple[float, ...], Affine] | None = None
         self._count: int | None = None  # `age` as a number: reading the buffer makes a GPU wait
@@ -59,7 +59,7 @@ class LatentIntWeight(ScalarWeight):
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
-        """Of the weight."""
+        """The weight's shape."""
         return self.latent.shape
 
     def fit(self) -> Affine:

@@ -81,8 +81,8 @@ class PQWeight(QuantizedWeight):
         if codebook is not None:
             self.register_buffer(CODEBOOK, torch.tensor(codebook, dtype=torch.int32, device=codes.device))
         self.codebook_number = codebook
-        self.users: tuple[PQWeight, ...] = (self,)  # of the codebook, this weight among them
-        self._turned: tuple[Tensor, Tensor] | None = None  # the codes of before, and transposed
+        self.users: tuple[PQWeight, ...] = (self,)  # the weights that use the codebook, this one among them
+        self._turned: tuple[Tensor, Tensor] | None = None  # (codes at the last call, their transpose)
         self._counted: tuple[Tensor, int, Tensor] | None = None
         self.register_buffer(FILE_AFFINE, affine)
         self.block_major = block_major
@@ -92,7 +92,7 @@ class PQWeight(QuantizedWeight):
             bits = torch.tensor(centroid_bits, dtype=torch.uint8, device=codes.device)
             self.register_buffer(CENTROID_BITS, bits)
         self.bits = centroid_bits
-        self._stored: tuple[Tensor, Tensor] | None = None  # the centroids of before, and rounded
+        self._stored: tuple[Tensor, Tensor] | None = None  # (centroids at the last call, their fp16 or int8 rounding)
         self.shape = torch.Size(shape)
 
     codes: Tensor

@@ -22,7 +22,7 @@ class QuantizedWeight(Format, nn.Module):
     """A weight of some format in a model: the dense weight's shape, and what it decodes to."""
 
     scheme: str  # pq, int2 ... int8
-    shape: torch.Size  # of the dense weight
+    shape: torch.Size  # the dense weight's shape
     full_precision: tuple[str, ...] = ()  # buffers that stay in float32, whatever the model's dtype
 
     def decode(self) -> Tensor:
@@ -65,7 +65,7 @@ class QuantizedWeight(Format, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the decoded weight."""
+        """The decoded weight's type."""
         raise NotImplementedError
 
     @property

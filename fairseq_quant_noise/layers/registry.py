@@ -22,7 +22,7 @@ from ..utils.bits import packed_size
 from ..weights.discovery import Weight
 from .parts import LATENT
 
-_MOST_DIMENSIONS = 5  # of a weight: those of a Conv3d
+_MOST_DIMENSIONS = 5  # a Conv3d's weight has five
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class QuantizedTensor:
     """A tensor that a packed file stores in a quantized form, as its manifest describes it."""
 
     scheme: str  # pq, int2 ... int8
-    shape: tuple[int, ...]  # of the dense tensor
+    shape: tuple[int, ...]  # the dense tensor's
     block_size: int | None = None  # d, of pq
     n_centroids: int | None = None  # K, of pq
-    centroid_bits: int = 16  # of pq: 16 (fp16) or 8
-    channels: int = 1  # of intN: how many scales
-    codebook: str | None = None  # of pq: the tensor whose centroids it uses; None: its own
+    centroid_bits: int = 16  # pq only: 16 (fp16) or 8
+    channels: int = 1  # intN only: how many scales
+    codebook: str | None = None  # pq only: the tensor whose centroids it uses; None: its own
 
     @property
     def format(self) -> "type[Format]":
@@ -81,9 +81,9 @@ class Format:
 
     plan_schemes: tuple[str, ...] = ()  # schemes of a plan's stages whose weights get this format
     file_schemes: tuple[str, ...] = ()  # schemes of a packed file whose tensors become weights of this format
-    entries: tuple[str, ...]  # of a state, after the weight's name
+    entries: tuple[str, ...]  # names in a state, after the weight's name
     needs: tuple[str, ...]  # the entries by which a state's weight is recognised as one of this format
-    file_parts: tuple[str, ...] = ()  # of a packed file, after the tensor's name
+    file_parts: tuple[str, ...] = ()  # names in a packed file, after the tensor's name
     has_codebook = False  # k-means finds its codes, by the d and K of a plan (`quantization/quantize.py`)
 
     # A state
@@ -246,7 +246,7 @@ class Held(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the dense weight; a matrix (rows, row) where the entries hold no shape."""
+        """The dense weight's shape; a matrix (rows, row length) where the entries hold no shape."""
         return self.format.dense_shape(self.parts)
 
 

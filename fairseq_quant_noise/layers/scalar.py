@@ -60,12 +60,12 @@ class IntWeight(ScalarWeight):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the decoded weight."""
+        """The decoded weight's type."""
         return self._dtype
 
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
-        """Of the weight."""
+        """The weight's shape."""
         return self.codes.shape
 
     def decode(self) -> Tensor:

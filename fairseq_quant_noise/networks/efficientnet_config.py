@@ -39,7 +39,7 @@ class EfficientNetConfig:
     depth: float = 1.0
     # blocks of a stage, as a multiple of B0's; rounded up
     stem_stride: int = 2
-    # of the first convolution; 1 for images of 32 x 32
+    # stride of the first convolution; 1 for images of 32 x 32
     dropout: float = 0.2
     # before the classifier, in training
     drop_path: float = 0.2

@@ -16,9 +16,9 @@ from .roberta import Roberta, RobertaConfig
 from .transformer import Transformer, TransformerConfig
 from .transformer_lm import TransformerLM, TransformerLMConfig
 
-PREFIX = "quant_noise_"  # of this package's names for fairseq's models
+PREFIX = "quant_noise_"  # this package's name of a model is fairseq's with it in front
 
-#: fairseq's names of the models that this package knows; a name that begins another comes after it.
+#: fairseq's names of the models that this package knows, longest first: look-up is by prefix.
 MODELS = ("transformer_lm", "roberta", "transformer", "efficientnet")
 
 OF_IMAGES = ("efficientnet",)  # those of them that fairseq does not have, and that have no words

@@ -42,9 +42,9 @@ class TransformerConfig:
     """
 
     encoder: EncoderConfig
-    # of the source
+    # the source's side
     decoder: TransformerLMConfig
-    # of the target; its options are those of a language model
+    # the target's side; its options are those of a language model
     share_all_embeddings: bool = False
     # encoder, decoder and (without an adaptive softmax) output have one embedding
 

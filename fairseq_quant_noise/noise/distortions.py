@@ -23,7 +23,7 @@ from ..pq.encode import nearest
 from ..pq.kmeans import effective_centroids, kmeans
 from ..scalar import BITS, SCHEMES, Affine, fake_quantize, fit_affine
 
-FIRST_ITERATIONS, NEXT_ITERATIONS = 20, 5  # of k-means: the first codebook, and one that goes on from the last
+FIRST_ITERATIONS, NEXT_ITERATIONS = 20, 5  # k-means iterations: a first codebook, a later one
 
 
 class Distortion:

@@ -23,7 +23,7 @@ from torch import nn
 from ..utils.autograd import in_backward
 from ..utils.ranks import seed_of_rank
 
-_MAX_SEEDS = 1_000  # of forwards whose backward never came, or came without the noise: all are in codes by then
+_MAX_SEEDS = 1_000  # cap on remembered seeds: a forward without a backward never clears its own
 
 
 def _random_state() -> int:

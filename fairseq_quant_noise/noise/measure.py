@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 class MeasuredDistortion:
     """Sums of squares for one kind of layer."""
 
-    weight: list[float]  # of psi(W) - W, of W
-    output: list[float]  # of y(psi(W)) - y(W), of y(W)
+    weight: list[float]  # squared norms of psi(W) - W and of W
+    output: list[float]  # squared norms of y(psi(W)) - y(W) and of y(W)
 
     @property
     def of_weight(self) -> float | None:
@@ -63,12 +63,12 @@ class Probe:
         self.draw = noise_of(model)
         self.report = report
         self.busy = False
-        self.handles: list[Any] = []  # of hooks that stand for this forward
+        self.handles: list[Any] = []  # hooks for this forward
         self.start = model.register_forward_pre_hook(self._begin)
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         """The draw has been made, the layers have not run yet."""
-        self._remove()  # of a forward that failed
+        self._remove()  # hooks that a failed forward left
         self.found: dict[str, MeasuredDistortion] = {}
         self.called: set[nn.Module] = set()
         self.holders = {m: name for name, m in model.named_modules() if "_weight_noise" in m.__dict__}

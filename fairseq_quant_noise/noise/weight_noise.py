@@ -86,7 +86,7 @@ class WeightNoise:
         self.hits: list[tuple[RuleNoise, Tensor | None]] = []  # the rules that act, and their J, for the seed below
         self.hits_of: tuple[int | None, torch.device | None] = (None, None)
         self.is_tied = len(weight.holders) > 1
-        self.seen: tuple[Tensor, bool, Tensor] | None = None  # of a tied weight: stored, with gradient, and as read
+        self.seen: tuple[Tensor, bool, Tensor] | None = None  # for a tied weight: (stored, with gradient?, as read)
 
     def __call__(self, module: nn.Module, stored: Tensor) -> Tensor:
         """The weight as `module` reads it: noised in a training forward, else `stored` itself."""

@@ -181,7 +181,7 @@ class Centroids:
 
     @property
     def bits(self) -> int:
-        """Of a number."""
+        """Bits of a centroid's number."""
         return CENTROID_BITS[self.dtype]
 
 

@@ -2,11 +2,11 @@
 
 from ..scalar import SCHEMES
 
-#: Of noise (`noise/distortions.py`).
+#: Kinds of noise (`noise/distortions.py`).
 KINDS = ("proxy", "mean", "pq", *SCHEMES)
 #: How blocks are hit: independently, or with all blocks of their centroid (`noise/psi.py`).
 CHOICES = ("subvectors", "clusters")
-#: Of the noise's p (`noise/schedule.py`).
+#: Schedules of the noise's p (`noise/schedule.py`).
 SCHEDULES = ("constant", "linear", "cosine", "step")
 #: An interval between fits.
 EPOCH = "epoch"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-FIRST_BATCHES = 16  # of the training data, for gradients
+FIRST_BATCHES = 16  # how many batches gradients are measured on
 
 
 def first_batches(trainer: Any, epoch: int, count: int = FIRST_BATCHES) -> Iterator[Any]:

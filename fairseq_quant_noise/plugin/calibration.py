@@ -1,4 +1,4 @@
-"""What a network does with data, by fairseq: its task reads them and its criterion runs the model.
+"""Run fairseq's task and criterion on a few batches, to calibrate ranges or to measure squared gradients.
 
 The ranges of activations, batch statistics, and the squared gradients that stand for Adam's second moments where there
 are none.
@@ -28,7 +28,7 @@ from .loading import upgraded
 logger = logging.getLogger(__name__)
 
 SUBSET = "train"
-SENTENCES = 8  # of a batch
+SENTENCES = 8  # in a batch
 IMAGES, IMAGE_BATCHES = 32, 16  # for batch statistics: of few images the variance between them is missing
 
 
@@ -70,7 +70,7 @@ def _forwards(checkpoint: Checkpoint, data: str, plan: Plan) -> Iterator[Callabl
 
 def _check_data(data: str | Path) -> None:
     dictionaries = (file for pattern in ("dict*.txt", "*/dict*.txt") for file in Path(data).glob(pattern))
-    if not any(dictionaries) and not (Path(data) / SUBSET).is_dir():  # of text, of images
+    if not any(dictionaries) and not (Path(data) / SUBSET).is_dir():  # text has dictionaries, images have folders
         cure = "give the folder that fairseq-train reads"
         raise UserError(f"--calibration-data {data}: no such folder with a dictionary (dict.txt) in it; {cure}")
 

@@ -1,4 +1,4 @@
-"""What goes wrong outside of this package when fairseq's programs run, in a line: data, dictionaries and disks.
+"""Turn missing data, wrong dictionaries and full disks in fairseq's programs into one-line UserErrors.
 
 fairseq ends in a traceback where a data folder is not there, the disk is full, or a checkpoint meets a dictionary that
 it was not trained on. Here these are the user's mistakes as all others: one line that says the cure, exit code 2.

@@ -22,7 +22,7 @@ _call_main = fairseq.distributed.utils.call_main
 def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
     """fairseq's function of this name, its configuration checked, and put right for half precision and torchrun."""
     with exits_on_user_error():
-        check_noise(getattr(cfg, "model", None))  # of fairseq's programs, only those that train have a model in it
+        check_noise(getattr(cfg, "model", None))  # only programs that train have a model in cfg
         check_task(getattr(cfg, "model", None), getattr(cfg, "task", None))
     if isinstance(cfg, DictConfig):
         _mend(cfg)

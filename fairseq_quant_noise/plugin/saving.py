@@ -24,7 +24,7 @@ from .exits import exits_on_user_error
 
 logger = logging.getLogger(__name__)
 
-BESIDE = ".tmp"  # of the name while a file is written: always the same, so that a killed run leaves one at most
+BESIDE = ".tmp"  # suffix while a file is written; always the same, so that a killed run leaves one at most
 TRIES, WAIT = 3, 2.5  # seconds between them, as fairseq does: a network drive may be back by then
 #: torch's words, in a RuntimeError, for a disk that is full or a folder that is not there.
 _TORCH_WRITING = re.compile(r"inline_container|PytorchStreamWriter|Parent directory")

@@ -12,9 +12,9 @@ from ..kernels import nearest as nearest_centroid
 from ..weights.blocks import as_blocks, code_shape
 from .kmeans import kmeans
 
-ITERATIONS = 20  # of k-means, the paper's setting
+ITERATIONS = 20  # k-means iterations, the paper's setting
 FP16_MAX = 65504.0
-FLOOR = 1e-4  # of a number's importance, as a share of the mean: a number without gradient is near nothing still
+FLOOR = 1e-4  # least importance of a number, as a share of the mean
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _plus_plus(sample: _Points, frame: Frame, n_centroids: int, generator: torch
     columns = frame(sample.vectors).float().cpu().t()[:, None].contiguous()  # (d, 1, m)
     weights = None if sample.weights is None else sample.weights.cpu().t()[:, None].contiguous()  # (d, 1, m)
 
-    def errors(chosen: Tensor) -> Tensor:  # of all vectors from each of the chosen (c,): (c, m)
+    def errors(chosen: Tensor) -> Tensor:  # squared distance of all vectors to each chosen one (c,): (c, m)
         squares = (columns - columns[:, 0, chosen, None]).square_()  # (d, c, m)
         return (squares if weights is None else squares.mul_(weights)).sum(0)
 

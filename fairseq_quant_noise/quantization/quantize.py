@@ -76,7 +76,7 @@ def quantize_(
         apply_structure(model, plan.structure)
     given = (importance or {}) if plan.centroids.weighted else {}
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
-    warn_of_uncovered(model)  # of the dense network, whose parameters still count
+    warn_of_uncovered(model)  # before encoding, while all parameters are dense
     check_importance(given, {t.weight.tensor_name: t.weight.shape for t in targets})
     quantize_targets(targets, seed=seed, importance=given, progress=progress)
     ranks.check_same(quantized_state(model), "after the encoding")

@@ -29,7 +29,7 @@ class Row:
     """One tensor of the model."""
 
     name: str
-    scheme: str  # of its format (pq, int2 ... int8), or dense
+    scheme: str  # pq, int2 ... int8, or dense
     shape: tuple[int, ...]
     block_size: int | None
     n_centroids: int | None
@@ -46,7 +46,7 @@ class Table:
     """All tensors of a model under a plan."""
 
     rows: list[Row]
-    original_bytes: int | None = None  # of the dense model before its layers were shared or pruned
+    original_bytes: int | None = None  # dense bytes before layers were shared or pruned
 
     @property
     def parameters(self) -> int:

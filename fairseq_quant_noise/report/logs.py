@@ -51,7 +51,7 @@ class Log:
     n_stages: int = 0
     encoded: dict[str, Encoded] = field(default_factory=dict)  # by tensor, the last time
     distortion: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)  # (kind, weight | output)
-    seconds: float | None = None  # of all trainings that ended
+    seconds: float | None = None  # sum over all trainings that ended
     update: int = 0
     stage: int = 0
 

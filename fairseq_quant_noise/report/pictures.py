@@ -26,8 +26,8 @@ _SEED = re.compile(r"^seed-\d+/")
 class Picture:
     """A PNG and what it shows."""
 
-    section: str  # of the page
-    name: str  # of the file
+    section: str  # the page's section it belongs to
+    name: str  # the file's name
     title: str
     png: bytes
 
@@ -176,7 +176,7 @@ def _stages(runs: Runs) -> Iterable[Picture]:
                 (v.update, v.values[metric]) for v in log.validations if metric in v.values and v.subset == "valid"
             ]
             if not points:
-                continue  # of other splits alone: they are in the table
+                continue  # only points of other splits, which the table shows
             color = COLORS[i % len(COLORS)]
             axes.plot(*zip(*points, strict=True), "o-", color=color, ms=4, label=short(f"{run}: {log.path.stem}"))
             for update, _ in log.stages.values():

@@ -40,7 +40,7 @@ class File:
 
     run: str
     label: str
-    name: str  # of the file
+    name: str  # the file's name
     info: dict[str, Any]  # the keys of `inspect --json`
     use: list[CodebookUse]
 
@@ -50,7 +50,7 @@ class Runs:
     """All that the page shows."""
 
     folders: list[str]
-    names: list[str] = field(default_factory=list)  # of the runs
+    names: list[str] = field(default_factory=list)  # the runs' names
     points: list[Point] = field(default_factory=list)
     files: list[File] = field(default_factory=list)
     logs: list[tuple[str, Log]] = field(default_factory=list)  # (run, training or quantization)
@@ -69,7 +69,7 @@ def find_runs(folders: Iterable[str | Path]) -> Runs:
         if not root.is_dir():
             raise UserError(f"report {root}: no such folder; give the folder of a finished run, a recipe's OUT")
     runs = Runs([str(root) for root in roots])
-    names: dict[Path, tuple[str, Path]] = {}  # of the folders: as the page calls them, and the root that they are below
+    names: dict[Path, tuple[str, Path]] = {}  # folder: (name on the page, root it is below)
     for root in roots:
         for folder in _below(root):
             inside = folder.relative_to(root)
@@ -107,7 +107,7 @@ def _read_folder(runs: Runs, name: str, folder: Path) -> None:
 
 
 def _read_run(runs: Runs, name: str, folder: Path, files: list[Path], evals: list[Path]) -> None:
-    paths = sorted({*folder.glob("*.log")} - {*evals}) or [folder / "log"]  # of table2.sh: all that its recipe said
+    paths = sorted({*folder.glob("*.log")} - {*evals}) or [folder / "log"]  # table2.sh writes one file `log`
     logs = [read_log(path) for path in paths if path.is_file()]
     for log in logs:
         if log.stages:

@@ -30,7 +30,7 @@ class Point:
 
     run: str
     label: str  # dense, ipq, one-shot, int4 ...
-    metric: str  # of METRICS
+    metric: str  # a key of METRICS
     score: float
     bytes: float
     source: str  # the file that says so

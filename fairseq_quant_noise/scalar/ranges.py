@@ -14,7 +14,7 @@ from ..errors import UserError
 from .affine import Affine
 
 RANGES = ("tensor", "channel", "histogram")
-INPUT_RANGES = ("tensor", "histogram")  # of activations
+INPUT_RANGES = ("tensor", "histogram")  # kinds that activations may have
 BINS = 2048
 _SHRINK = 64  # clips tried for each end
 _ROUNDS = 2  # over both ends
@@ -67,7 +67,7 @@ def histogram_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _best(lows: Tensor, highs: Tensor, centers: Tensor, counts: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Of the ranges (F,) the one, (1,) and (1,), with the least error over the histogram."""
+    """The range, (1,) and (1,), of the candidates (F,) that has the least squared error over the histogram."""
     affine = Affine.of_range(lows, highs, bits)
     points = centers.expand(len(lows), -1)  # (F, BINS): a channel for each range
     error = (affine.decode(affine.codes(points)) - points).square_() @ counts  # (F,)

@@ -12,7 +12,7 @@ from ..layers.registry import recognise
 from .layer_map import chunk_map
 
 _LAYER = re.compile(r"((?:[^.]+\.)*?layers)\.(\d+)\.(.+)")  # the stack, the number, the rest
-#: What a use of a layer has for itself, whoever stores its weights: the range of its input, the statistics of its batch
+#: Entries that stay per layer even when its weights are shared: the range of its input, the statistics of its batch
 #: normalisation.
 _OF_A_USE = re.compile(rf"(.+\.)?({INPUT_QUANTIZER}\..+|running_mean|running_var|num_batches_tracked)")
 

@@ -25,7 +25,7 @@ class WeightAccess:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as this use of it should see it, of the dense weight's shape."""
+        """The effective weight for this read (stored, noised or decoded), in the dense shape."""
         quantized = self._modules.get("weight")
         noise = self.__dict__.get("_weight_noise")
         if quantized is None:
@@ -47,7 +47,7 @@ class WeightAccess:
 class _Linear(WeightAccess):
     """A Linear whose quantized weight may multiply without being decoded; nn.Linear, or a TiedLinear."""
 
-    transpose = False  # of a TiedLinear, which sets its own
+    transpose = False  # a TiedLinear sets its own
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """As the class's own."""

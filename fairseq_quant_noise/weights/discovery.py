@@ -16,7 +16,7 @@ from .blocks import BLOCK_MODULES
 
 logger = logging.getLogger(__name__)
 
-WORTH_A_WORD = 0.01  # of the parameters
+WORTH_A_WORD = 0.01  # the least share of the parameters that a warning is given for
 _NAMED = 4  # weights in the warning
 
 

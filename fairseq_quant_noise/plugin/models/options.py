@@ -15,7 +15,7 @@ from ...errors import UserError
 from ...plan.rules import NoiseRule
 from ...scalar import bits_of
 
-SCALAR_BITS = 8  # of --quant-noise-scalar, as in fairseq
+SCALAR_BITS = 8  # what --quant-noise-scalar means, as in fairseq
 
 
 def option(default: Any, text: str) -> Any:

@@ -154,7 +154,7 @@ def catalog_shared_params(module: Any, memo: Any = None, prefix: str = "") -> An
         return shared
     held = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # an absent bias is no parameter
     shared = [paths for paths in shared if paths[0] in held]
-    shared = [paths for paths in shared if len({_LAYER.sub("", path) for path in paths}) > 1]  # of shared layers
+    shared = [paths for paths in shared if len({_LAYER.sub("", path) for path in paths}) > 1]  # leave shared layers out
     inside = {
         f"{name}." for name, part in module.named_modules(remove_duplicate=False) if isinstance(part, QuantizedWeight)
     }

@@ -103,7 +103,7 @@ def carry_over(old: Any, new: Any) -> None:
             to.data.copy_(part_of(from_.data, cut, to.shape))
         for name, value in source.state.get(from_, {}).items():
             target.state[to][name] = value if cut is None else copied_part(value, cut, to.shape)
-    for name in ("scaler", "_grad_scaler"):  # of fp16 and of amp
+    for name in ("scaler", "_grad_scaler"):  # fp16's name and amp's
         if name in vars(old) and name in vars(new):
             setattr(new, name, vars(old)[name])
 

@@ -30,7 +30,7 @@ from .best_so_far import patience, plateau
 logger = logging.getLogger(__name__)
 
 _BEFORE_ALL_EPOCHS = -1  # 0 means without end
-_COUNTS = ("num_bad_epochs", "cooldown_counter")  # of torch's ReduceLROnPlateau, which fairseq's state leaves out
+_COUNTS = ("num_bad_epochs", "cooldown_counter")  # state of torch's ReduceLROnPlateau that fairseq leaves out
 
 _get_train_iterator = fairseq.trainer.Trainer.get_train_iterator
 
@@ -117,7 +117,7 @@ def end_if_complete(trainer: Any, filename: str) -> None:
 
 
 def recount(done: int, before: int, now: int, together: int) -> int:
-    """The batches that each of `now` processes has behind it, when each of `before` had `done`.
+    """Convert a per-process count of batches from `before` to `now` processes.
 
     A multiple of `together`, the batches of one update: the few of an update that is cut are seen twice.
     """

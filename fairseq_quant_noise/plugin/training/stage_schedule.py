@@ -25,7 +25,7 @@ class StageSchedule(lr_scheduler.FairseqLRScheduler):
         self.run = cfg
         self.inner = scheduler
         self.update, self.epoch = 0, 1  # at which the stage began
-        self.length: int | None = None  # of the stage in updates
+        self.length: int | None = None  # the stage's length in updates
 
     def begin(self, update: int, epoch: int, length: int | None) -> None:
         """Start anew, as fairseq starts a run.
@@ -65,7 +65,7 @@ class StageSchedule(lr_scheduler.FairseqLRScheduler):
 def _for_stage(run: Any, length: int | None) -> Any:
     """The scheduler's configuration in which a length that is --max-update is the stage's."""
     cfg, whole = copy.deepcopy(run.lr_scheduler), run.optimization.max_update
-    for name in ("max_update", "total_num_update"):  # of cosine and tri_stage, of polynomial_decay
+    for name in ("max_update", "total_num_update"):  # cosine and tri_stage have the first, polynomial_decay the second
         if length is not None and 0 < whole == getattr(cfg, name, None):
             setattr(cfg, name, length)
     return cfg

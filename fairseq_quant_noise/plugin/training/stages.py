@@ -52,7 +52,7 @@ class StageController:
             self.plan = Plan.of(config_path)
             self.times = StageTimes(self.plan, max_epoch, max_update)
         self.done = 0  # stages quantized so far
-        self.importance: dict[str, Tensor] = {}  # of the weights of the stages to come, in bfloat16 on the CPU
+        self.importance: dict[str, Tensor] = {}  # squared gradients of weights still to be quantized; bfloat16, CPU
         self.epoch = 1
         self.loading = False
         self.schedule_is_reset = False  # a stage is in progress, and its learning-rate schedule was not loaded
