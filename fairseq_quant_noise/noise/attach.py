@@ -1,6 +1,7 @@
 """Attach and detach: a model whose weights are noised wherever a training forward reads them."""
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,7 +66,7 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
 
 def _warn_of_zeroed_convolutions(noised: Sequence[tuple[Weight, Sequence[NoiseRule]]]) -> None:
     """Log one warning where proxy noise hits convolutions: pq costs training less (docs/noise.md)."""
-    sizes = {weight.name: weight.module.weight.numel() for weight, _ in noised}  # type: ignore[operator]
+    sizes = {weight.name: math.prod(weight.shape) for weight, _ in noised}
     zeroed = [
         weight.name
         for weight, rules in noised
