@@ -94,8 +94,8 @@ def test_fairseq_validate_gives_the_packed_file_what_it_gives_the_checkpoint(ima
 def test_a_file_loads_and_classifies_without_fairseq(packed, images):
     script = f"""{WITHOUT_FAIRSEQ}
 from PIL import Image
-from fairseq_quant_noise import calibration, load
-from fairseq_quant_noise.batch_statistics import batch_norms, estimating
+from fairseq_quant_noise import load
+from fairseq_quant_noise.layers.batch_statistics import batch_norms, estimating
 from fairseq_quant_noise.images import evaluation_transform
 from fairseq_quant_noise.artifact import read
 image = evaluation_transform(32, 1.0)(Image.open({str(images.data / "val/red/0.png")!r}))
