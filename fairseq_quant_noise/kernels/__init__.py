@@ -1,10 +1,10 @@
-"""The inner loops, each with one signature and several forms, of which one is chosen at run time.
+"""The inner loops: each has one signature and several forms, of which one is chosen at run time.
 
 The forms are plain torch (`reference.py`), C++ for a CPU, compiled where there is a compiler (`cpu.py`), and Triton on
 a GPU (`gpu.py`).
 
     nearest(points, centroids, weights)    the E-step of k-means; the forms have its core, `least`
-    decode(codes, centroids)               a weight out of its codes
+    decode(codes, centroids)               a weight from its codes
     linear(x, codes, centroids, bias)      a product with a weight in codes, without decoding it
 
 `FAIRSEQ_QUANT_NOISE_KERNELS=reference` in the environment turns the CPU's compiled form off.
@@ -42,7 +42,7 @@ def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) ->
 
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
-    """A weight out of its codes, without a gradient.
+    """A weight from its codes, without a gradient.
 
     Args:
         codes: (O, I/d) uint8, of any strides.
@@ -56,7 +56,7 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def takes_linear(x: Tensor, centroids: Tensor) -> bool:
-    """Whether `linear` has a form for this input that is faster than decoding the weight."""
+    """Whether `linear` has a form for x (..., I) and centroids (K, d) that is faster than decoding the weight."""
     if x.numel() == 0 or x.dtype != centroids.dtype or len(centroids) > 256:
         return False
     return (x.dtype == torch.float32 and cpu.takes(x)) or gpu.takes(x)

@@ -1,7 +1,7 @@
 """The kernels in native/: compiled once for a machine, kept in the user's cache, called through ctypes.
 
-Nothing is compiled when the package is installed. Where there is no compiler, or it fails, `takes` says no and the
-reference serves; the log says why, once. Work is split among torch's own threads.
+Nothing is compiled when the package is installed. Where there is no compiler, or it fails, `takes` returns False and
+`reference.py` is used; the log gives the reason once. Work is split among torch's own threads.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ _LANES = 16  # K is padded to a multiple of it
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the compiled form is there for this tensor; never where torch compiles, which sees into torch alone."""
+    """Whether the compiled form takes this tensor, of any shape (…); not under torch.compile, which cannot trace it."""
     fits = tensor.device.type == "cpu" and tensor.dtype in _LEAST and not torch.compiler.is_compiling()
     return fits and library() is not None
 
@@ -118,7 +118,7 @@ _ARGUMENTS = {
 
 
 def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
-    """See `reference.least`."""
+    """As `reference.least`, for (n, d), (d, K) and (K,), all float32 or all float64: (n,) int64."""
     points, (d, k) = points.contiguous(), slope.shape
     padded = -(-k // _LANES) * _LANES
     rows = torch.zeros(d, padded, dtype=points.dtype)  # (d, K)
@@ -134,7 +134,7 @@ def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
-    """See `kernels.decode`."""
+    """As `kernels.decode`, for codes (O, I/d) uint8 and centroids (K, d) float32: (O, I)."""
     (rows, blocks), d = codes.shape, centroids.shape[1]
     out = centroids.new_empty(rows, blocks * d)
     library().decode(
@@ -145,11 +145,11 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `kernels.linear`.
+    """As `kernels.linear`, for x (..., I), codes (I/d, O) uint8, centroids (K, d) and bias (O,), float32: (..., O).
 
-    For a few rows of x by tables: the products of its blocks with all centroids, then sums of entries. With few
-    centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I. For more rows
-    by decoding a piece of the weight at a time. Neither makes a dense copy of it.
+    A few rows of x go by tables: the products of its blocks with all centroids, then sums of entries. With few
+    centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I. With more rows
+    of x, the weight is decoded a piece at a time. Neither makes a dense copy of it.
     """
     d, (blocks, rows) = centroids.shape[1], codes.shape
     x, codes, all_codes = x.contiguous(), codes.contiguous(), _all_codes(centroids)

@@ -1,8 +1,7 @@
 """The product with a weight in codes on a GPU, in Triton, which comes with torch's CUDA builds.
 
-For a few rows of x, where reading a dense weight is what takes the time: here it is codes that are read, and a codebook
-that stays in the cache. With more rows the weight is decoded and multiplied as ever. Without Triton the reference
-serves.
+It takes a few rows of x, where reading a dense weight is what takes the time: it reads codes, and a codebook that stays
+in the cache. With more rows the weight is decoded and multiplied as usual. Without Triton `reference.py` is used.
 """
 
 import functools
@@ -31,7 +30,10 @@ def _installed() -> bool:
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `kernels.linear`; sums are in float32 and in one order, whatever the GPU."""
+    """As `kernels.linear`, for x (..., I), codes (I/d, O) uint8, centroids (K, d) and bias (O,): (..., O).
+
+    Sums are in float32 and in one order, whatever the GPU.
+    """
     (blocks, rows), (k, d) = codes.shape, centroids.shape
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     n, tiles = len(flat), -(-rows // _ROWS)

@@ -1,4 +1,4 @@
-"""The Triton kernel of gpu.py, apart because importing it needs triton."""
+"""The Triton kernel of gpu.py, in a file of its own because importing it needs triton."""
 
 import triton
 import triton.language as tl

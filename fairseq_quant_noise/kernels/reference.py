@@ -1,4 +1,4 @@
-"""The kernels in plain torch, on any device; what the other forms are tested against."""
+"""The kernels in plain torch, on any device; the other forms are tested against them."""
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
-    """See `kernels.decode`."""
+    """As `kernels.decode`, for codes (O, I/d) uint8 and centroids (K, d): (O, I)."""
     return centroids.index_select(0, codes.flatten().long()).view(codes.shape[0], -1)
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `kernels.linear`."""
+    """As `kernels.linear`, for x (..., I), codes (I/d, O) uint8, centroids (K, d) and bias (O,): (..., O)."""
     return F.linear(x, decode(codes.t(), centroids), bias)

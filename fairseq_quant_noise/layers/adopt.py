@@ -1,4 +1,4 @@
-"""A model made ready for a state that holds quantized weights."""
+"""Prepare a model to load a state that holds quantized weights."""
 
 from collections.abc import Mapping
 
@@ -11,13 +11,18 @@ from .registry import join_, recognise
 
 
 def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Make every weight of `model` that `state` holds quantized one of that form, ready to load `state`.
+    """Bring every weight of `model` that `state` holds quantized into that format, ready to load `state`.
+
+    Args:
+        model: with these weights dense, (rows, …), or quantized.
+        state: by name, dense tensors and the entries of quantized weights (`Format.entries`).
 
     Returns:
         The names of the modules that changed.
 
     Raises:
-        UserError: the codes do not fit the weight's shape, or a weight in training would have to come from codes.
+        UserError: the codes do not fit the weight's shape, the state trains a weight that the model has in codes alone,
+            or weights with one codebook number differ in their codebook's shape or bits.
     """
     changed = []
     for weight in find_weights(model):

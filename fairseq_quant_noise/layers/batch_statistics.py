@@ -1,9 +1,9 @@
-"""Batch normalisation after quantization: its running statistics, estimated anew on the network as it is then.
+"""Estimate the running statistics of batch normalisation anew, on the quantized network.
 
 The mean and variance of a channel in the dense network are not those in its quantized one: the error of the weights
 moves them in the same way for all inputs, and more from layer to layer. A published EfficientNet-Lite0 falls to chance
-by that alone; statistics of a few hundred images without labels bring half of its accuracy back. While a network trains
-with noise, `noise/statistics.py` keeps them right.
+by that alone; statistics of a few hundred images without labels bring half of its accuracy back. In training with noise
+`noise/statistics.py` keeps them right.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

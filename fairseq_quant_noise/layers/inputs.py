@@ -1,4 +1,4 @@
-"""Activations in N bits: the input of each product with a quantized weight, on a range that is calibrated and frozen.
+"""Round to N bits the input of each product with a quantized weight, on a range that is calibrated and frozen.
 
 A module that holds a quantized weight and multiplies by it (any holder but an Embedding, which looks up) gets a child
 `input_quantizer`, which its state holds as `….fc1.input_quantizer.range`. In eval mode the input is rounded to the
@@ -54,7 +54,7 @@ class InputQuantizer(nn.Module):
     spec: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape, as its codes give it back; in training, and while calibrating, as it is."""
+        """x, of any shape (…), rounded to its codes; in training, while calibrating, and of integers, x itself."""
         if not x.is_floating_point():
             return x
         if self.calibrating or (self.training and not in_backward()):
@@ -147,7 +147,12 @@ def input_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:
 
 
 def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give `model` the input quantizers that `state` has ranges for, ready to load it."""
+    """Give `model` the input quantizers that `state` has ranges for, ready to load it.
+
+    Args:
+        model: any.
+        state: by name; of each input quantizer `range` (2,), `seen` () and `spec` (3,).
+    """
     ours = dict(model.named_modules())
     changed = False
     for key, spec in state.items():
@@ -166,7 +171,7 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
 
 @contextmanager
 def calibrating(model: nn.Module, required: bool = True) -> Iterator[None]:
-    """Find the ranges anew: the model runs in eval mode inside, on inputs that are as they will be.
+    """Find the ranges anew from the forwards inside, which run in eval mode, on inputs like those to come.
 
     Args:
         model: with input quantizers.

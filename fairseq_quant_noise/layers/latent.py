@@ -1,4 +1,4 @@
-"""A weight that is seen through its N-bit codes (`scalar/affine.py`) while it is trained."""
+"""A dense weight in training that the model reads rounded to its N-bit codes (`scalar/affine.py`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -27,7 +27,7 @@ class LatentIntWeight(ScalarWeight):
     for again every HISTOGRAM_REFRESH forwards.
 
     Args:
-        latent: the stored Parameter, which keeps its place in the optimizer.
+        latent: (rows, …), the stored Parameter, which keeps its place in the optimizer.
         bits: N.
         range_: tensor, channel or histogram.
         name: of the module, for messages.
@@ -63,10 +63,13 @@ class LatentIntWeight(ScalarWeight):
         return self.latent.shape
 
     def fit(self) -> Affine:
-        """The codes of the weight as it is.
+        """The scales and zero points, (1,) or (rows,) each, of the weight as it is.
 
         A histogram's are searched for when the model changes its mode, or the weight its version or its extremes:
         optimizers write through `.data`, which leaves no other trace.
+
+        Raises:
+            UserError: the weight holds NaN or infinity.
         """
         if self.range != "histogram":
             return fit_affine(self.name, self.latent, self.bits, self.range)
@@ -84,7 +87,11 @@ class LatentIntWeight(ScalarWeight):
         return self
 
     def decode(self) -> Tensor:
-        """The weight as its codes give it back."""
+        """The weight rounded to its codes, of its shape (rows, …).
+
+        Raises:
+            UserError: the weight holds NaN or infinity; in training on a GPU only a histogram's search checks it.
+        """
         if not self.training:
             return fake_quantize(self.latent, self.fit())
         return StraightThrough.apply(self.latent, fake_quantize(self.latent, self._in_training()))  # type: ignore[no-untyped-call]
@@ -101,7 +108,11 @@ class LatentIntWeight(ScalarWeight):
         return Affine.of_tensor(self.affine, self.bits)
 
     def parts(self) -> dict[str, Tensor]:
-        """Codes (a byte each), scales and zero points."""
+        """Codes (rows, …) uint8; scales and zero points (2, 1) or (2, rows).
+
+        Raises:
+            UserError: the weight holds NaN or infinity.
+        """
         affine = self.fit()
         return {CODES: affine.codes(self.latent.detach()), AFFINE: affine.to_tensor()}
 
@@ -121,10 +132,14 @@ class LatentIntWeight(ScalarWeight):
 
     @classmethod
     def adopt(cls, weight: Weight, parts: Mapping[str, Tensor]) -> bool:
-        """The weight as it is, seen through its codes; another N or range takes nothing from it but its own codes.
+        """Let the model read the weight through codes of the N and range in `parts`; returns whether anything changed.
+
+        Args:
+            weight: dense, or in this format, perhaps of another N or range.
+            parts: its entries in the state: LATENT (rows, …), SPEC (2,), AFFINE (2, 1) or (2, rows).
 
         Raises:
-            UserError: it is in codes by now, and has no dense weight to train.
+            UserError: the weight holds codes, and no dense weight to train.
         """
         stored, (bits, range_) = weight.stored, spec_of(parts)
         if isinstance(stored, LatentIntWeight):
@@ -141,28 +156,40 @@ class LatentIntWeight(ScalarWeight):
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weight as its codes give it back."""
+        """The weight `parts[LATENT]`, (rows, …), rounded to its codes.
+
+        Raises:
+            UserError: the weight holds NaN or infinity.
+        """
         bits, range_ = spec_of(parts)
         return cls(nn.Parameter(parts[LATENT], requires_grad=False), bits, range_).eval().decode()
 
     @classmethod
     def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """That of the dense weight."""
+        """(rows, …), the shape of the dense weight."""
         return tuple(parts[LATENT].shape)
 
     @classmethod
     def quantize_(cls, weight: Weight, scheme: str, range_: str) -> "LatentIntWeight":
-        """`to_int_` by the name of the scheme."""
+        """Call `to_int_` with the N of the scheme.
+
+        Raises:
+            UserError: the weight is quantized already.
+        """
         return to_int_(weight, bits_of(scheme) or 8, range_)
 
     @classmethod
     def seen(cls, name: str, dense: Tensor, scheme: str, range_: str) -> Tensor:
-        """phi_intN(dense)."""
+        """phi_intN(dense), of the shape (rows, …) and dtype of `dense`.
+
+        Raises:
+            UserError: `dense` holds NaN or infinity.
+        """
         return fake_quantize(dense.detach(), fit_affine(name, dense, bits_of(scheme) or 8, range_))
 
 
 def set_spec(weight: Weight, stored: LatentIntWeight, bits: int, range_: str) -> None:
-    """Give a weight that is seen in codes others; its noise stays."""
+    """Change N and the range of a weight in this format; its noise stays."""
     _swap_with_noise(weight, LatentIntWeight(stored.latent, bits, range_, weight.name))
 
 
@@ -182,6 +209,9 @@ def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> L
         bits: N.
         range_: tensor, channel or histogram.
         noise: keep the noise on it: training then sees the noise's share of codes, evaluation all of them.
+
+    Raises:
+        UserError: the weight is quantized already.
     """
     quantized = LatentIntWeight(dense_weight(weight), bits, range_, weight.name)
     (_swap_with_noise if noise else swap_in)(weight, quantized)

@@ -1,4 +1,4 @@
-"""What the entries of a quantized weight are called, after the weight's name, in a state and in a packed file."""
+"""The names of a quantized weight's entries, after the weight's name, in a state and in a packed file."""
 
 from ..weights.access import LATENT
 

@@ -1,6 +1,6 @@
 """A weight as a codebook and codes:  W_hat[block i] = centroids[codes[i]]     (arXiv 2004.07320, equation 3).
 
-Several weights may share one codebook: they hold the same Parameter, and the number of the codebook says so in a state.
+Several weights may share one codebook: they hold the same Parameter, and in a state the same codebook number.
 """
 
 import math
@@ -31,13 +31,14 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, centroids: Tensor, seen: Tensor, codes: Tensor, count: Tensor) -> Tensor:
-        """`seen` is what the lookup reads: the centroids, or what their 8-bit codes make of them; `count` is (K, 1)."""
+        """The rows (n, d) of `seen` (K, d), the centroids or their 8-bit rounding, at codes (n,); `count` is (K, 1)."""
         ctx.save_for_backward(codes, count)
         ctx.n_centroids = centroids.shape[0]
         return seen.index_select(0, codes)  # (n, d)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient (K, d) of the centroids, from that of the rows (n, d)."""
         codes, count = ctx.saved_tensors
         gradient = gradients[0].float()  # sums over thousands of blocks overflow or drown in half precision
         total = gradient.new_zeros(ctx.n_centroids, gradient.shape[1]).index_add_(0, codes, gradient)  # (K, d)
@@ -120,7 +121,7 @@ class PQWeight(QuantizedWeight):
         return fit_affine("centroids", self.centroids, self.bits, "tensor")
 
     def stored_centroids(self) -> Tensor:
-        """The centroids as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""
+        """The centroids (K, d) as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""
         # From `_parameters` at once: nn.Module finds an attribute there in half a microsecond.
         centroids: Tensor = self._parameters[CENTROIDS]  # type: ignore[assignment]
         if torch.is_grad_enabled() or centroids.device.type != "cpu":  # a GPU would have to wait for a comparison
@@ -134,7 +135,7 @@ class PQWeight(QuantizedWeight):
         return kept[1]
 
     def kept(self) -> list[Tensor]:
-        """What is in memory for look-ups, beside codes and centroids."""
+        """Copies of the centroids in memory for look-ups: two (K, d); with the CPU's kernels (256, d), (d, 256) too."""
         if self._stored is None:
             return []
         return [*self._stored, *getattr(self._stored[1], "_all_codes", ())]
@@ -145,9 +146,10 @@ class PQWeight(QuantizedWeight):
         return fake_quantize(self.centroids, self.affine())
 
     def decode(self) -> Tensor:
-        """The dense weight; in eval mode from the centroids as the file holds them, so that scores agree.
+        """The dense weight, of `shape` (rows, …).
 
-        In training, 8-bit centroids are seen rounded too, with straight-through gradients.
+        In eval mode it is made from the centroids as the file holds them, so that scores agree. In training, 8-bit
+        centroids are seen rounded too, with straight-through gradients.
         """
         if not self.training and not torch.is_grad_enabled():
             return decode(self.codes, self.stored_centroids()).view(self.shape)
@@ -167,7 +169,7 @@ class PQWeight(QuantizedWeight):
         return kept[2]
 
     def multiplies(self, x: Tensor) -> bool:
-        """In evaluation without gradients (`kernels.linear`)."""
+        """Whether `linear` takes x (..., I): gradients are off, the weight is (O, I), and codes are faster."""
         centroids: Tensor = self._parameters[CENTROIDS]  # type: ignore[assignment]
         return not torch.is_grad_enabled() and len(self.shape) == 2 and takes_linear(x, centroids)
 
@@ -182,7 +184,7 @@ class PQWeight(QuantizedWeight):
         return codes.t().contiguous().t() if self.block_major else codes
 
     def has_rows(self) -> bool:
-        """In evaluation without gradients."""
+        """Whether gradients are off."""
         return not torch.is_grad_enabled()
 
     def rows(self, numbers: Tensor) -> Tensor:
@@ -196,24 +198,24 @@ class PQWeight(QuantizedWeight):
         return {"block_size": self.block_size, "n_centroids": self.n_centroids, "centroid_bits": self.bits}
 
     def parts(self) -> dict[str, Tensor]:
-        """Codes, centroids in fp16 or uint8, and the scale and zero point of the latter."""
+        """Codes (rows, blocks a row), centroids (K, d) in fp16 or uint8, scale and zero point (2, 1) of the latter."""
         if self.bits == 16:
             return {CODES: self.codes, CENTROIDS: self.centroids.half()}
         affine = self.affine()
         return {CODES: self.codes, CENTROIDS: affine.codes(self.centroids), AFFINE: affine.to_tensor()}
 
     def pack(self, entry: QuantizedTensor) -> dict[str, Tensor]:
-        """As any format's; of a codebook that the file has with another tensor the codes alone."""
+        """`parts` with codes packed, (bytes,); the codes alone where another tensor of the file has the codebook."""
         parts = super().pack(entry)
         return parts if entry.codebook is None else {CODES: parts[CODES]}
 
     def shared(self) -> Tensor:
-        """The centroids."""
+        """The centroids, (K, d)."""
         return self.centroids
 
     @property
     def paper_bytes(self) -> float:
-        """As that of an entry; the centroids of a shared codebook count with its first user."""
+        """Size by the paper's accounting; the centroids of a shared codebook count with its first user."""
         return self.entry(None if self.users[0] is self else "its first user").paper_bytes
 
     @property
@@ -236,7 +238,7 @@ class PQWeight(QuantizedWeight):
 
     @classmethod
     def adopt(cls, weight: Weight, parts: Mapping[str, Tensor]) -> bool:
-        """Empty codes and centroids of the state's shapes.
+        """Install empty codes (rows, blocks a row) and centroids (K, d) of the state's shapes; returns whether it did.
 
         Raises:
             UserError: they do not fit the weight's shape.
@@ -288,35 +290,35 @@ class PQWeight(QuantizedWeight):
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weight as a matrix (rows, row), from the centroids as the file holds them."""
+        """The weight as a matrix (rows, row length), from the centroids as the file holds them."""
         bits, affine = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)
         return cls(parts[CODES], parts[CENTROIDS], cls.dense_shape(parts), bits, affine).eval().decode()
 
     @classmethod
     def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """(rows, row)."""
+        """(rows, row length)."""
         codes, centroids = parts[CODES], parts[CENTROIDS]
         return codes.shape[0], codes.numel() // codes.shape[0] * centroids.shape[1]
 
     @classmethod
     def describes(cls, entry: QuantizedTensor) -> bool:
-        """d, and K of at most 256."""
+        """Whether it has d, K (at most 256) and centroids of 8 or 16 bits."""
         return entry.block_size is not None and entry.n_centroids in range(257) and entry.centroid_bits in (8, 16)
 
     @classmethod
     def code_bits(cls, entry: QuantizedTensor) -> int:
-        """log2 K, rounded up."""
+        """Bits of a code: log2 K, rounded up (at least 1)."""
         return code_bits(entry.n_centroids or 1)
 
     @classmethod
     def size(cls, entry: QuantizedTensor) -> float:
-        """log2 K bits a code, fp16 or int8 centroids with the tensor that has the codebook."""
+        """Bytes: log2 K bits a code, plus the centroids (fp16 or int8) for the tensor that has the codebook."""
         bits = 0 if entry.codebook else entry.centroid_bits
         return pq_bytes(entry.n_codes, entry.block_size or 1, entry.n_centroids or 1, bits)
 
     @classmethod
     def file_types(cls, entry: QuantizedTensor) -> dict[str, torch.dtype]:
-        """Codes; with a codebook of its own centroids in fp16, or in uint8 with their scale and zero point."""
+        """Codes (bytes,); with its own codebook centroids (K, d), fp16, or uint8 with scale and zero point (2, 1)."""
         if entry.codebook is not None:
             return {CODES: torch.uint8}
         if entry.centroid_bits == 16:
@@ -325,7 +327,7 @@ class PQWeight(QuantizedWeight):
 
     @classmethod
     def wrong(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor]) -> str | None:
-        """Blocks that do not divide a row, codes beyond the centroids, centroids or scales that are no numbers."""
+        """What is wrong with d, codes (bytes,), centroids (K, d) or scale and zero point (2, 1), or None."""
         if math.prod(entry.shape[1:]) % (entry.block_size or 1) or entry.channels != 1:
             return "block size or channels"
         if not entry.holds(parts[CODES]):
@@ -343,7 +345,7 @@ class PQWeight(QuantizedWeight):
 
     @classmethod
     def unpack(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor], codebook: int | None) -> dict[str, Tensor]:
-        """A byte a code, centroids in fp32, and what says how the file has them."""
+        """Codes (rows, blocks a row), a byte each; centroids (K, d) in fp32; and how the file has the centroids."""
         codes = unpack_bits(parts[CODES], entry.n_codes, entry.code_bits)
         state = {CODES: codes.view(entry.shape[0], -1)}
         if codebook is not None:
@@ -358,7 +360,7 @@ class PQWeight(QuantizedWeight):
 
 
 def row_major(state: MutableMapping[str, Tensor]) -> None:
-    """Let the codes in a model's state lie in the usual order, in place; tied ones stay one tensor."""
+    """Make the codes (rows, blocks a row) in a model's state contiguous, in place; tied ones stay one tensor."""
     laid_out: dict[int, Tensor] = {}
     for name, tensor in state.items():
         if name.endswith(f".{CODES}") and not tensor.is_contiguous():
@@ -381,6 +383,9 @@ def quantize_weight_(
         centroids: (K, d), taken in the dtype of the stored weight.
         centroid_bits: 16 (fp16) or 8 (int8).
         codebook: the number of a shared one.
+
+    Raises:
+        UserError: the weight is quantized already.
     """
     stored = dense_weight(weight)
     parts = codes.to(stored.device), centroids.to(stored)

@@ -26,11 +26,15 @@ class QuantizedWeight(Format, nn.Module):
     full_precision: tuple[str, ...] = ()  # buffers that stay in float32, whatever the model's dtype
 
     def decode(self) -> Tensor:
-        """The dense weight as the module that holds it should use it."""
+        """The dense weight, of `shape` (rows, …), as the module that holds it should use it.
+
+        Raises:
+            NotImplementedError: the format does not override it.
+        """
         raise NotImplementedError
 
     def multiplies(self, x: Tensor) -> bool:
-        """Whether `linear` does this product, and faster than with the decoded weight; by default none."""
+        """Whether `linear` multiplies x (..., I), and faster than the decoded weight would; by default not."""
         return False
 
     def has_rows(self) -> bool:
@@ -42,20 +46,24 @@ class QuantizedWeight(Format, nn.Module):
         return {}
 
     def parts(self) -> dict[str, Tensor]:
-        """What a packed file holds of it, by the last part of the name; codes still a byte each."""
+        """What a packed file holds of it, by the last part of the name; codes (rows, …) still a byte each.
+
+        Raises:
+            NotImplementedError: the format does not override it.
+        """
         raise NotImplementedError
 
     def entry(self, codebook: str | None = None) -> QuantizedTensor:
-        """How a packed file describes it, and the tensor whose codebook it uses there, if not its own."""
+        """How a packed file describes it; `codebook`: the tensor whose codebook it uses there (None: its own)."""
         return QuantizedTensor(self.scheme, tuple(self.shape), **self.facts(), codebook=codebook)
 
     def pack(self, entry: QuantizedTensor) -> dict[str, Tensor]:
-        """`parts` with their codes packed (`utils/bits.py`), as the file has them under this entry."""
+        """`parts` with the codes packed, (bytes,) by `utils/bits.py`, as the file has them under this entry."""
         parts = self.parts()
         return parts | ({CODES: pack_bits(parts[CODES], entry.code_bits)} if CODES in parts else {})
 
     def shared(self) -> Tensor | None:
-        """The very tensor that other weights of the model may hold as well, and a file holds once; by default none."""
+        """The tensor, a codebook (K, d), that other weights may hold too and a file holds once; by default None."""
         return None
 
     @property
@@ -65,7 +73,11 @@ class QuantizedWeight(Format, nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The decoded weight's type."""
+        """The decoded weight's type.
+
+        Raises:
+            NotImplementedError: the format does not override it.
+        """
         raise NotImplementedError
 
     @property
@@ -94,7 +106,7 @@ def swap_in(weight: Weight, quantized: QuantizedWeight) -> None:
 
 
 def dense_weight(weight: Weight) -> nn.Parameter:
-    """The Parameter in store.
+    """The stored Parameter, (rows, …).
 
     Raises:
         UserError: the weight is quantized already.

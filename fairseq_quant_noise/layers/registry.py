@@ -1,4 +1,4 @@
-"""The formats of quantized weights: each is one class, registered under its name, and all other rooms ask it.
+"""The formats of quantized weights: each is a class registered under its name, which the rest of the package asks.
 
     pq            codes and centroids                              pq.py      PQWeight
     intN latent   a dense weight in training, seen through codes   latent.py  LatentIntWeight
@@ -54,7 +54,7 @@ class QuantizedTensor:
 
     @property
     def paper_bytes(self) -> float:
-        """By the paper's accounting (`accounting.py`)."""
+        """Bytes by the paper's accounting (`accounting.py`)."""
         return self.format.size(self)
 
     def holds(self, codes: Tensor) -> bool:
@@ -66,7 +66,11 @@ class QuantizedTensor:
         return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
 
     def check(self) -> None:
-        """Refuse what no version writes. Raises DamagedFileError."""
+        """Refuse an entry that no version of this package writes.
+
+        Raises:
+            DamagedFileError: a field is missing, or of a type or value that no version writes.
+        """
         numbers = [*self.shape, self.channels, self.centroid_bits]
         numbers += [n for n in (self.block_size, self.n_centroids) if n is not None]
         fits = isinstance(self.scheme, str) and self.scheme in file_formats() and self.format.describes(self)
@@ -77,7 +81,11 @@ class QuantizedTensor:
 
 
 class Format:
-    """What a format says of itself. `quantized.QuantizedWeight` adds what its weights do in a model."""
+    """What a format says of itself; `quantized.QuantizedWeight` adds what its weights do in a model.
+
+    A method raises NotImplementedError in a format that does not override it: the methods for packed files in a format
+    without `file_schemes`, and those that quantize in one without `plan_schemes` or with a codebook.
+    """
 
     plan_schemes: tuple[str, ...] = ()  # schemes of a plan's stages whose weights get this format
     file_schemes: tuple[str, ...] = ()  # schemes of a packed file whose tensors become weights of this format
@@ -94,10 +102,11 @@ class Format:
 
         Args:
             weight: in whatever form it is now.
-            parts: its entries in the state.
+            parts: its entries in the state, such as codes (rows, …).
 
         Raises:
             UserError: the entries do not fit the weight.
+            NotImplementedError: the format does not override it.
         """
         raise NotImplementedError
 
@@ -107,34 +116,58 @@ class Format:
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The dense weight that evaluation sees; a matrix (rows, row) where `parts` do not hold its shape."""
+        """The dense weight that evaluation sees, (rows, …); a matrix (rows, row length) if `parts` hold no shape.
+
+        Raises:
+            NotImplementedError: the format does not override it.
+        """
         raise NotImplementedError
 
     @classmethod
     def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """The shape of `dense`."""
+        """The shape of `dense`, (rows, …).
+
+        Raises:
+            NotImplementedError: the format does not override it.
+        """
         raise NotImplementedError
 
     # A packed file, for formats with `file_schemes`
 
     @classmethod
     def describes(cls, entry: QuantizedTensor) -> bool:
-        """Whether `entry` has the fields that this format writes; that its numbers are whole and above 0 is checked."""
+        """Whether `entry` has the fields that this format writes (`check` tests that numbers are whole and above 0).
+
+        Raises:
+            NotImplementedError: the format has no `file_schemes`.
+        """
         raise NotImplementedError
 
     @classmethod
     def code_bits(cls, entry: QuantizedTensor) -> int:
-        """Bits of a code in the file."""
+        """Bits of a code in the file (N of intN, log2 K of pq rounded up).
+
+        Raises:
+            NotImplementedError: the format has no `file_schemes`.
+        """
         raise NotImplementedError
 
     @classmethod
     def size(cls, entry: QuantizedTensor) -> float:
-        """Bytes by the paper's accounting (`accounting.py`)."""
+        """Bytes by the paper's accounting (`accounting.py`).
+
+        Raises:
+            NotImplementedError: the format has no `file_schemes`.
+        """
         raise NotImplementedError
 
     @classmethod
     def file_types(cls, entry: QuantizedTensor) -> dict[str, torch.dtype]:
-        """The parts that the file has of this tensor, no others, and their types."""
+        """The parts that the file has of this tensor, no others, and their types; codes are packed, (bytes,).
+
+        Raises:
+            NotImplementedError: the format has no `file_schemes`.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -143,7 +176,10 @@ class Format:
 
         Args:
             entry: checked.
-            parts: as `file_types` says, of any shape and content.
+            parts: as `file_types` says, of any shape (…) and content.
+
+        Raises:
+            NotImplementedError: the format has no `file_schemes`.
         """
         raise NotImplementedError
 
@@ -153,8 +189,14 @@ class Format:
 
         Args:
             entry: of the tensor.
-            parts: its own in the file, codes packed, and those of the tensor whose codebook it uses.
+            parts: its own in the file, codes packed, (bytes,), and those of the tensor whose codebook it uses.
             codebook: the number of its codebook where several tensors use it.
+
+        Returns:
+            The entries by the last part of the name, such as codes (rows, …) with a byte each.
+
+        Raises:
+            NotImplementedError: the format has no `file_schemes`.
         """
         raise NotImplementedError
 
@@ -168,15 +210,20 @@ class Format:
             weight: not quantized yet.
             scheme: of the plan's stage, one of `plan_schemes`.
             range_: tensor, channel or histogram.
+
+        Raises:
+            UserError: the weight is quantized already.
+            NotImplementedError: the format has no `plan_schemes`, or has a codebook.
         """
         raise NotImplementedError
 
     @classmethod
     def seen(cls, name: str, dense: Tensor, scheme: str, range_: str) -> Tensor:
-        """The value that evaluation would see after `quantize_`, of the shape and dtype of `dense`; nothing is changed.
+        """The weight that evaluation would see after `quantize_`, (rows, …) and dtype as `dense`; nothing is changed.
 
         Raises:
             UserError: `dense` is not finite; `name` is for the message.
+            NotImplementedError: the format has no `plan_schemes`, or has a codebook.
         """
         raise NotImplementedError
 
@@ -186,13 +233,18 @@ FORMATS: dict[str, type[Format]] = {}
 
 
 def register(name: str) -> Callable[[F], F]:
-    """A class decorator: the class is the format `name`.
+    """A class decorator that registers the class as the format `name`.
 
     Raises:
-        ValueError: another format has this name, one of its schemes, or is recognised by the same entries.
+        ValueError: as the class is decorated; another format has this name, one of its schemes, or the same `needs`.
     """
 
     def add(format: F) -> F:  # noqa: A002
+        """Register `format` and return it.
+
+        Raises:
+            ValueError: it cannot be told from another format.
+        """
         for other, known in FORMATS.items():
             same = {*format.plan_schemes} & {*known.plan_schemes} or {*format.file_schemes} & {*known.file_schemes}
             if name == other or same or {*format.needs} == {*known.needs}:
@@ -241,17 +293,22 @@ class Held(NamedTuple):
     parts: dict[str, Tensor]  # its entries, a dense weight in training as LATENT
 
     def dense(self) -> Tensor:
-        """The weight that evaluation sees (`Format.dense`)."""
+        """The weight that evaluation sees, of `shape` (`Format.dense`)."""
         return self.format.dense(self.parts)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The dense weight's shape; a matrix (rows, row length) where the entries hold no shape."""
+        """The dense weight's shape, (rows, …); a matrix (rows, row length) where the entries hold no shape."""
         return self.format.dense_shape(self.parts)
 
 
 def recognise(state: Mapping[str, Tensor], name: str) -> Held | None:
-    """The weight `name` of a state, where it is quantized; None of a dense one."""
+    """The weight `name` of a state where it is quantized; None where it is dense or absent.
+
+    Args:
+        state: tensors by name; the quantized weight's entries follow its name, such as codes (rows, …).
+        name: the weight's name, as it is when dense.
+    """
     parts = {part: state[key] for part in all_entries() if (key := f"{name}.{part}") in state}
     if parts and name in state:
         parts[LATENT] = state[name]
@@ -260,7 +317,11 @@ def recognise(state: Mapping[str, Tensor], name: str) -> Held | None:
 
 
 def weights_in(state: Mapping[str, Tensor]) -> dict[str, Tensor | Held]:
-    """The tensors of a state by their dense names, in its order: those in store as they are, and the quantized ones."""
+    """The tensors of a state by their dense names, in its order: dense ones as they are, quantized ones as `Held`.
+
+    Args:
+        state: by name, dense tensors (…) and the entries of quantized weights, as in `recognise`.
+    """
     entries = {*all_entries()}
     owners = {owner for owner, _, last in (key.rpartition(".") for key in state) if last in entries}
     quantized = {owner: held for owner in owners if (held := recognise(state, owner)) is not None}

@@ -17,7 +17,7 @@ from .registry import QuantizedTensor, register
 
 
 class ScalarWeight(QuantizedWeight):
-    """What both forms have in common."""
+    """What the two formats of N-bit codes, in training and after it, have in common; C is 1, or a weight's rows."""
 
     bits: int  # N
     full_precision = (AFFINE,)
@@ -38,8 +38,8 @@ class IntWeight(ScalarWeight):
     """A weight in N-bit codes that is not trained any more.
 
     Args:
-        codes: uint8, of the weight's shape.
-        affine: (2, 1) or (2, C): scales and zero points (`Affine.to_tensor`), float32.
+        codes: (rows, …) uint8, of the weight's shape.
+        affine: (2, 1) or (2, rows): scales and zero points (`Affine.to_tensor`), float32.
         bits: N.
         dtype: of the decoded weight; it follows `.half()` and `.to(dtype)`, the scales stay in float32.
     """
@@ -69,11 +69,11 @@ class IntWeight(ScalarWeight):
         return self.codes.shape
 
     def decode(self) -> Tensor:
-        """(q - z) * s."""
+        """(q - z) * s, (rows, …)."""
         return Affine.of_tensor(self.affine, self.bits).decode(self.codes).to(self._dtype)
 
     def parts(self) -> dict[str, Tensor]:
-        """Codes (a byte each), scales and zero points."""
+        """Codes (rows, …) uint8; scales and zero points (2, 1) or (2, rows)."""
         return {CODES: self.codes, AFFINE: self.affine}
 
     def _apply(self, fn: Any, recurse: bool = True) -> "IntWeight":
@@ -87,10 +87,10 @@ class IntWeight(ScalarWeight):
 
     @classmethod
     def adopt(cls, weight: Weight, parts: Mapping[str, Tensor]) -> bool:
-        """Empty codes and scales of the state's shapes.
+        """Install empty codes (rows, …) and scales (2, C) of the state's shapes; returns whether it did.
 
         Raises:
-            UserError: they do not fit the weight's shape.
+            UserError: the codes do not fit the weight's shape.
         """
         codes, (bits, _) = parts[CODES], spec_of(parts)
         stored: Any = weight.stored
@@ -107,37 +107,37 @@ class IntWeight(ScalarWeight):
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The decoded weight."""
+        """The decoded weight, (rows, …) float32."""
         return cls(parts[CODES], parts[AFFINE], spec_of(parts)[0]).decode()
 
     @classmethod
     def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """That of the codes."""
+        """(rows, …), the shape of the codes."""
         return tuple(parts[CODES].shape)
 
     @classmethod
     def describes(cls, entry: QuantizedTensor) -> bool:
-        """Neither blocks nor a codebook."""
+        """Whether it has none of pq's fields (blocks, centroids, a codebook)."""
         return all(part is None for part in (entry.block_size, entry.n_centroids, entry.codebook))
 
     @classmethod
     def code_bits(cls, entry: QuantizedTensor) -> int:
-        """N."""
+        """N, of the scheme (`intN`)."""
         return bits_of(entry.scheme) or 8
 
     @classmethod
     def size(cls, entry: QuantizedTensor) -> float:
-        """N bits a number."""
+        """Bytes: N bits a number (the scales do not count)."""
         return int_bytes(entry.n_codes, entry.code_bits)
 
     @classmethod
     def file_types(cls, entry: QuantizedTensor) -> dict[str, torch.dtype]:
-        """Codes, scales and zero points."""
+        """Codes (bytes,); scales and zero points (2, C)."""
         return {CODES: torch.uint8, AFFINE: torch.float32}
 
     @classmethod
     def wrong(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor]) -> str | None:
-        """Scales that are neither one nor one for each channel, or no numbers."""
+        """What is wrong with codes (bytes,), or scales and zero points (2, 1) or (2, rows); None if nothing is."""
         if entry.channels not in (1, entry.shape[0]):
             return "block size or channels"
         if not entry.holds(parts[CODES]):
@@ -146,13 +146,13 @@ class IntWeight(ScalarWeight):
 
     @classmethod
     def unpack(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor], codebook: int | None) -> dict[str, Tensor]:
-        """A byte a code, and N."""
+        """Codes (rows, …), a byte each; scales and zero points (2, C); N and the range (2,)."""
         codes = unpack_bits(parts[CODES], entry.n_codes, entry.code_bits)
         spec = torch.tensor([entry.code_bits, 0], dtype=torch.uint8)
         return {CODES: codes.view(entry.shape), AFFINE: parts[AFFINE], SPEC: spec}
 
 
 def spec_of(parts: Mapping[str, Tensor]) -> tuple[int, str]:
-    """(N, range) of the entry `scalar` of a state."""
+    """(N, range) of the entry `scalar`, (2,) uint8, of a state."""
     bits, index = parts[SPEC].tolist()
     return bits, RANGES[index]

@@ -1,4 +1,4 @@
-"""Attach and detach: a model whose weights are noised wherever a training forward reads them."""
+"""Attach noise to a model's weights, wherever a training forward reads them, and detach it."""
 
 import logging
 import math
@@ -34,7 +34,8 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
     A weight that several rules match gets their noises one after the other, in the rules' order.
 
     Raises:
-        UserError: the model has noise already, a rule matches nothing, or a block size does not divide.
+        UserError: the model has noise already, a rule matches nothing, a block size does not divide, or a noised weight
+            is held under another name than `weight`.
     """
     if any("_weight_noise" in module.__dict__ for module in model.modules()):
         raise UserError("the model has noise already; call detach_noise(model) first, or give the noise once")

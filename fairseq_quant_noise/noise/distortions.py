@@ -6,8 +6,8 @@
     int2 .. int8 phi(w) = (clamp(round(w/s) + z) - z) * s   number by number
     a list       one after the other: [pq, int8] is a centroid in 8 bits
 
-(arXiv 2004.07320, section 4.2.) A distortion is made for one weight; it neither chooses blocks nor knows about
-gradients. What it measures on the weight (a codebook, a range) it measures in `fit`, at the rule's interval.
+(arXiv 2004.07320, section 4.2.) A distortion is made for one weight; it neither chooses blocks nor handles gradients.
+In `fit`, at the rule's interval, it measures what it needs of the weight (a codebook, a range).
 To add one: write the class, name it in DISTORTIONS, test it in tests/noise/test_distortions.py.
 """
 
@@ -30,10 +30,10 @@ class Distortion:
     """phi for the blocks of one weight."""
 
     def fit(self, blocks: Tensor) -> None:
-        """Measure on the (n, d) blocks what the distortion needs. Nothing, unless a subclass does."""
+        """Measure on the (n, d) blocks what the distortion needs; by default nothing."""
 
     def __call__(self, blocks: Tensor, hit: Tensor | None) -> Tensor:
-        """phi(b) for the blocks that are hit; what stands in the other rows does not matter.
+        """phi(b) for the blocks that are hit; the other rows may hold anything.
 
         Args:
             blocks: (n, d), not to be written to.
@@ -41,22 +41,25 @@ class Distortion:
 
         Returns:
             (n, d), of the same dtype.
+
+        Raises:
+            NotImplementedError: the distortion does not override it.
         """
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """What `fit` measured."""
+        """What `fit` measured: tensors by name, of shapes that each subclass states (by default none)."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave (by default nothing)."""
 
 
 class Proxy(Distortion):
     """phi(b) = 0: the stand-in for product quantization."""
 
     def __call__(self, blocks: Tensor, hit: Tensor | None) -> Tensor:
-        """Zeros; a broadcast view."""
+        """Zeros (n, d); a broadcast view."""
         return torch.zeros((), dtype=blocks.dtype, device=blocks.device).expand_as(blocks)
 
 
@@ -77,7 +80,11 @@ class Codebook(Distortion):
         self.codes: Tensor | None = None  # (n,) uint8: each block's centroid at the last fit
 
     def fit(self, blocks: Tensor) -> None:
-        """k-means over all blocks, from the last centroids where there are some."""
+        """Run k-means over all blocks, (n, d), from the last centroids where there are some.
+
+        Raises:
+            UserError: the blocks hold NaN or infinity.
+        """
         if not bool(blocks.isfinite().all()):
             raise _diverged(self.name)
         k = effective_centroids(len(blocks), self.n_centroids)
@@ -86,7 +93,11 @@ class Codebook(Distortion):
         self.centroids, self.codes = found.centroids, found.codes
 
     def __call__(self, blocks: Tensor, hit: Tensor | None) -> Tensor:
-        """The nearest centroids; only those of the blocks that are hit are looked for."""
+        """The nearest centroids, (n, d); only those of the blocks that are hit are looked for.
+
+        Raises:
+            UserError: a block that is hit holds NaN or infinity.
+        """
         if hit is None:
             return self._nearest(blocks)
         rows = hit.nonzero()[:, 0]
@@ -106,13 +117,13 @@ class Codebook(Distortion):
         return centroids.index_select(0, nearest(blocks, centroids)).to(blocks.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """Centroids and codes."""
+        """`centroids` (K, d) float32 and `codes` (n,) uint8; nothing before the first `fit`."""
         return (
             {} if self.centroids is None or self.codes is None else {"centroids": self.centroids, "codes": self.codes}
         )
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back."""
+        """Take back `centroids` (K, d) and `codes` (n,)."""
         self.centroids, self.codes = state.get("centroids"), state.get("codes")
 
 
@@ -129,7 +140,11 @@ class Scalar(Distortion):
         self.affine: Affine | None = None
 
     def fit(self, blocks: Tensor) -> None:
-        """The range of the weight, whose rows are its output channels."""
+        """Find the range of the weight, whose blocks are (n, d) and whose rows are its output channels.
+
+        Raises:
+            UserError: the blocks hold NaN or infinity; not checked on a GPU where the rule's interval is 1.
+        """
         often = self.interval == 1 and blocks.is_cuda
         self.affine = fit_affine(self.name, blocks.reshape(self.rows, -1), self.bits, self.range, check=not often)
 
@@ -140,11 +155,11 @@ class Scalar(Distortion):
         return fake_quantize(blocks.reshape(self.rows, -1), self.affine).view_as(blocks)
 
     def state(self) -> dict[str, Tensor]:
-        """Scale and zero point."""
+        """`scale` float32 and `zero_point` int32, each (1,) or (C,); nothing before the first `fit`."""
         return {} if self.affine is None else {"scale": self.affine.scale, "zero_point": self.affine.zero_point}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back."""
+        """Take back `scale` and `zero_point`, each (1,) or (C,)."""
         self.affine = Affine(state["scale"], state["zero_point"], self.bits) if state else None
 
 
@@ -155,24 +170,28 @@ class Composed(Distortion):
         self.parts = parts
 
     def fit(self, blocks: Tensor) -> None:
-        """Fit the parts in turn."""
+        """Fit the parts in turn, each on the (n, d) blocks as the parts before distort them.
+
+        Raises:
+            UserError: as the parts' `fit`.
+        """
         for i, part in enumerate(self.parts):
             part.fit(blocks)
             if i + 1 < len(self.parts):
                 blocks = part(blocks, None)
 
     def __call__(self, blocks: Tensor, hit: Tensor | None) -> Tensor:
-        """The last part's output."""
+        """The last part's output, (n, d)."""
         for part in self.parts:
             blocks = part(blocks, hit)
         return blocks
 
     def state(self) -> dict[str, Tensor]:
-        """The parts' states, numbered."""
+        """The parts' states, of the parts' shapes, each name preceded by the part's number (`0.centroids`)."""
         return {f"{i}.{key}": value for i, part in enumerate(self.parts) for key, value in part.state().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take them back."""
+        """Give each part its state back, under the names that `state` gives (`0.centroids`)."""
         for i, part in enumerate(self.parts):
             part.load_state({k.partition(".")[2]: v for k, v in state.items() if k.startswith(f"{i}.")})
 

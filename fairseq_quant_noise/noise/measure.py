@@ -1,4 +1,4 @@
-"""How large the noise is, by kind of layer, in one training forward of a model with noise.
+"""Measure how large the noise is, by kind of layer, in one training forward of a model with noise.
 
     || psi(W) - W || / || W ||              of the weights
     || y(psi(W)) - y(W) || / || y(W) ||     of the outputs of the layers on the same input
@@ -52,7 +52,7 @@ def kind_of(name: str) -> str:
 
 
 class Probe:
-    """Measures the next training forward of `model`, once, hands {kind: MeasuredDistortion} to `report` and is gone.
+    """Measures the next training forward of `model`, hands {kind: MeasuredDistortion} to `report`, removes itself.
 
     Layers are run twice more, on their own input and the same random numbers, so that the forward itself, its gradient
     and the random state stay what they would have been. A layer whose weights are read without calling the modules that
@@ -136,7 +136,7 @@ class Probe:
 
 
 def _latent(module: nn.Module) -> Tensor:
-    """The numbers that the noise distorts."""
+    """The weight that the noise distorts, (rows, …)."""
     parameter = module._parameters.get("weight")
     return module._modules["weight"].latent if parameter is None else parameter  # type: ignore[union-attr, return-value]
 

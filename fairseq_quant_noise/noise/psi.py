@@ -15,7 +15,7 @@ from .distortions import Distortion
 
 
 def draw_blocks(n_blocks: int, p: float, generator: torch.Generator) -> Tensor:
-    """J: a (n,) mask on the generator's device in which each block is hit with probability p.
+    """J: an (n,) bool mask on the generator's device in which each block is hit with probability p.
 
     On a CPU, a draw of 64 bits decides on four blocks, which takes a quarter of the time of one each; p then counts in
     steps of 2^-16.
@@ -49,7 +49,7 @@ def psi(weight: Tensor, hit: Tensor | None, block_size: int, phi: Distortion) ->
     """The noised weight, of the shape and dtype of `weight`, with the straight-through gradient.
 
     Args:
-        weight: the stored weight; it is not written to.
+        weight: (rows, …), the stored weight; it is not written to.
         hit: (n,) bool, true for the blocks in J; None for all of them.
         block_size: d, with n * d = weight.numel().
         phi: the distortion.

@@ -1,4 +1,4 @@
-"""Batch normalisation under noise: its running statistics are those of the weights that evaluation sees.
+"""Keep batch normalisation's running statistics, under noise, those of the weights that evaluation sees.
 
 A training forward under noise has other means and variances in every layer than one without, in the same way for all
 images. Statistics that follow it are wrong for evaluation, and the error grows from layer to layer: a small network

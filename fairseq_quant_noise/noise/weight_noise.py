@@ -1,4 +1,4 @@
-"""The noise of one weight: what a read of it gives back."""
+"""The noise of one weight: draw its blocks and distort them when the weight is read."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,11 @@ class RuleNoise:
         self.fitted: int | None = None  # the update, or the epoch, of the last fit
 
     def refresh(self, stored: Tensor, draw: NoiseDraw) -> None:
-        """Fit the distortion and the clusters, where the rule's interval asks for it."""
+        """Fit the distortion and the clusters to `stored`, (rows, …), where the rule's interval asks for it.
+
+        Raises:
+            UserError: the weight holds NaN or infinity, and the distortion checks it.
+        """
         by_epoch = self.rule.interval == EPOCH
         now = draw.epoch if by_epoch else draw.update
         step = 1 if by_epoch else int(self.rule.interval)
@@ -45,7 +49,7 @@ class RuleNoise:
         self.fitted = now if self.rule.interval == 1 or bool(stored.detach().any()) else None
 
     def draw_hit(self, p: float, generator: torch.Generator) -> Tensor | None:
-        """J as a (n,) mask, or None for all blocks."""
+        """J as an (n,) bool mask, or None for all blocks."""
         if p >= 1:
             return None
         if self.clusters is None:
@@ -61,7 +65,7 @@ class RuleNoise:
         return {"rule": self._measures(), "fitted": self.fitted, "phi": self.phi.state(), "clusters": clusters}
 
     def _measures(self) -> list[Any]:
-        """What of the rule decides what is measured."""
+        """The fields of the rule that decide what is measured."""
         rule = self.rule
         return [list(rule.kinds), rule.d, rule.choice, rule.n_centroids, rule.range]
 
@@ -89,7 +93,7 @@ class WeightNoise:
         self.seen: tuple[Tensor, bool, Tensor] | None = None  # for a tied weight: (stored, with gradient?, as read)
 
     def __call__(self, module: nn.Module, stored: Tensor) -> Tensor:
-        """The weight as `module` reads it: noised in a training forward, else `stored` itself."""
+        """The weight as `module` reads it, (rows, …): noised in a training forward, else `stored` itself."""
         if not module.training or self.draw.depth == 0 or self.draw.seed is None or self.draw.muted:
             return stored
         if self.hits_of != (self.draw.seed, stored.device):
@@ -109,7 +113,7 @@ class WeightNoise:
         return weight
 
     def _draw_hits(self, stored: Tensor) -> None:
-        """J of every rule, and what the rules measure, for the draw of now."""
+        """Draw J for every rule, and fit the rules that are due, for the current seed."""
         generator = torch.Generator(stored.device)
         generator.manual_seed((self.draw.seed or 0) + self.index)
         self.hits, self.seen = [], None
@@ -122,6 +126,6 @@ class WeightNoise:
         self.hits_of = (self.draw.seed, stored.device)
 
     def _spend(self, gradient: Tensor) -> None:
-        """The backward of this forward has come to the weight: all its uses have been."""
+        """Mark the draw as spent: its backward has reached the weight, so every use of the weight is over."""
         self.draw.spent = True
         self.seen = None

@@ -1,4 +1,4 @@
-"""A weight to codes and centroids."""
+"""Encode a weight as codes and centroids."""
 
 import math
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def encode(
 
     Args:
         name: the weight's name, for messages.
-        weight: of any shape that `block_size` divides (see `blocks.check_block_size`).
+        weight: (rows, …), with rows that `block_size` divides (see `blocks.check_block_size`).
         block_size: d.
         n_centroids: K, at most 256 and at most the number of blocks.
         seed: of k-means; with the same weight and importance it gives the same bits.
@@ -41,7 +41,7 @@ def encode(
             without.
 
     Raises:
-        UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold.
+        UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 256.
     """
     return encode_together([name], [weight], block_size, n_centroids, seed=seed, importance=[importance])[0]
 
@@ -57,7 +57,21 @@ def encode_together(
 ) -> list[Encoded]:
     """`encode` of several weights with one codebook, by k-means over the blocks of all.
 
-    Importance counts across the weights too; where one of them has none, all errors of all count alike.
+    Importance is compared across the weights too; where one of them has none, all errors of all weights count alike.
+
+    Args:
+        names: the weights' names, for messages.
+        weights: each (rows, …), with rows that `block_size` divides.
+        block_size: d.
+        n_centroids: K.
+        seed: of k-means.
+        importance: for each weight one of its shape, or None.
+
+    Returns:
+        For each weight its codes (rows, blocks a row), with the centroids (K, d) that all have in common.
+
+    Raises:
+        UserError: a weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 256.
     """
     weights = [weight.detach() for weight in weights]
     for name, weight in zip(names, weights, strict=True):

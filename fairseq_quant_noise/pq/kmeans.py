@@ -70,15 +70,26 @@ def kmeans(
     start: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> Clustering:
-    """Cluster ``vectors`` (n, d), any dtype and device, around K = ``n_centroids`` centroids (module docstring).
+    """Cluster the vectors around K centroids (see the module's docstring).
 
-    ``iterations`` EM steps over a sample from k-means++ seeds, then as many over every vector, fewer once no code
-    changes. Of more than 2^17 vectors: half as many over 2^16, then a third over every vector, which ends within .5 %
-    of the error in less than half the time. From the centroids ``start`` (K, d), where they are given, at once over
-    every vector. ``weights`` (n, d), positive: of the numbers' squared errors, all alike without. At most K distinct
-    vectors are returned exactly, the last one repeated up to K. The same input and seed give the same bits; the global
-    random state is left alone. Raises UserError when K is not in 1 .. 256, or the vectors are none, not (n, d), or hold
-    NaN or inf.
+    It takes ``iterations`` EM steps over a sample from k-means++ seeds, then as many over every vector, fewer once no
+    code changes. Of more than 2^17 vectors it takes half as many over 2^16, then a third over every vector, which ends
+    within .5 % of the error in less than half the time. At most K distinct vectors are returned exactly, the last one
+    repeated up to K. The same input and seed give the same bits; the global random state is left alone.
+
+    Args:
+        vectors: (n, d), of any dtype and device.
+        n_centroids: K.
+        iterations: EM steps, at most, over the sample and again over every vector.
+        seed: of the sample and the k-means++ seeds.
+        start: (K, d), centroids to start from, at once over every vector.
+        weights: (n, d), positive, of the numbers' squared errors; without, all count alike.
+
+    Returns:
+        Centroids (K, d), codes (n,) and their squared error.
+
+    Raises:
+        UserError: K is not in 1 .. 256; `vectors` is empty, not of two dimensions, or holds NaN or infinity.
     """
     points = _Points(_checked(vectors, n_centroids), None if weights is None else weights.float())
     device = points.vectors.device
@@ -134,7 +145,8 @@ def _plus_plus(sample: _Points, frame: Frame, n_centroids: int, generator: torch
     columns = frame(sample.vectors).float().cpu().t()[:, None].contiguous()  # (d, 1, m)
     weights = None if sample.weights is None else sample.weights.cpu().t()[:, None].contiguous()  # (d, 1, m)
 
-    def errors(chosen: Tensor) -> Tensor:  # squared distance of all vectors to each chosen one (c,): (c, m)
+    def errors(chosen: Tensor) -> Tensor:
+        """Squared distances of all vectors to each of the `chosen` (c,): (c, m)."""
         squares = (columns - columns[:, 0, chosen, None]).square_()  # (d, c, m)
         return (squares if weights is None else squares.mul_(weights)).sum(0)
 

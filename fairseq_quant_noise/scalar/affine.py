@@ -3,8 +3,8 @@
     s = (max W - min W) / (2^N - 1),   z = round(-min W / s)
     q = clamp(round(w / s) + z, 0, 2^N - 1),   phi(w) = (q - z) * s
 
-with ties rounded to even. All is computed in float32, whatever the weight's dtype; bit for bit as torch's fake-quantize
-operators do it, of which the CPU's take ten times as long.
+with ties rounded to even. Everything is computed in float32, whatever the weight's dtype, and equals torch's
+fake-quantize operators bit for bit; on a CPU those take ten times as long.
 """
 
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Affine:
 
     @classmethod
     def of_tensor(cls, both: Tensor, bits: int) -> "Affine":
-        """What `to_tensor` gave."""
+        """The inverse of `to_tensor`: `both` is (2, 1) or (2, C), float32."""
         return cls(both[0], both[1].int(), bits)
 
     def to(self, device: torch.device) -> "Affine":
@@ -65,20 +65,20 @@ class Affine:
         return Affine(self.scale.to(device), self.zero_point.to(device), self.bits)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """q as float32, of the shape of `weight`."""
+        """q as float32, of the shape of `weight`: any for one scale, (C, …) for C scales."""
         scale, zero_point = self._spread(weight.dim())
         return (weight.float() * (1 / scale)).round_().add_(zero_point).clamp_(0, 2**self.bits - 1)
 
     def codes(self, weight: Tensor) -> Tensor:
-        """q, uint8, of the shape of `weight`."""
+        """q as uint8, of the shape of `weight`: any for one scale, (C, …) for C scales."""
         return self.rounded(weight).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """(q - z) * s, float32, of the shape of `codes`."""
+        """(q - z) * s as float32, of the shape of `codes`: any for one scale, (C, …) for C scales."""
         return self.decode_(codes.to(torch.float32, copy=True))
 
     def decode_(self, rounded: Tensor) -> Tensor:
-        """`decode` in place, of float32 codes."""
+        """`decode` in place: `rounded` holds q as float32, any shape for one scale, (C, …) for C scales."""
         scale, zero_point = self._spread(rounded.dim())
         return rounded.sub_(zero_point).mul_(scale)
 
@@ -105,6 +105,6 @@ def is_affine(both: Tensor, channels: int, bits: int) -> bool:
 
 
 def fake_quantize(weight: Tensor, affine: Affine) -> Tensor:
-    """phi_intN(weight), of the shape and dtype of `weight`; without a gradient."""
+    """phi_intN(weight), without a gradient, of the shape ((C, …) for C scales) and dtype of `weight`."""
     with torch.no_grad():
         return affine.decode_(affine.rounded(weight.detach())).to(weight.dtype)

@@ -4,7 +4,7 @@
     channel     min and max of each slice along the first dimension (a Linear's or Conv2d's output, an Embedding's word)
     histogram   of the whole tensor, clipped where the squared error of the codes, read off a histogram, is least
 
-Ranges of one number (1,), or of one a channel (C,).
+`low` and `high` are (1,), or (C,) with one number for each channel.
 """
 
 import torch
@@ -25,13 +25,16 @@ def fit_affine(name: str, weight: Tensor, bits: int, range_: str, *, check: bool
 
     Args:
         name: the weight's name, for messages.
-        weight: of two dimensions or more; channels lie along the first.
+        weight: (C, …), with channels along the first dimension.
         bits: N of intN.
         range_: tensor, channel or histogram.
-        check: look whether the weight is finite, for which a GPU must wait.
+        check: whether to check that the weight is finite, for which a GPU must wait.
+
+    Returns:
+        Scales and zero points: (C,) for a range by channel, else (1,).
 
     Raises:
-        UserError: the weight holds NaN or infinity.
+        UserError: the weight holds NaN or infinity, and `check` is true.
     """
     weight = weight.detach()
     if range_ == "channel":
@@ -46,10 +49,10 @@ def fit_affine(name: str, weight: Tensor, bits: int, range_: str, *, check: bool
 
 
 def histogram_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The clipped range (low, high), each (1,), of least squared error on a histogram of `values`.
+    """The clipped range (low, high), each (1,), of least squared error on a histogram of `values`, of any shape.
 
-    Both ends are moved towards 0 together, over _SHRINK fractions of their distance; then each in turn, from its
-    extreme, the other one held.
+    First both ends move towards 0 together, over _SHRINK fractions of their distance from it; then each in turn moves
+    from its extreme, while the other one stays.
     """
     values = values.detach().float().reshape(-1)
     least, most = values.aminmax()

@@ -1,1 +1,1 @@
-"""Files, ranks, bits, progress and autograd: what several rooms need and no room owns."""
+"""Helpers that several packages share: files, ranks, bits, progress and autograd."""

@@ -16,10 +16,10 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, distorted: Tensor) -> Tensor:
-        """Returns `distorted`; both have the weight's shape."""
+        """Return `distorted`; it and `weight` are (rows, …)."""
         return distorted
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """d psi / d W = 1 (Bengio et al., arXiv 1308.3432)."""
+        """Pass the gradient, (rows, …), to `weight` unchanged: d psi / d W = 1 (Bengio et al., arXiv 1308.3432)."""
         return gradients[0], None

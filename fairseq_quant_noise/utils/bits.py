@@ -1,4 +1,4 @@
-"""Codes of N bits, packed without gaps: in the file, int4 stands two a byte, and a code of K centroids in ceil(log2 K).
+"""Pack codes of N bits without gaps: two int4 codes take a byte, a code of K centroids takes ceil(log2 K) bits.
 
 Code i takes the bits i * N to (i + 1) * N - 1 of the stream; bit j of the stream is bit j % 8 of byte j // 8, the least
 significant first. The last byte is filled up with zeros.
@@ -24,7 +24,7 @@ def packed_size(n_codes: int, bits: int) -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Any shape of uint8 codes below 2^bits, flattened to (packed_size,) uint8."""
+    """Flatten and pack uint8 codes below 2^bits, of any shape, into (packed_size(n_codes, bits),) uint8."""
     flat = codes.detach().cpu().reshape(-1)
     if bits == 8:
         return flat
@@ -46,7 +46,13 @@ def unpack_bits(packed: Tensor, n_codes: int, bits: int) -> Tensor:
 
 
 def largest_code(packed: Tensor, n_codes: int, bits: int) -> int:
-    """The largest of the codes, without a byte for each of them in memory; arguments as `unpack_bits`."""
+    """The largest of the packed codes, found without a byte for each of them in memory.
+
+    Args:
+        packed: (packed_size(n_codes, bits),) uint8.
+        n_codes: how many codes there are, at least 1.
+        bits: of a code.
+    """
     return int(packed.max()) if bits == 8 else max(int(part.max()) for part in _chunks(packed, n_codes, bits))
 
 

@@ -1,4 +1,4 @@
-"""Write a file whole or not at all: beside it, to the disk, then renamed."""
+"""Write a file whole or not at all: under another name in the same folder, synced to disk, then renamed."""
 
 import os
 import secrets
@@ -12,10 +12,11 @@ from ..errors import UserError, is_about_a_file
 def replace_file(path: str | Path, content: bytes | bytearray) -> None:
     """Write beside `path`, fsync, rename: a reader sees the old file or the new one.
 
-    Who may read it: as of the file that it replaces, and of a new one as the umask has it.
+    It keeps the permissions of the file that it replaces; a new file gets those that the umask leaves.
 
     Raises:
         UserError: the folder is missing, unwritable or full; nothing is left behind.
+        OSError: another error of the system, such as too many open files.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")

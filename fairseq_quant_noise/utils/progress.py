@@ -1,4 +1,4 @@
-"""Loops that tell the person who waits how far they are and how long it still takes."""
+"""Report how far a long loop is and how long it still takes."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +32,7 @@ def watched(
 
 
 def now_and_then(progress: Callable[[str], None], every: float = EVERY) -> Callable[[str], None]:
-    """`progress`, but that of the lines it is given it passes on at most one in `every` seconds."""
+    """Wrap `progress` so that it gets at most one line in `every` seconds; the others are dropped."""
     said = time.perf_counter()
 
     def say(line: str) -> None:

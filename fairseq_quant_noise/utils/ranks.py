@@ -1,4 +1,4 @@
-"""Several processes that train one network: their seeds, who encodes which weight, whether all hold the same bits."""
+"""Coordinate the processes that train one network: seeds, division of work, a check that all hold the same bits."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def seed_of_rank(seed: int) -> int:
 
 
 def divide(sizes: Sequence[int], world: int) -> list[int]:
-    """For each piece of work the process that does it: the largest first, each to whoever has least."""
+    """The rank that does each piece of work: the largest goes first, each to the rank with the least so far."""
     owners, load = [0] * len(sizes), [0] * world
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owners[i] = load.index(min(load))
@@ -48,7 +48,7 @@ def divide(sizes: Sequence[int], world: int) -> list[int]:
 
 
 def gather(mine: Any) -> list[Any]:
-    """What every process has, by its number; tensors must be on the CPU."""
+    """The `mine` of every process, in the order of ranks; tensors in it must be on the CPU."""
     _, world = rank_and_world()
     if world == 1:
         return [mine]
@@ -61,7 +61,7 @@ def check_same(tensors: Mapping[str, Tensor], when: str) -> None:
     """Check by hash that all processes hold these tensors with the same bits; nothing is done in a single one.
 
     Args:
-        tensors: by name, the same names in every process.
+        tensors: of any shape (…), by name; every process has the same names.
         when: for the message, such as "before stage 1".
 
     Raises:
@@ -80,7 +80,7 @@ def check_same(tensors: Mapping[str, Tensor], when: str) -> None:
 
 
 def digest(tensor: Tensor) -> bytes:
-    """SHA-256 of a tensor's dtype, shape and bits."""
+    """SHA-256 of the dtype, shape and bits of a tensor of any shape (…): 32 bytes."""
     stored = tensor.detach().cpu().contiguous()
     found = hashlib.sha256(f"{stored.dtype} {tuple(stored.shape)}".encode())
     found.update(stored.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,1 +1,1 @@
-"""Weights of a model: each stored one once, as blocks, and the access of a module's weight."""
+"""The weights of a model: find each stored one once, split it into blocks, intercept the reads of it."""

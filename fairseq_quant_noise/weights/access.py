@@ -1,4 +1,4 @@
-"""The access of a module's weight: where noise and quantization act.
+"""Intercept reads of a module's weight: there noise and quantization act.
 
 fairseq's attention hands `q_proj.weight` straight to a functional and its adaptive softmax ties its weights to the
 embedding, so a hook on `forward` misses both. Here the module's class is replaced by a subclass of the same name in
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-LATENT = "latent"  # what a quantized weight calls the dense one that it is made from in training
+LATENT = "latent"  # the name, inside a quantized weight in training, of the dense Parameter that it is computed from
 
 
 class WeightAccess:
@@ -25,7 +25,7 @@ class WeightAccess:
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight for this read (stored, noised or decoded), in the dense shape."""
+        """The effective weight for this read (stored, noised or decoded), in the dense shape (rows, …)."""
         quantized = self._modules.get("weight")
         noise = self.__dict__.get("_weight_noise")
         if quantized is None:
@@ -50,7 +50,7 @@ class _Linear(WeightAccess):
     transpose = False  # a TiedLinear sets its own
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
-        """As the class's own."""
+        """The class's own product, (..., I) to (..., O), from the codes where the quantized weight multiplies."""
         quantized = self._modules.get("weight")
         if quantized is not None and not (quantized.training or self.transpose) and quantized.multiplies(input):
             return quantized.linear(input, self._parameters.get("bias"))
@@ -63,7 +63,7 @@ class _Embedding(WeightAccess):
     max_norm: float | None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """As nn.Embedding's."""
+        """As nn.Embedding's, (...) int to (..., C); a quantized weight decodes only the rows in `input`, if it can."""
         quantized = self._modules.get("weight")
         if quantized is not None and not quantized.training and self.max_norm is None and quantized.has_rows():
             return quantized.rows(input)

@@ -45,7 +45,8 @@ def check_block_size(name: str, module: nn.Module, block_size: int) -> None:
     """Refuse a block size that does not tile the weight of `module`.
 
     Raises:
-        UserError: names the tensor, its shape and the sizes that do divide.
+        UserError: the blocks do not tile the weight (the message names it, its shape and the sizes that do), or
+            `module` is not one of BLOCK_MODULES.
     """
     if block_size >= 1 and divides(module, block_size):
         return
@@ -60,10 +61,13 @@ def check_block_size(name: str, module: nn.Module, block_size: int) -> None:
 
 
 def fitting_block_size(module: nn.Module, wanted: int) -> int:
-    """The block size to take for a weight where one number is given for a whole network of convolutions.
+    """The block size for the weight of `module`, where one number is given for a whole network of convolutions.
 
     Linear, Embedding, 1x1    the largest one up to `wanted` that divides a row (input channels)
     k x k                     the whole kernel up to 3 x 3, else a row of it: 9 for 3 x 3, 5 for 5 x 5
+
+    Raises:
+        UserError: `module` is not one of BLOCK_MODULES.
     """
     if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
         height, width = module.kernel_size
@@ -75,7 +79,7 @@ def as_blocks(weight: Tensor, block_size: int) -> Tensor:
     """The (n, d) blocks of `weight`, as a view when it is contiguous.
 
     Args:
-        weight: any shape whose rows `block_size` divides (see `check_block_size`).
+        weight: (rows, …), with rows that `block_size` divides (see `check_block_size`).
         block_size: d.
     """
     return weight.reshape(-1, block_size)

@@ -1,4 +1,4 @@
-"""Which weights of a model can be noised and quantized: each tensor once, with its ties.
+"""Find the weights of a model that can be noised and quantized: each tensor once, with its ties.
 
 Names are those of modules (`decoder.layers.0.fc1`); a plan's `match` is a full match over them. A tensor that two
 modules hold (tied embeddings, a tied adaptive softmax) belongs to the first Linear, Embedding or Conv2d that holds
@@ -22,7 +22,7 @@ _NAMED = 4  # weights in the warning
 
 @dataclass
 class Weight:
-    """One stored weight and everyone who uses it."""
+    """One stored weight and the modules that hold it."""
 
     name: str  # the owner's module name
     module: nn.Module  # the owner: Linear, Embedding or Conv2d
@@ -53,7 +53,7 @@ class Weight:
 
     @property
     def stored(self) -> Tensor | nn.Module:
-        """The Parameter in store, or the quantized weight that has taken its place."""
+        """The stored Parameter, (rows, …), or the quantized weight that has taken its place."""
         return stored_weight(self.module)
 
     @property
@@ -68,7 +68,11 @@ def tensor_name(module_name: str) -> str:
 
 
 def stored_weight(module: nn.Module) -> Tensor | nn.Module:
-    """What `module` stores under the name `weight`, without noise and without decoding."""
+    """What `module` stores as `weight`: a Parameter, (rows, …), without noise, or a quantized weight, not decoded.
+
+    Raises:
+        KeyError: `module` stores no `weight`.
+    """
     parameter = module._parameters.get("weight")
     return module._modules["weight"] if parameter is None else parameter  # type: ignore[return-value]
 
@@ -83,7 +87,7 @@ def load_without_copy(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Args:
         model: built on the meta device, so that its weights are in memory once, as those of `state`.
-        state: of all its tensors.
+        state: every tensor of the model, by name, of the shape (…) that it has in the model.
 
     Raises:
         RuntimeError: as torch's; the state does not fit.
