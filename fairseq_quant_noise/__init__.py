@@ -1,4 +1,4 @@
-"""Training with Quantization Noise for extreme model compression (arXiv 2004.07320): PyTorch, and a fairseq plugin.
+"""Train with Quantization Noise for extreme model compression (arXiv 2004.07320): PyTorch, and a fairseq plugin.
 
 Importing this package changes nothing in fairseq. `--user-dir` and `register()` do: they register models, tasks and
 criteria and install the patches listed in plugin/patches.py. All else here works where fairseq is not installed.

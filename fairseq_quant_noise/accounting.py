@@ -1,4 +1,4 @@
-"""The paper's accounting of bytes: codes of log2 K bits, centroids, and what stays dense."""
+"""Count bytes as the paper does: codes of log2 K bits, centroids, and what stays dense."""
 
 import math
 from collections.abc import Iterable
@@ -9,16 +9,23 @@ MIB = 2**20
 
 
 def pq_bytes(n_blocks: int, block_size: int, n_centroids: int, centroid_bits: int = 16) -> float:
-    """Codes and centroids of one weight by the paper's accounting: log2 K bits a code, fp16 or int8 centroids."""
+    """Bytes of one pq weight by the paper's accounting: n log2(K) / 8 for the codes, K d bits / 8 for the centroids.
+
+    Args:
+        n_blocks: n, the number of blocks and so of codes.
+        block_size: d, the numbers in a block.
+        n_centroids: K.
+        centroid_bits: bits of a centroid's number, 16 (fp16) or 8 (int8).
+    """
     return n_blocks * math.log2(max(n_centroids, 1)) / 8 + n_centroids * block_size * centroid_bits / 8
 
 
 def int_bytes(numbers: int, bits: int) -> float:
-    """N bits a number; the scales apart, as the paper counts."""
+    """Bytes of so many numbers at N bits each; scales do not count, as in the paper."""
     return numbers * bits / 8
 
 
 def rest_bits(schemes: Iterable[str]) -> int:
-    """Bits a number that the paper counts for biases and norms, for the schemes of all weights (see above)."""
+    """Bits per number that the paper counts for biases and norms: N if all weights have one scheme intN, else 32."""
     found = set(schemes)
     return (bits_of(found.pop()) if len(found) == 1 else None) or 32

@@ -1,4 +1,4 @@
-"""The package in four functions, for any nn.Module and without fairseq.
+"""Offer the package in four functions, for any nn.Module and without fairseq.
 
 attach_noise(model, plan)      # before training
 quantize_(model, plan)         # after it
@@ -26,7 +26,7 @@ AnyPlan = Plan | Mapping[str, Any] | str | Path
 
 
 def attach_noise(model: nn.Module, plan: AnyPlan) -> nn.Module:
-    """Noise the weights of `model` by the plan's `noise` rules in every training forward; the same model comes back.
+    """Add the noise of the plan's `noise` rules to the weights of `model` in every training forward; returns `model`.
 
     Schedules and intervals count forwards of the model as updates, unless `noise_of(model).set_num_updates(n)` says
     which update comes; `noise_of(model).begin_epoch()` says that an epoch begins, for codebooks that are found anew
@@ -49,12 +49,12 @@ def save(
 
     Args:
         model: quantized, or dense.
-        path: of the file, by custom `.safetensors`.
-        plan: recorded in the file.
+        path: where to write; its name should end in `.safetensors`.
+        plan: the plan that quantized the model, recorded in the file.
         config: how `load` can build the network (see `artifact.manifest.Manifest.model`); leave it out for your own.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or `load` would refuse it.
     """
     return write(pack(model, Plan.of(plan) if plan is not None else None, config), path)
 

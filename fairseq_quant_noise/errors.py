@@ -1,4 +1,4 @@
-"""The two ways a run ends early, and the exit code of each.
+"""Define the two errors that end a run, and the exit code of each.
 
 Every message is one line that names the tensor, file or option at fault and the cure. The command line
 prints it as ``error: …`` without a traceback; from Python both are ordinary exceptions.
@@ -17,8 +17,8 @@ class UserError(ValueError):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())  # one line, whatever a name or a pattern in it holds
-        line = "".join(letter if letter.isprintable() else "?" for letter in line)  # and it steers no terminal
+        line = " ".join(message.split())  # one line, even if a name in it holds line breaks
+        line = "".join(letter if letter.isprintable() else "?" for letter in line)  # no control characters
         super().__init__(line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…")
 
 
@@ -29,19 +29,19 @@ class DamagedFileError(UserError):
 
 
 def end_program(error: UserError) -> NoReturn:
-    """End this program as a user's mistake ends one: `error: …` on standard error, and the exit code.
+    """End this program with `error: …` on standard error and the error's exit code.
 
     Raises:
-        SystemExit: with the code; with the code, and `error` as its cause.
+        SystemExit: always, with the exit code, and with `error` as its cause.
     """
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(error.exit_code) from error
 
 
-#: The system's errors in writing a file that is open, which name no file: no room left, of several kinds.
+#: System errors that mean no room is left; they come while an open file is written, and name no file.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-#: Its errors about a file, a folder or a disk that the user named.
+#: System errors about a file, a folder or a disk that the user named.
 _OF_FILES = NO_ROOM | {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP, errno.ENAMETOOLONG),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
@@ -49,5 +49,5 @@ _OF_FILES = NO_ROOM | {
 
 
 def is_about_a_file(error: OSError) -> bool:
-    """Whether another path, or more room, is the cure: not of a lost connection, say, or too many open files."""
+    """Whether another path or more room is the cure, unlike for a lost connection, say, or too many open files."""
     return error.errno in _OF_FILES

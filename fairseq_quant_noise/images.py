@@ -1,4 +1,4 @@
-"""Images as a network takes them: augmented in training, cropped in evaluation, normalised. By torchvision."""
+"""Prepare images for a network with torchvision: augment them in training, crop them in evaluation, normalise."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ AUGMENTATIONS = ("imagenet", "randaugment", "cifar", "none")
 
 
 def training_transform(size: int, augmentation: str = "imagenet", crop: float = 0.875) -> Any:
-    """From a PIL image to a normalised (3, size, size) tensor, at random.
+    """A random transform from a PIL image to a normalised (3, size, size) tensor.
 
     Args:
         size: in pixels.
-        augmentation: imagenet (a random part of the image, resized, and flips), randaugment (and two operations of
-            RandAugment, arXiv 1909.13719), cifar (the image moved by up to an eighth, and flips), or none.
-        crop: of `evaluation_transform`, for none.
+        augmentation: imagenet (a random part of the image, resized, and flips), randaugment (the same and two
+            operations of RandAugment, arXiv 1909.13719), cifar (a shift by up to an eighth, and flips), or none.
+        crop: for augmentation none, as in `evaluation_transform`.
 
     Raises:
-        UserError: no such augmentation, or torchvision is missing.
+        UserError: there is no such augmentation, or torchvision is not installed.
     """
     t = import_vision("torchvision.transforms")
     if augmentation not in AUGMENTATIONS:
@@ -37,14 +37,14 @@ def training_transform(size: int, augmentation: str = "imagenet", crop: float = 
 
 
 def evaluation_transform(size: int, crop: float = 0.875) -> Any:
-    """From a PIL image to the normalised (3, size, size) tensor of its middle.
+    """A transform from a PIL image to the normalised (3, size, size) tensor of its centre.
 
     Args:
         size: in pixels.
-        crop: the middle's share of the image's shorter side.
+        crop: the side of the centre as a share of the image's shorter side.
 
     Raises:
-        UserError: torchvision is missing.
+        UserError: torchvision is not installed.
     """
     t = import_vision("torchvision.transforms")
     resize = t.Resize(round(size / crop), interpolation=t.InterpolationMode.BICUBIC)

@@ -1,4 +1,4 @@
-"""The packed file: one small safetensors file with codes, centroids, the rest, and a manifest. Nothing is unpickled."""
+"""Write and read the packed file: safetensors with codes, centroids, dense tensors and a manifest, without pickle."""
 
 from .dense import dense_state
 from .manifest import FORMAT_VERSION, Manifest

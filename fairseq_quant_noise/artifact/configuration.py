@@ -1,4 +1,4 @@
-"""How a packed file may say that its network is built: plain values, and no more of them than any network has.
+"""Check a packed file's configuration of its network: plain values only, and no more of them than a network has.
 
 fairseq and `load` build the network that the configuration describes before they look at a weight, and fairseq gives
 some options to Python's eval and every text to omegaconf. So what could run, or build without end, ends here.
@@ -21,10 +21,11 @@ _REFERENCE = re.compile(r"\$\{(\w+)\.(\w+)\}")
 
 
 def check_configuration(config: Mapping[str, Any]) -> None:
-    """Refuse a `Manifest.model` that holds what no network has.
+    """Refuse a `Manifest.model` that no network can have.
 
     Raises:
-        DamagedFileError: naming the option.
+        DamagedFileError: too many values, lists too long or too deep, implausibly large numbers, or text that fairseq
+            or omegaconf would evaluate; the message names the option.
     """
     cfg = config.get("cfg", {})
     if not isinstance(cfg, dict) or not all(isinstance(section, dict) for section in cfg.values()):
@@ -38,7 +39,11 @@ def check_configuration(config: Mapping[str, Any]) -> None:
 
 
 def check_evaluated(options: Mapping[str, Any]) -> None:
-    """Refuse code in an option that fairseq gives to eval(). Raises DamagedFileError, naming the option."""
+    """Refuse code in an option that fairseq gives to eval().
+
+    Raises:
+        DamagedFileError: such an option holds anything but a list of numbers; the message names the option.
+    """
     for name in EVALUATED:
         value = options.get(name)
         if isinstance(value, str) and not _NUMBERS.fullmatch(value):
@@ -46,7 +51,7 @@ def check_evaluated(options: Mapping[str, Any]) -> None:
 
 
 def _values(config: Any) -> Iterator[tuple[str, Any]]:
-    """The options with their names and values, one by one; of a list each item under the list's name."""
+    """Iterate over the options as (name, value); each item of a list comes under the list's name."""
     left: list[tuple[str, Any, int]] = [("", config, 0)]
     while left:
         name, value, depth = left.pop()

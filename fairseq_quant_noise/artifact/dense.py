@@ -1,4 +1,4 @@
-"""A quantized state back to a dense one: the ordinary state dict of the stock model."""
+"""Decode a quantized state into a dense one: the ordinary state dict of the stock model."""
 
 from collections.abc import Mapping
 
@@ -18,6 +18,9 @@ def dense_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
     Args:
         state: of a quantized model (from a packed file or a checkpoint), or of a dense one, which comes back as it is.
         shapes: of the dense tensors that are not matrices (convolutions), by name.
+
+    Returns:
+        By name, each tensor in its dense shape; without an entry in `shapes` a pq weight is (rows, columns).
     """
     dense: dict[str, Tensor] = {}
     decoded: dict[tuple[int, ...], Tensor] = {}

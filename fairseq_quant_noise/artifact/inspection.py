@@ -1,4 +1,4 @@
-"""What a packed file holds, a row a tensor, as plain data."""
+"""Describe the content of a packed file as plain data, one row per tensor."""
 
 import math
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""Limits on the header and the decoded size of a packed file, relative to its bytes; reader and writer keep to them."""
+"""Limit the header and the decoded size of a packed file relative to its bytes; reader and writer both check."""
 
 import math
 
 from ..errors import DamagedFileError
 from .packed import Packed
 
-_HEADER, _HEADER_SHARE = 1 << 20, 16  # a megabyte (4,000 tensors), and the sixteenth part of the file
+_HEADER, _HEADER_SHARE = 1 << 20, 16  # a header may have 1 MiB (4,000 tensors) plus 1/16 of the file's bytes
 _LONGEST_HEADER = 100_000_000  # bytes; safetensors refuses a longer one
 _MOST_DENSE = 1024  # dense bytes for a byte of the file; iPQ at d = 8 and K = 256 has 32
 

@@ -1,4 +1,4 @@
-"""What a packed file says about itself, as JSON under the only key of safetensors' `__metadata__`.
+"""Define the manifest of a packed file: JSON under the only key of safetensors' `__metadata__`.
 
     {"format_version": 3, "producer": "fairseq_quant_noise 0.1.0",
      "model":   {"architecture": ..., "cfg": {...}, "vocab_size": ..., "padding_idx": ...}   or {} for any other module,
@@ -39,7 +39,7 @@ _LARGEST = 3.4e38  # the largest end of an input's range: a float32
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of the manifest, but for the version and the hash."""
+    """The content of the manifest, except for the version and the hash."""
 
     producer: str
     model: dict[str, Any] = field(default_factory=dict)  # how to build the network; {} when only the caller knows
@@ -51,7 +51,7 @@ class Manifest:
 
     @property
     def format_version(self) -> int:
-        """The lowest that has all that the file needs."""
+        """The lowest format version that supports everything in the file."""
         return FORMAT_VERSION if any(entry.codebook for entry in self.tensors.values()) else _WITHOUT_SHARED
 
     @property
@@ -94,7 +94,12 @@ class Manifest:
 
 
 def parse_json(text: str) -> Any:
-    """JSON as the standard has it: no key twice, no number that is not finite. Raises ValueError, RecursionError."""
+    """Parse JSON by the standard: no key twice, and only finite numbers.
+
+    Raises:
+        ValueError: the text is not such JSON.
+        RecursionError: it is nested too deeply.
+    """
     return json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number, parse_float=_finite)
 
 
@@ -121,7 +126,7 @@ def _quantized_tensor(entry: Any) -> QuantizedTensor:
 
 
 def _check_codebooks(manifest: Manifest, version: int) -> None:
-    """A shared codebook is that of a tensor with its own, of the same blocks and centroids."""
+    """Check that each shared codebook is stored with a tensor that owns it, with equal d, K and centroid bits."""
     if version != manifest.format_version:
         raise DamagedFileError(f"its manifest is damaged (version {version}, which such a file does not have)")
     for name, entry in manifest.tensors.items():

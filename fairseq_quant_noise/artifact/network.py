@@ -16,7 +16,17 @@ from . import Packed
 
 
 def network_of(path: str | Path, packed: Packed, into: nn.Module | None = None) -> nn.Module:
-    """`load` of a file that has been read; `path` is for messages."""
+    """Build the network of a packed file that has been read, in eval mode; `api.load` without the reading.
+
+    Args:
+        path: of the file, for messages.
+        packed: its content.
+        into: a dense network to load into, or None to build the one that the file describes.
+
+    Raises:
+        UserError: the file holds a network of the user's own and `into` is None, or its weights do not fit the network.
+        DamagedFileError: no network can be built from its configuration.
+    """
     model = into if into is not None else _build(path, packed.manifest.model)
     state = packed.state_dict()
     if into is not None and packed.manifest.is_pruned:

@@ -1,4 +1,4 @@
-"""A model as the tensors and the manifest of a packed file, and back to the state that a model loads."""
+"""Turn a model into the tensors and the manifest of a packed file, and these into the state that a model loads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,13 +21,21 @@ from .manifest import Manifest
 
 @dataclass(frozen=True)
 class Packed:
-    """What is in a packed file. Tensors by the file's names, codes packed, tied copies left out."""
+    """The content of a packed file: tensors by the file's names, with codes packed and tied copies left out."""
 
     tensors: dict[str, Tensor]
     manifest: Manifest
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state that the quantized model loads: a byte a code, centroids in fp32, tied copies filled in."""
+        """The state that the quantized model loads: a byte a code, centroids in fp32, tied copies filled in.
+
+        Returns:
+            By name, dense tensors in their own shape and type, and the parts of each quantized tensor NAME. Of scheme
+            pq: NAME.codes (rows, blocks per row) uint8 and NAME.centroids (K, d) float32, with int8 centroids also
+            NAME.file_affine (2, 1) float32 and NAME.centroid_bits () uint8, with a shared codebook NAME.codebook ()
+            int32. Of intN: NAME.codes uint8 in the dense shape, NAME.affine (2, 1 or channels) float32 and NAME.scalar
+            (2,) uint8. Of a module with rounded inputs: MODULE.input_quantizer.range (2,), .seen () and .spec (3,).
+        """
         state = {name: self.tensors[name] for name in self.dense_names}
         parts = {name: [""] for name in state}  # what a logical tensor's entries are called after its name
         for name, entry in self.manifest.tensors.items():
@@ -79,7 +87,11 @@ class Packed:
         return sum(self.tensors[part].numel() * self.tensors[part].element_size() for part in self.parts(name))
 
     def parts_of(self, name: str) -> dict[str, Tensor]:
-        """What the file has of the quantized tensor `name`, by the last part of the name."""
+        """The stored parts of the quantized tensor `name`, by the last part of their names.
+
+        `codes`, packed into (bytes,) uint8, and, as the scheme and the codebook need them, `centroids` (K, d) float16
+        or uint8 and `affine` (2, 1 or channels) float32.
+        """
         return {part.rpartition(".")[2]: self.tensors[part] for part in self.parts(name)}
 
     def _quantized_state(self, name: str, entry: QuantizedTensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Reading a packed file that may come from anywhere: its header, its hash, then what the tensors hold.
+"""Read a packed file from an untrusted source: check its header, its hash, then the content of its tensors.
 
 The file is read once, and what was hashed is what is used: it may change on disk afterwards. Until everything is
 checked, that takes twice the file's bytes at most, and a few megabytes.
@@ -115,7 +115,7 @@ def _tensors(content: bytes) -> dict[str, Tensor]:
 
 
 def _check_names(packed: Packed) -> None:
-    """Tensors that no name can hide or double, and ties and maps that lead to one in store."""
+    """Check that no tensor is hidden or stored twice, and that ties and layer maps lead to stored tensors."""
     manifest, stored = packed.manifest, packed.tensors
     if not all(name.isprintable() for name in stored):
         raise DamagedFileError("its header is damaged (a name that is not plain text)")
@@ -137,7 +137,7 @@ def _check_names(packed: Packed) -> None:
 
 
 def _check_forms(packed: Packed) -> None:
-    """No dense tensor, tied or not, looks like a part of a quantized one: a file's are listed in its manifest."""
+    """Check that no dense tensor, tied or not, is named like a part of a quantized one that the manifest omits."""
     forms = [[part for part in format.needs if part != LATENT] for format in FORMATS.values()]
     names, quantized = {*packed.dense_names, *packed.ties}, {*packed.manifest.tensors}
     quantized |= {copy for copy, owner in packed.ties.items() if owner in quantized}

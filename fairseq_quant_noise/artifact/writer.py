@@ -1,4 +1,4 @@
-"""Writing a packed file: whole or not at all."""
+"""Write a packed file, whole or not at all."""
 
 import hashlib
 from pathlib import Path
@@ -39,7 +39,7 @@ def serialize(packed: Packed) -> bytearray:
 
 
 def _check_limits(packed: Packed, content: bytearray) -> None:
-    """What `read` refuses is not written."""
+    """Refuse to write a file that `read` would refuse. Raises UserError."""
     try:
         length = int.from_bytes(content[:8], "little")
         if length > longest_header(len(content)):

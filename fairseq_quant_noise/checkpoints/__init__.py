@@ -1,1 +1,1 @@
-"""Read what others wrote, safely: checkpoints of fairseq, of any age; and write what stock fairseq reads."""
+"""Read fairseq checkpoints of any age without running code in them, and write ones that stock fairseq reads."""

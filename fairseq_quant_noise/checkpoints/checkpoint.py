@@ -1,4 +1,4 @@
-"""A fairseq checkpoint as one object: read once, its options resolved once. Needs no fairseq."""
+"""Represent a fairseq checkpoint as one object: read once, its options resolved once. Needs no fairseq."""
 
 import io
 from collections.abc import Mapping
@@ -50,7 +50,10 @@ class Checkpoint:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The model's state: tensors by name, those of quantized weights included."""
+        """The model's state by name: dense tensors in their own shapes, and the parts of quantized weights.
+
+        The parts' shapes are those of `Packed.state_dict`, such as NAME.codes (rows, blocks per row).
+        """
         weights: dict[str, Tensor] = self.state["model"]
         return weights
 
@@ -88,7 +91,8 @@ class Checkpoint:
     def moments(self) -> dict[str, Tensor]:
         """Adam's second moments of the dense weights, by the weight's name; empty where there are none.
 
-        Those that pruning, sharing or a stage left here, or else those of the optimizer, if the network is known.
+        They are those that pruning, sharing or a stage kept in the checkpoint, or else those of the optimizer, if the
+        network is known. Each has its weight's shape: (out, in) for a Linear, (words, C) for an Embedding.
         """
         found: object = (self.state.get("extra_state") or {}).get(IMPORTANCE)
         if found is None:
@@ -107,18 +111,22 @@ class Checkpoint:
         return model
 
     def forget_optimizer(self) -> None:
-        """Let go of the optimizer's state, which takes twice the memory of the weights; ask for `moments` before."""
+        """Free the optimizer's state, which takes twice the memory of the weights; read `moments` first."""
         self.state = {**self.state, "last_optimizer_state": None}
 
     def write(self, path: str | Path) -> None:
-        """Write the content to `path`, whole or not at all. Raises UserError where that place cannot be written."""
+        """Write the content to `path`, whole or not at all.
+
+        Raises:
+            UserError: `path` cannot be written.
+        """
         buffer = io.BytesIO()
         torch.save(dict(self.state), buffer)
         replace_file(path, buffer.getvalue())
 
 
 def _check_finite(path: str | Path, weights: Mapping[str, Tensor]) -> None:
-    """Refuse what no quantization and no pruning makes good. Raises UserError, naming the tensor."""
+    """Refuse weights that are NaN or infinite. Raises UserError, naming the tensor."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise UserError(

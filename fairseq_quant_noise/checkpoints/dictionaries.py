@@ -1,4 +1,4 @@
-"""The dictionaries that fairseq's speech tasks pickle into the task's state, without running fairseq's unpickling."""
+"""Read the dictionaries that fairseq's speech tasks pickle into a checkpoint, without fairseq's unpickling code."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ class SavedDictionary:
 
 
 def with_dictionaries(state: dict[str, Any]) -> dict[str, Any]:
-    """A task's state with a SavedDictionary for each pickled one: its entries, and what is in their lists.
+    """Replace each pickled dictionary in a task's state, alone or in a list, by a SavedDictionary.
 
     Raises:
         RefusedError: a dictionary that holds anything but words and whole numbers.
@@ -26,7 +26,7 @@ def with_dictionaries(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saved(value: Any) -> Any:
-    """`value`, or what a placeholder for a Dictionary was given."""
+    """The SavedDictionary of a placeholder for a Dictionary; any other value as it is. Raises RefusedError."""
     if not isinstance(value, Placeholder) or value.name != _NAME:
         return value
     fields = value.state

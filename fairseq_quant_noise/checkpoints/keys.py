@@ -1,4 +1,4 @@
-"""The names of what this package adds to fairseq's checkpoints, all of them."""
+"""Name every entry that this package adds to fairseq's checkpoints."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ EMA_COUNTER = "quant_noise_ema"  # updates since the last step of the average, w
 
 # In the state of a half-precision optimizer.
 FP32_COPIES = "quant_noise_fp32_params"  # the fp32 copy of each parameter
-SCALER = "quant_noise_scaler"  # all of the loss scale
+SCALER = "quant_noise_scaler"  # the loss scaler's whole state
 
 # In the state of the learning-rate scheduler.
 STAGE_BEGAN = "quant_noise_stage"  # the update and the epoch at which the stage in progress began, and its length
 
 
 def no_training() -> dict[str, Any]:
-    """The entries in which fairseq looks for the state of a training, of one that has not begun."""
+    """The training state that fairseq expects in a checkpoint, as before the first update."""
     return {
         "optimizer_history": [{"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {}, "num_updates": 0}],
         "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},

@@ -1,4 +1,4 @@
-"""Adam's second moments in a checkpoint, by the name of the weight."""
+"""Find Adam's second moments in a checkpoint and name them by their weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,14 +12,17 @@ from ..quantization.importance import MOMENTS
 def moments_in(checkpoint: Mapping[str, Any], network: nn.Module) -> dict[str, Tensor]:
     """The second moments in a fairseq checkpoint, by the name of the weight, in bfloat16; empty where it has none.
 
-    fairseq writes them in the order of the model's parameters, those of the criterion after them: one by one or, of its
-    fp16 training, end to end in one tensor. Shapes or a total that are not exactly those of this checkpoint's
-    parameters, as where some were frozen, mean that nobody can tell whose they are: empty too.
+    fairseq writes them in the order of the model's parameters and then the criterion's: one tensor per parameter or,
+    after fp16 training, all of them end to end in one tensor. If the shapes or the total are not exactly those of this
+    checkpoint's parameters (some were frozen, say), the moments cannot be assigned, and the result is empty too.
 
     Args:
         checkpoint: its content.
         network: of that checkpoint, its quantized weights adopted, on the meta device too; it says which tensors are
             parameters, and which names are tied.
+
+    Returns:
+        By name, a tensor of the weight's shape: (out, in) for a Linear, (words, C) for an Embedding.
     """
     weights: Mapping[str, Tensor] = checkpoint["model"]
     names = list(_parameters(weights, network))

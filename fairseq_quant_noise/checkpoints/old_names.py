@@ -1,4 +1,4 @@
-"""Weights of old and published checkpoints under the names of fairseq 0.12."""
+"""Rename the weights of old and published checkpoints to the names of fairseq 0.12."""
 
 import re
 from collections.abc import Mapping
@@ -15,11 +15,12 @@ _NUMBERED_NORM = re.compile(r"((encoder|decoder)\.layers\.\d+)\.layer_norms\.(\d
 
 
 def modern_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the names of fairseq 0.12, of a RoBERTa or a `transformer`; any other comes back as it is.
+    """Rename the state dict of a RoBERTa or a `transformer` to fairseq 0.12's names; any other comes back as it is.
 
-    Published checkpoints hold the three projections of an attention in one `in_proj_weight`, and have no `version`.
-    RoBERTa's say `decoder` for the encoder; those for translation number their norms, and call the output's weight
-    `embed_out`, or leave it out where it is the embedding's.
+    Published checkpoints hold the three projections of an attention in one `in_proj_weight` (3 C, C) and
+    `in_proj_bias` (3 C,), which are split into `q_proj`, `k_proj` and `v_proj`, (C, C) and (C,). They have no
+    `version`, which is added with shape (1,). RoBERTa's say `decoder` for the encoder. Those for translation number
+    their norms, and call the output's weight (words, C) `embed_out`, or leave it out where it is the embedding's.
     """
     if any(".sentence_encoder." in name for name in state):
         roberta = {re.sub(r"^decoder\.", "encoder.", name): tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""The options in a checkpoint: fairseq's configuration, old or new, and what a packed file keeps of it."""
+"""Read fairseq's configuration, old or new, from a checkpoint, and select what a packed file keeps of it."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from ..layers.registry import weights_in
 from ..networks.efficientnet import seen_in_weights
 from ..networks.registry import MODELS, OF_IMAGES, PADDING, PREFIX, stock_name
 
-_SIDE = r"(decoder|encoder|encoder\.sentence_encoder)"  # that embeds words
+_SIDE = r"(decoder|encoder|encoder\.sentence_encoder)"  # the modules that embed words
 
 _PREDICTS = r"(decoder|encoder\.sentence_encoder)"  # the side whose words are predicted
 
@@ -45,7 +45,7 @@ _CRITERIA: dict[str, dict[str, Any]] = {
     },
 }
 
-SHARED = ("classification_head_name", "regression_target")  # options of `ipq` that it hands on
+SHARED = ("classification_head_name", "regression_target")  # options of `ipq` that it passes to the wrapped criterion
 
 #: fairseq's options that say how much noise a training has.
 NOISE_FLAGS = ("quant_noise_pq", "quant_noise_scalar")
@@ -61,7 +61,7 @@ _PATHS = ("data", "plasma_path", "encoder_embed_path", "decoder_embed_path")
 
 _MACHINE = {**dict.fromkeys(_PATHS, ""), "timm_weights": None, "save_predictions": None}  # none of it goes into a file
 
-_ALONE = {"seed": 1, "distributed_world_size": 1}  # options of other sections that some tasks look up
+_ALONE = {"seed": 1, "distributed_world_size": 1}  # options of other sections that some tasks read
 
 
 def packed_config(path: str | Path, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,9 +114,10 @@ def _configuration(path: str | Path, state: Mapping[str, Any]) -> Mapping[str, A
 
 
 def _options(cfg: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """The options of a part without a dataclass, as fairseq's model `roberta`: it has those of the whole command line.
+    """The options of a section that fairseq builds without a dataclass, such as the model `roberta`.
 
-    A task or criterion looks into those of other sections too; its own name in it tells that it has no dataclass.
+    Such a section holds the options of the whole command line; those of other sections are left out. A task or
+    criterion reads `dataset` and `generation` too, and keeps its own name, which marks it as one without a dataclass.
     """
     apart = ("model", "task") if section == "model" else (*_SECTIONS, "dataset", "generation")
     other = [part for key, part in cfg.items() if key not in apart and isinstance(part, Mapping)]
@@ -126,7 +127,7 @@ def _options(cfg: Mapping[str, Any], section: str) -> dict[str, Any]:
 
 
 def _plain(args: Namespace) -> dict[str, Any]:
-    """The options that are values of JSON, tuples as lists."""
+    """The options whose values JSON can hold; tuples become lists."""
     options = {name: value for name, value in vars(args).items() if name not in _PARTS}
     return {name: _as_json(value) for name, value in options.items() if _is_json(value)}
 
@@ -146,7 +147,7 @@ def _as_json(value: Any) -> Any:
 
 
 def as_fairseq(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A packed file's configuration as fairseq's checkpoints hold it: a part without a dataclass is a Namespace."""
+    """A packed file's configuration as in fairseq's checkpoints: sections without a dataclass become Namespaces."""
     parts = dict(cfg)
     for section, options in cfg.items():
         if isinstance(options.get(section), str):
@@ -156,7 +157,7 @@ def as_fairseq(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unwrapped(criterion: Mapping[str, Any]) -> dict[str, Any]:
-    """A criterion's configuration; of `ipq` the one it wraps, for evaluation needs neither its teacher nor its name."""
+    """A criterion's configuration; for `ipq` that of the criterion it wraps, which is all that evaluation needs."""
     if criterion.get("_name") != "ipq":
         return dict(criterion)
     name = criterion["ipq_criterion"]
@@ -171,11 +172,16 @@ def vocabulary_size(state: Mapping[str, Tensor]) -> int | None:
 
 
 def task_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the weights say of options that the task decides, or pruning has changed; nothing for a language model.
+    """Read from the weights those options that the task sets or pruning has changed; empty for a language model.
+
+    Args:
+        state: the model's weights, dense or quantized. Only numbers of rows count: of embeddings (words, C), learned
+            positions (positions, C), and the layers of classification heads (inner width, C) and (classes, inner
+            width).
 
     Returns:
-        Of a RoBERTa max_positions, the most tokens of a row, and classification_heads, by name [inner width, classes];
-        of a `transformer` source_vocab_size; of an EfficientNet num_classes and the blocks of each stage.
+        For a RoBERTa max_positions, the most tokens of a row, and classification_heads, by name [inner width, classes];
+        for a `transformer` source_vocab_size; for an EfficientNet num_classes and the blocks of each stage.
     """
     if "conv_stem.weight" in weights_in(state):
         return seen_in_weights(state)
@@ -192,7 +198,7 @@ def task_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def find_embedding_layer(state: Mapping[str, Tensor]) -> str | None:
-    """The weight of the C x C layer after the embedding, which stock fairseq adds with its noise; None without one."""
+    """The name of the (C, C) weight after the embedding, a layer that stock fairseq adds with noise; None without."""
     found = (re.fullmatch(rf"({_SIDE}\.quant_noise\.weight)(\..+)?", key) for key in state)
     return next((match[1] for match in found if match), None)
 

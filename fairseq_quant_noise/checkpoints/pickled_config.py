@@ -1,4 +1,4 @@
-"""Configurations that fairseq pickled as omegaconf objects, as plain containers. Needs no omegaconf.
+"""Turn configurations that fairseq pickled as omegaconf objects into plain containers. Needs no omegaconf.
 
 Each global that such a pickle calls for is answered by a placeholder, which keeps what it is given and does nothing:
 no code of omegaconf, typing, numpy or fairseq runs while an untrusted file is read.
@@ -36,10 +36,10 @@ class Placeholder:
     state: Any = None  # what the pickle says of the instance
 
     def __init__(self, *args: Any) -> None:
-        """Anything; it is forgotten."""
+        """Accept any arguments and ignore them."""
 
     def __new__(cls, *args: Any) -> "Placeholder":
-        """Takes anything, as `__init__` does."""
+        """Accept any arguments, as `__init__` does."""
         return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -57,32 +57,38 @@ def _empty_dict(*_: Any) -> dict[Any, Any]:
 
 
 def allowed() -> list[tuple[Any, str]]:
-    """What configurations and numbers call for, as `torch.serialization.safe_globals` takes it."""
+    """The allowed globals of configurations and numbers, in the form that `torch.serialization.safe_globals` takes."""
     names = [f"{module}.{name}" for module, names in _MODULES.items() for name in names.split()]
     others = [(_empty_dict, "collections.defaultdict"), (Namespace, "argparse.Namespace")]
     return [*((placeholder(name), name) for name in names), *pickled_numbers.allowed(), *others]
 
 
 def plain_config(config: Any) -> Any:
-    """A configuration in dicts, lists, Namespaces and values; references to its other options are followed.
+    """Convert a configuration to dicts, lists, Namespaces and plain values, and resolve references between options.
 
     Args:
         config: as unpickled: a placeholder for a DictConfig, a dict, a Namespace, or None.
 
     Raises:
-        RefusedError: no configuration, or an option that says ${resolver:...}, which omegaconf would run.
+        RefusedError: it is no configuration, or an option says ${resolver:...}, which omegaconf would run.
     """
     root = _Reader().plain(config)
     return _followed(root, root) if isinstance(config, Placeholder) else root
 
 
 class _Reader:
-    """One walk over a configuration, which ends when it is longer than any honest one."""
+    """One walk over a configuration, which stops after more items than any real configuration has."""
 
     def __init__(self) -> None:
         self.left = _ITEMS
 
     def plain(self, value: Any) -> Any:
+        """`value` in dicts, lists, tuples, sets, Namespaces and plain values, with placeholders replaced.
+
+        Raises:
+            RefusedError: more than 100,000 items in all, text with ${resolver:...}, an array or type of numpy, or an
+                object that is no option.
+        """
         self.left -= 1
         if self.left < 0:
             raise RefusedError("its configuration has no end")
@@ -122,7 +128,7 @@ def _followed(value: Any, root: Any) -> Any:
 
 
 def _target(value: Any, root: Any) -> Any:
-    """The plain value that a text ${section.option} leads to; what leads nowhere is left for omegaconf to say so."""
+    """The plain value that the text ${section.option} refers to; omegaconf reports a reference to nothing."""
     target, seen = value, set()
     while isinstance(target, str) and (found := _REFERENCE.fullmatch(target)) and target not in seen:
         seen.add(target)
@@ -137,7 +143,14 @@ def _is_placeholder(value: Any) -> bool:
 
 
 def check_no_placeholder(values: Iterable[Any]) -> None:
-    """Raises RefusedError for a class that a configuration may call for, anywhere else."""
+    """Refuse placeholders outside of a configuration, the only place where their classes are allowed.
+
+    Args:
+        values: as unpickled, searched to any depth.
+
+    Raises:
+        RefusedError: there is a placeholder among them; the message names what it stands for.
+    """
     left, seen = list(values), set()
     while left:
         value = left.pop()

@@ -1,7 +1,7 @@
-"""Numbers of numpy in a checkpoint, such as the counts behind BLEU, without numpy's own unpickling.
+"""Read numpy's numbers in a checkpoint, such as the counts behind BLEU, without numpy's own unpickling.
 
-Types, scalars and arrays are answered by classes of this module that keep what the pickle says; arrays of numbers
-are made of it at the end (`with_arrays`). Objects, records, texts and dates are refused.
+Classes of this module stand in for numpy's types, scalars and arrays, and keep what the pickle says; `with_arrays`
+makes arrays of numbers from that at the end. Objects, records, texts and dates are refused.
 """
 
 import math
@@ -19,11 +19,15 @@ _CODES = {"b1": "?", "f2": "e", "f4": "f", "f8": "d"} | {
 
 
 class RefusedError(Exception):
-    """What in a file is refused, and why; `safe_load` adds the file."""
+    """Says which part of a file is refused, and why; `safe_load` adds the file's name."""
 
 
 class NumberType:
-    """What `numpy.dtype` is called with, and its byte order."""
+    """Stands in for `numpy.dtype`: a type code and a byte order.
+
+    Raises:
+        RefusedError: the type is not a boolean, integer or float of up to 8 bytes.
+    """
 
     def __init__(self, code: Any, *_: Any) -> None:
         if code not in _CODES:
@@ -37,13 +41,13 @@ class NumberType:
 
 
 def scalar(kind: NumberType, data: bytes) -> float:
-    """A number of numpy as Python's."""
+    """Convert a pickled numpy scalar to a Python number."""
     number: float = struct.unpack(kind.order + _CODES[kind.code], data)[0]
     return number
 
 
 class PickledArray:
-    """What a pickle says of an array."""
+    """Stands in for `numpy.ndarray`: the state that the pickle sets."""
 
     state: Any = None
 
@@ -51,7 +55,11 @@ class PickledArray:
         self.state = state
 
     def array(self) -> "np.ndarray[Any, Any]":
-        """The numbers. Raises RefusedError where the state is not that of an array of numbers."""
+        """The array that the state describes.
+
+        Raises:
+            RefusedError: the state is not that of an array of numbers, or the numbers do not fill its shape.
+        """
         try:
             _, shape, kind, by_columns, data = self.state
             dtype = np.dtype(kind.order + kind.code)
@@ -71,7 +79,7 @@ def _empty_array(*_: Any) -> PickledArray:
 
 
 def allowed() -> list[tuple[Callable[..., Any], str]]:
-    """The globals that such numbers call for, of numpy 1 and 2, as `torch.serialization.safe_globals` takes them."""
+    """The globals of such numbers in numpy 1 and 2, in the form that `torch.serialization.safe_globals` takes."""
     both: list[tuple[Callable[..., Any], str]] = []
     for core in ("core", "_core"):
         both += [(scalar, f"numpy.{core}.multiarray.scalar"), (_empty_array, f"numpy.{core}.multiarray._reconstruct")]
@@ -79,11 +87,14 @@ def allowed() -> list[tuple[Callable[..., Any], str]]:
 
 
 def with_arrays(value: Any, done: dict[int, Any] | None = None) -> Any:
-    """`value` with its arrays in place of what the pickle said of them; dicts and lists are changed in place.
+    """`value` with numpy arrays in place of each PickledArray; dicts and lists are changed in place.
 
     Args:
         value: as unpickled.
-        done: what has been visited, by its id: parts may be shared, a list may hold itself.
+        done: the objects already visited, by id: parts may be shared, and a list may hold itself.
+
+    Raises:
+        RefusedError: see `PickledArray.array`.
     """
     done = {} if done is None else done
     if id(value) in done:

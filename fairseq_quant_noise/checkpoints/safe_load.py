@@ -1,4 +1,4 @@
-"""Checkpoints without running what is in them: `torch.load(weights_only=True)` and a short allow-list.
+"""Load checkpoints without running code in them: `torch.load(weights_only=True)` and a short allow-list.
 
 A refusal names the global and what to do; there is no unsafe fallback.
 """
@@ -36,7 +36,7 @@ _AGAIN = "copy or download it again"
 #: Meters of old checkpoints: objects of classes that fairseq no longer has, and that it does not read.
 _METERS = ("train_meters", "valid_meters")
 
-#: What torch says of a pickle that it does not read, besides a global, and what it means.
+#: Patterns of torch's messages about a pickle that it refuses, other than for a global, and what they mean.
 _MEANINGS = (
     (r"unrecognized function (.+)", "its pickle calls {0}, which could run code; " + _IF_TRUSTED),
     (r"Can only .* but got (<.+>)", "its pickle changes or makes {0}, which could run code; " + _IF_TRUSTED),
@@ -50,7 +50,12 @@ _TAR = slice(257, 262)  # where a tar file says so
 
 
 def clear_unwritten(tensors: Mapping[str, Tensor]) -> None:
-    """Set to zero, in place, what fairseq keeps for its dtype alone and never writes: stray memory, perhaps NaN."""
+    """Set to zero, in place, the uninitialized `…_float_tensor` buffers that fairseq keeps only for their dtype.
+
+    Args:
+        tensors: a model's buffers or state, of any shape. Only such buffers, each of shape (1,), are changed; on the
+            meta device none is.
+    """
     for name, tensor in tensors.items():
         if name.endswith("_float_tensor") and tensor.numel() == 1 and tensor.device.type != "meta":
             tensor.zero_()
@@ -92,7 +97,7 @@ def safe_load(path: str | Path) -> dict[str, Any]:
 
 
 def _load(path: str | Path) -> Any:
-    """fairseq's own classes in it become placeholders: which those are depends on the checkpoint."""
+    """Load with a placeholder for each of fairseq's classes; which ones appear depends on the checkpoint."""
     known = allowed()
     for _ in range(_MOST_GLOBALS):
         try:
@@ -107,7 +112,7 @@ def _load(path: str | Path) -> Any:
 
 
 def _check_kind(path: str | Path) -> None:
-    """torch.load itself reads some of what is no checkpoint, and never ends with a pipe."""
+    """Refuse files that torch.load would read though they are no checkpoint, and pipes, on which it never ends."""
     if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
         raise UserError(f"checkpoint {path}: is a device or a pipe; copy it to a file first")
     with open(path, "rb") as file:
@@ -121,7 +126,7 @@ def _check_kind(path: str | Path) -> None:
 
 
 def _check_zip(path: str | Path) -> None:
-    """torch.save compresses nothing: a small file must not unfold into more than memory holds."""
+    """Refuse a compressed zip file, which may unfold into more than memory holds; torch.save compresses nothing."""
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         unfolded, size = sum(entry.file_size for entry in archive.infolist()), Path(path).stat().st_size
         if unfolded > size:
@@ -131,7 +136,7 @@ def _check_zip(path: str | Path) -> None:
 
 
 def _check_weights(model: Any) -> None:
-    """Names and dense tensors, with memory for every number: a view of one number can ask for terabytes."""
+    """Check that the model is dense tensors by name, each backed by storage: an expanded view could need terabytes."""
     if not isinstance(model, dict):
         raise RefusedError(f"its 'model' is a {type(model).__name__}, not weights by name")
     for name, tensor in model.items():
@@ -196,13 +201,13 @@ def _refusal(path: str | Path, error: Exception) -> UserError:
 
 
 def _is_pickle(path: str | Path) -> bool:
-    """Whether torch's words are about a pickle; it takes the rest of a cut file, or a text, for one too."""
+    """Whether the file holds a pickle; torch also speaks of one when it reads a cut file or a text."""
     with open(path, "rb") as file:
         return file.read(1) == pickle.PROTO or bool(_names_in_zip(path))
 
 
 def _names_in_zip(path: str | Path) -> set[str]:
-    """The files of a zip file, without folders; none of another file, or of a zip file that is cut."""
+    """The names of the files in a zip file, without folders; empty for any other file or a cut zip file."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {Path(name).name for name in archive.namelist()}
@@ -211,7 +216,7 @@ def _names_in_zip(path: str | Path) -> set[str]:
 
 
 def _other_kind(path: str | Path) -> str | None:
-    """What a file is that is no checkpoint, and the cure, by its first bytes."""
+    """Tell by its first bytes what kind of file this is, and the cure; None for an unknown kind."""
     with open(path, "rb") as file:
         head = file.read(512)
     names = _names_in_zip(path)
@@ -235,5 +240,5 @@ def _operation(code: str) -> str:
 
 
 def _printable(text: object) -> str:
-    """A name out of an untrusted file must not steer the terminal."""
+    """Replace control characters: a name from an untrusted file must not control the terminal."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(text))

@@ -1,4 +1,4 @@
-"""Back to stock fairseq: a checkpoint that loads without this package, with the same score."""
+"""Convert to a stock fairseq checkpoint, which loads without this package and has the same score."""
 
 import copy
 from argparse import Namespace

@@ -1,7 +1,7 @@
-"""Pruning and sharing of a fairseq checkpoint: its weights, and the options that say how many layers there are.
+"""Prune and share the layers of a fairseq checkpoint: its weights, and the options that give the number of layers.
 
-What comes out starts a new training from these weights, evaluates and quantizes; of the optimizer's memory only what
-k-means weighs errors by is kept.
+The result can be evaluated and quantized, and a new training can start from it. Of the optimizer's state only Adam's
+second moments are kept, by which k-means weighs errors.
 """
 
 import copy
@@ -85,7 +85,7 @@ def layer_options(counts: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _check_layers(checkpoint: Checkpoint) -> None:
-    """Refuse what has no layers to prune or share. Raises UserError."""
+    """Raise UserError for a packed file, and for a checkpoint without layers or without a configuration."""
     path = checkpoint.path
     if is_packed(path):
         raise UserError(f"{path}: is a packed file; prune or share the checkpoint that it was made of")
@@ -103,7 +103,7 @@ def _options(state: Mapping[str, Any]) -> Iterator[MutableMapping[str, Any]]:
 
 
 def _begun_anew(checkpoint: Checkpoint, weights: dict[str, Tensor], changed: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint with other weights and options, as of a training that has not begun, and with its moments."""
+    """The checkpoint with new weights and options, the state of a training before its first update, and its moments."""
     fresh = no_training()
     stages = checkpoint.stages
     if stages:  # which stages are done; updates count from 0 again

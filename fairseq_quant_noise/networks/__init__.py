@@ -1,4 +1,4 @@
-"""fairseq's networks in plain PyTorch, by fairseq's names, to evaluate packed files without fairseq."""
+"""Implement fairseq's networks in plain PyTorch under fairseq's names, to evaluate packed files without fairseq."""
 
 from .efficientnet import EfficientNet
 from .efficientnet_config import EfficientNetConfig

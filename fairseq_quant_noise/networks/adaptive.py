@@ -1,4 +1,4 @@
-"""Adaptive input and adaptive softmax, under fairseq's names and without fairseq.
+"""Implement adaptive input and adaptive softmax under fairseq's names, without fairseq.
 
 The vocabulary is cut into bands of falling frequency; band i is embedded in `dim // factor**i` dimensions
 (Baevski and Auli, arXiv 1809.10853; Grave et al., arXiv 1609.04309). A packed file that holds fairseq's

@@ -1,4 +1,4 @@
-"""Attention and the layer around it under fairseq's names, without fairseq.
+"""Implement attention and the Transformer layer under fairseq's names, without fairseq.
 
 They exist so that a packed file runs where fairseq is not installed. The projections are called as modules: each
 reads its own `weight` (noised, or decoded from codes) at use. Dropout is left alone.

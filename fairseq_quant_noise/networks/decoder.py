@@ -1,4 +1,4 @@
-"""fairseq's `TransformerDecoder` in plain PyTorch: of a language model, and of a model for translation.
+"""Implement fairseq's `TransformerDecoder` in plain PyTorch, for a language model and a model for translation.
 
 Module paths, parameter and buffer names and results are fairseq's. Dropout, LayerDrop and incremental decoding are
 left alone.

@@ -1,4 +1,4 @@
-"""The options of fairseq's `transformer_lm` that decide what it computes.
+"""Read the options of fairseq's `transformer_lm` that decide what it computes.
 
 A packed file carries fairseq's model options as a plain dict; this reads them where fairseq is not
 installed, and refuses those that `TransformerLM` would compute differently from fairseq. Options that only

@@ -1,13 +1,13 @@
-"""EfficientNet (arXiv 1905.11946), its blocks by timm, in a form whose blocks can be shared and pruned.
+"""Build EfficientNet (arXiv 1905.11946) from timm's blocks, in a form whose blocks can be shared and pruned.
 
-The blocks of a stage are alike but for the first, which changes resolution and channels. So a stage here has its first
-block and a ModuleList `layers` of the others, to which all that acts on layers applies (`structure/`). Names differ
-from timm's in this alone:
+The blocks of a stage are alike except for the first, which changes resolution and channels. So a stage here has its
+first block and a ModuleList `layers` of the others, which can be shared and pruned as any layers (`structure/`). Names
+differ from timm's only in this:
 
     timm      blocks.2.0.conv_dw.weight        blocks.2.1.conv_dw.weight
     here      blocks.2.first.conv_dw.weight    blocks.2.layers.0.conv_dw.weight
 
-Legend: N images, H x W pixels.
+Legend: N images, H x W pixels, C channels.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Stage(nn.Module):
         self.layers = nn.ModuleList(others)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features of any resolution to features of the stage's."""
+        """x: (N, C_in, H, W) -> (N, C_out, ceil(H / s), ceil(W / s)), s the stride of the stage's first block."""
         x = self.first(x)
         for layer in self.layers:
             x = layer(x)
@@ -43,7 +43,7 @@ class Stage(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Images to classes.
+    """A classifier of images.
 
     Raises:
         UserError: timm is not installed.
@@ -61,7 +61,7 @@ class EfficientNet(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W), normalised as in training, to (N, classes) logits."""
+        """images: (N, 3, H, W), normalised as in training -> (N, classes) logits."""
         x = self.blocks(self.bn1(self.conv_stem(images)))
         x = self.global_pool(self.bn2(self.conv_head(x)))
         return self.classifier(F.dropout(x, self.dropout, self.training))
@@ -81,7 +81,11 @@ def _timm_network(config: EfficientNetConfig) -> Any:
 
 
 def seen_in_weights(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The options that a state shows: the number of classes, and of blocks after each stage's first."""
+    """Read options from a state: the number of classes, and the number of blocks after each stage's first.
+
+    Args:
+        state: an EfficientNet's, of any shapes; the number of classes is the length of `classifier.bias` (classes,).
+    """
     sizes = stack_sizes(state)
     layers = {option: sizes.get(f"blocks.{i}.layers", 0) for i, option in enumerate(LAYER_OPTIONS)}
     return {**layers, **({"num_classes": len(state["classifier.bias"])} if "classifier.bias" in state else {})}

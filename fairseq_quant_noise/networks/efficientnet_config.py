@@ -1,4 +1,4 @@
-"""What an EfficientNet is built from: the options of `quant_noise_efficientnet`, read without fairseq."""
+"""Read the options of `quant_noise_efficientnet`, from which an EfficientNet is built, without fairseq."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""fairseq's `TransformerEncoder` in plain PyTorch: of a RoBERTa, and of a model for translation.
+"""Implement fairseq's `TransformerEncoder` in plain PyTorch, for a RoBERTa and a model for translation.
 
 Module paths, parameter and buffer names and results are fairseq's. Dropout and LayerDrop are left alone.
 
@@ -66,7 +66,11 @@ class TransformerEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(dim) if config.normalize_before else None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, T) int64 -> (B, T, C). Raises UserError for more tokens than learned positions."""
+        """tokens: (B, T) int64 -> (B, T, C).
+
+        Raises:
+            UserError: there are more tokens than learned positions.
+        """
         padding = tokens.eq(self.config.padding_idx)
         x = self._embed(tokens).masked_fill(padding.unsqueeze(-1), 0)
         mask = key_mask(padding)

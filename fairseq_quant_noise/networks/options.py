@@ -1,4 +1,4 @@
-"""Checks and readings of fairseq's options that several networks share."""
+"""Read and check those of fairseq's options that several networks share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,11 @@ from .attention import ACTIVATIONS
 
 
 def given_options(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The options among `names` that have a value."""
+    """The options among `names` that have a value.
+
+    Raises:
+        UserError: a value is an unresolved reference to another option, `${…}`.
+    """
     given = {name: options[name] for name in names if options.get(name) is not None}
     for name, value in given.items():
         if isinstance(value, str) and "${" in value:
@@ -19,7 +23,16 @@ def given_options(options: Mapping[str, Any], names: Sequence[str]) -> dict[str,
 
 
 def number_of_layers(options: Mapping[str, Any], side: str, n_layers: int) -> int:
-    """Layers in use: `n_layers`, or those that fairseq's `*_layers_to_keep` leaves; `side` is encoder or decoder."""
+    """Number of layers in use: `n_layers`, or those that fairseq's `*_layers_to_keep` leaves.
+
+    Args:
+        options: fairseq's options by name.
+        side: encoder or decoder.
+        n_layers: number of layers without pruning.
+
+    Raises:
+        UserError: `*_layers_to_keep` is no list of layers.
+    """
     name = f"{side}_layers_to_keep"
     given = options.get(name)
     if not given:
@@ -43,7 +56,11 @@ def is_ours(options: Mapping[str, Any]) -> bool:
 
 
 def refuse_options(options: Mapping[str, Any], names: Sequence[str], cure: str) -> None:
-    """Raise UserError where an option among `names` is set, or fairseq's own int8 is."""
+    """Refuse options that change what a network computes and are not implemented here.
+
+    Raises:
+        UserError: an option among `names` is set, or fairseq's own int8 is.
+    """
     for name in names:
         if options.get(name):
             raise UserError(f"option {name}={options[name]!r} is not implemented without fairseq; {cure}")
@@ -51,7 +68,11 @@ def refuse_options(options: Mapping[str, Any], names: Sequence[str], cure: str) 
 
 
 def refuse_stock_int8(options: Mapping[str, Any], cure: str) -> None:
-    """Raise UserError for `--quant-noise-scalar` of fairseq's own models."""
+    """Refuse `--quant-noise-scalar` of fairseq's own models.
+
+    Raises:
+        UserError: the option is set, and the model is not one of this package.
+    """
     if options.get("quant_noise_scalar") and not is_ours(options):
         raise UserError(
             f"option quant_noise_scalar={options['quant_noise_scalar']!r}: stock fairseq rounds weights and "
@@ -61,14 +82,22 @@ def refuse_stock_int8(options: Mapping[str, Any], cure: str) -> None:
 
 
 def check_activation(name: str, value: str, cure: str) -> None:
-    """Raise UserError for a nonlinearity that is not in ACTIVATIONS."""
+    """Check the name of a nonlinearity.
+
+    Raises:
+        UserError: `value` is not in ACTIVATIONS.
+    """
     if value not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UserError(f"{name} {value!r} is not implemented without fairseq (only {known}); {cure}")
 
 
 def check_heads(side: str, dim: int, n_heads: int) -> None:
-    """Raise UserError for attention heads that do not divide the width; `side` is encoder or decoder."""
+    """Check that the number of attention heads divides the width; `side` is encoder or decoder.
+
+    Raises:
+        UserError: it does not.
+    """
     if dim % n_heads:
         raise UserError(
             f"{side}_attention_heads {n_heads} does not divide {side}_embed_dim {dim}; "
@@ -77,7 +106,11 @@ def check_heads(side: str, dim: int, n_heads: int) -> None:
 
 
 def integers(name: str, value: Any) -> tuple[int, ...]:
-    """'20000,60000', a list, one number or None as a tuple, without fairseq's eval() of the string."""
+    """Parse '20000,60000', a list, one number or None as a tuple, without fairseq's eval() of the string.
+
+    Raises:
+        UserError: `value` holds anything but integers.
+    """
     parts = value.strip("[]() ").split(",") if isinstance(value, str) else value
     if parts is None:
         return ()

@@ -1,4 +1,4 @@
-"""Position numbers and sinusoidal positions as fairseq counts them, without fairseq.
+"""Compute position numbers and sinusoidal positions as fairseq does, without fairseq.
 
 It exists because a packed file holds no sinusoids and no numbering of its own.
 

@@ -1,4 +1,4 @@
-"""The networks by name: which there are, what fairseq calls them, how one is built."""
+"""Register the networks by name: which there are, what fairseq calls them, and how to build each."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ PREFIX = "quant_noise_"  # this package's name of a model is fairseq's with it i
 #: fairseq's names of the models that this package knows, longest first: look-up is by prefix.
 MODELS = ("transformer_lm", "roberta", "transformer", "efficientnet")
 
-OF_IMAGES = ("efficientnet",)  # those of them that fairseq does not have, and that have no words
+OF_IMAGES = ("efficientnet",)  # the models for images: fairseq does not have them, and they have no vocabulary
 
 PADDING = 1  # fairseq's index of the padding word
 

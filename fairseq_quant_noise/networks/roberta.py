@@ -1,4 +1,4 @@
-"""fairseq's `roberta` in plain PyTorch.
+"""Implement fairseq's `roberta` in plain PyTorch.
 
 It exists to evaluate a packed file where fairseq is not installed: module paths, parameter and buffer names, ties and
 results are those of `fairseq.models.roberta.RobertaModel`, so that a state dict of either loads strictly into the

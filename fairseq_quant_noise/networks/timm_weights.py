@@ -1,4 +1,4 @@
-"""EfficientNet's weights under timm's names, and under ours."""
+"""Rename EfficientNet's weights between timm's names and ours, and load timm's weight files."""
 
 import re
 from collections.abc import Mapping
@@ -14,12 +14,16 @@ _THEIRS = re.compile(r"blocks\.(\d+)\.(\d+)\.")
 
 _OURS = re.compile(r"blocks\.(\d+)\.(?:first|layers\.(\d+))\.")
 
-#: Under which timm's checkpoints keep the weights, in the order in which timm itself looks.
+#: Keys under which timm's checkpoints keep the weights, in the order in which timm itself looks.
 _PLACES = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 def timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state of this network under timm's names; any other comes back as it is."""
+    """Rename a state of this package's EfficientNet to timm's names; any other state comes back as it is.
+
+    Args:
+        state: tensors of any shape, such as `conv_stem.weight` (channels, 3, 3, 3); they are passed on, not copied.
+    """
     return {_their_name(name): tensor for name, tensor in state.items()}
 
 
@@ -28,7 +32,11 @@ def _their_name(name: str) -> str:
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state of timm's EfficientNet under this network's names."""
+    """Rename a state of timm's EfficientNet to this package's names; any other state comes back as it is.
+
+    Args:
+        state: tensors of any shape, such as `conv_stem.weight` (channels, 3, 3, 3); they are passed on, not copied.
+    """
 
     def renamed(found: re.Match[str]) -> str:
         stage, block = found[1], int(found[2])
@@ -45,7 +53,8 @@ def load_timm_weights(model: nn.Module, path: str | Path) -> None:
         path: of a `.safetensors` file, or of a state dict that torch.save wrote.
 
     Raises:
-        UserError: no such file, not a state dict, or of another network; names the first tensor that does not fit.
+        UserError: the file does not exist, holds no state dict, or is of another network; the message then names the
+            first tensor that does not fit.
     """
     state, ours = our_names(read_weights(path)), model.state_dict()
     if any(key in state and state[key].shape != ours[key].shape for key in ("classifier.weight", "classifier.bias")):
@@ -72,10 +81,13 @@ def _mismatch(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str |
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file of timm's, read without running what is in it.
+    """Read the state dict in a file of timm's weights without running code in it.
+
+    Returns:
+        Tensors by name, in the shapes of the file, such as `conv_stem.weight` (channels, 3, 3, 3).
 
     Raises:
-        UserError: no such file, or no state dict in it.
+        UserError: the file cannot be read, or holds no state dict.
     """
     path = Path(path)
     try:

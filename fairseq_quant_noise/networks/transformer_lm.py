@@ -1,4 +1,4 @@
-"""fairseq's `transformer_lm` in plain PyTorch.
+"""Implement fairseq's `transformer_lm` in plain PyTorch.
 
 It exists to evaluate a packed file where fairseq is not installed: module paths, parameter and buffer names,
 ties and results are those of `fairseq.models.transformer_lm.TransformerLanguageModel`, so that a state dict

@@ -1,4 +1,4 @@
-"""torchvision, imported with a message that says how to install it."""
+"""Import timm and torchvision, or say how to install them."""
 
 from types import ModuleType
 

@@ -1,1 +1,1 @@
-"""The plan: its rules and their checks, and fairseq's own YAML as one."""
+"""Read and check a plan: its rules, and fairseq's own YAML as a plan."""

@@ -1,4 +1,4 @@
-"""Checks of the values in a plan. `where` names the section, rule and key, for the message."""
+"""Check the values in a plan. `where` names the section, rule and key, for the message."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,14 +11,22 @@ from ..errors import UserError, is_about_a_file
 
 
 def check_keys(where: str, source: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise UserError for a key that is not known."""
+    """Check that all keys are known.
+
+    Raises:
+        UserError: `source` has a key that is not in `known`.
+    """
     unknown = [str(key) for key in source if key not in known]
     if unknown:
         raise UserError(f"{where}: unknown key '{unknown[0]}'; known keys: {', '.join(known)}")
 
 
 def check_setting(where: str, value: Any) -> None:
-    """Raise UserError for a setting that is no number from 1 up, and no mapping from patterns to such."""
+    """Check a setting: a whole number from 1 up, or a mapping from regular expressions to such numbers.
+
+    Raises:
+        UserError: it is anything else.
+    """
     if not isinstance(value, Mapping):
         check_positive(where, value)
         return
@@ -30,19 +38,31 @@ def check_setting(where: str, value: Any) -> None:
 
 
 def check_positive(where: str, value: Any) -> None:
-    """Raise UserError for what is not a whole number from 1 up."""
+    """Check a whole number from 1 up.
+
+    Raises:
+        UserError: `value` is anything else.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where} is {value!r}; give a whole number from 1 up")
 
 
 def check_probability(where: str, value: Any) -> None:
-    """Raise UserError for what is not a number from 0 to 1."""
+    """Check a probability.
+
+    Raises:
+        UserError: `value` is not a number from 0 to 1.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise UserError(f"{where} is {value!r}; give a probability from 0 to 1")
 
 
 def check_regex(where: str, pattern: Any) -> None:
-    """Raise UserError for what is not a regular expression."""
+    """Check a regular expression.
+
+    Raises:
+        UserError: Python cannot compile `pattern`.
+    """
     try:
         re.compile(pattern)
     except (re.error, TypeError, OverflowError, RecursionError) as error:
@@ -50,7 +70,11 @@ def check_regex(where: str, pattern: Any) -> None:
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The mapping in a YAML file. Raises UserError where there is none."""
+    """Read the mapping in a YAML file.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, or holds no mapping.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

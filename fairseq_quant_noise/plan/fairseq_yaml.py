@@ -1,12 +1,12 @@
-"""fairseq's own quantization YAML, read as a plan.
+"""Read fairseq's own quantization YAML as a plan.
 
     n_centroids:        {Linear: {key: in_features, value: {"*": 256}}, Embedding: {...}}
     block_sizes:        {Linear: {key: fuzzy_name, value: {fc: 8, attn: 4, emb: 4}}, Embedding: {...}}
     layers_to_quantize: [regex of stage 0, regex of stage 1, ...]
 
-Two things are mended on the way. The file that fairseq ships doubles its backslashes, so that its rules match
-nothing (fairseq issue 3595); no module name holds a backslash, so a doubled one is read as one. And fairseq matches
-names from their start where a plan matches them whole.
+Two differences are handled here. The file that fairseq ships doubles its backslashes, so that its rules match nothing
+(fairseq issue 3595); no module name holds a backslash, so a doubled one is read as one. And fairseq matches only the
+start of a name, where a plan matches the whole name.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def stages_of(source: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The stages of a plan, as plain dicts, one for each entry of `layers_to_quantize`.
 
     Raises:
-        UserError: an unknown key, or no layers to quantize.
+        UserError: a key is unknown, or `layers_to_quantize` is no list or empty.
     """
     unknown = [key for key in source if key not in _KEYS]
     if unknown:
@@ -63,7 +63,7 @@ def setting_by_feature(setting: Mapping[str, Any], name: str, module: nn.Module)
     (`in_features`, `kernel_size`), looked up as a string; `*` is the default.
 
     Raises:
-        UserError: the form is fairseq's but gives no value for this module.
+        UserError: the setting is in fairseq's form but gives no value for this module.
     """
     by_type = next((t for t in ("Linear", "Embedding", "Conv2d") if isinstance(module, getattr(nn, t))), "")
     if not any(isinstance(value, Mapping) for value in setting.values()):

@@ -1,4 +1,4 @@
-"""Which rule of a plan each name belongs to."""
+"""Find the rules of a plan that match each name."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from ..errors import UserError
 
 
 class Rule(Protocol):
-    """What `match_rules` needs of a rule."""
+    """What `match_rules` requires of a rule."""
 
     @property
     def match(self) -> str:
@@ -19,7 +19,7 @@ R = TypeVar("R", bound=Rule)
 
 
 def match_rules(what: str, rules: Sequence[R], names: Sequence[str]) -> list[list[R]]:
-    """For each name the rules that match the whole of it, in order.
+    """Find for each name the rules whose regular expression matches the whole of it, in order.
 
     Raises:
         UserError: a rule matches no name.

@@ -1,4 +1,4 @@
-"""The plan as a whole: noise, stages, centroids, activations, structure and tuning."""
+"""Represent a whole plan: noise, stages, centroids, activations, structure and tuning."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields

@@ -1,4 +1,4 @@
-r"""The plan: what is noised while training, what is quantized, in which order. One YAML file, checked before any work.
+r"""Define a plan's rules: which weights get noise in training, which are quantized, in which order and how.
 
     noise:
       - {match: 'decoder\.layers\.\d+\.fc[12]', kind: proxy, p: 0.05, block_size: 8}
@@ -11,9 +11,9 @@ r"""The plan: what is noised while training, what is quantized, in which order. 
     structure: {share_layers: 2, keep_layers: every-other}
     tuning: {schedule: restart}
 
-`match` is a regular expression that must match a whole module name. A rule that matches nothing, a weight that two
-stages match, an unknown key: errors, before any work. fairseq's own quantization YAML is a plan too
-(`fairseq_yaml.py`).
+A plan is one YAML file, checked before any work. `match` is a regular expression that must match a whole module name.
+A rule that matches nothing, a weight that two stages match and an unknown key are errors. fairseq's own quantization
+YAML is a plan too (`fairseq_yaml.py`).
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The plans that come with the package, found by their names: `--plan small` is configs/plans/small.yaml."""
+"""Find the plans that come with the package by name: `--plan small` is configs/plans/small.yaml."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ def plan_path(source: str | Path) -> Path:
     """The file that a user means: the one at this path, else the shipped plan of this name.
 
     Raises:
-        UserError: a bare name of neither; the line lists the shipped plans.
+        UserError: a bare name that is neither; the message lists the shipped plans.
     """
     path, name = Path(source), str(source)
     if os.path.exists(path) and not path.is_dir():

@@ -1,4 +1,4 @@
-"""The words that a plan knows. Tests hold them to what carries them out."""
+"""List the words that a plan may use. Tests check them against the code that implements them."""
 
 from ..scalar import SCHEMES
 

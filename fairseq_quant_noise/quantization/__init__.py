@@ -1,1 +1,1 @@
-"""Quantize a model as a plan says: the targets, the dry run, the work."""
+"""Quantize a model as a plan says: find the target weights, tabulate their sizes, encode them."""

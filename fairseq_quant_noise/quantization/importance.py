@@ -1,4 +1,4 @@
-"""Which numbers of a weight matter: those with large gradients, by Adam's second moments.
+"""Weigh the numbers of a weight by their squared gradients, read from Adam's second moments.
 
 To second order, and with the diagonal of the Fisher matrix F for the curvature, codes that make W_hat of W cost
 
@@ -24,13 +24,14 @@ def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
     Args:
         model: any network, before it is quantized.
-        optimizer: of its training; an Adam, AdamW or the like.
+        optimizer: the one that trained it; an Adam, AdamW or the like.
 
     Returns:
-        By the parameter's name, tied ones under each name; of those that the optimizer has stepped.
+        By the parameter's name, a tensor of the parameter's shape, such as (out, in) for a Linear; tied parameters
+        under each of their names. Parameters that the optimizer has never stepped are left out.
 
     Raises:
-        UserError: an optimizer without second moments.
+        UserError: the optimizer holds no second moments of any parameter of `model`.
     """
     found = {
         name: optimizer.state[parameter][MOMENTS]
@@ -48,19 +49,28 @@ def second_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def follow(
     moments: Mapping[str, Tensor], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The moments under the names that their weights have after layers were pruned or shared.
+    """Rename the moments as their weights were renamed when layers were pruned or shared.
 
     Args:
-        moments: by the names of before.
-        before: the weights.
-        after: those that are left, the same tensors; one that is new, as a mean over layers, has no moments.
+        moments: by the old name, each of its weight's shape, such as (out, in).
+        before: the weights by their old names.
+        after: the remaining weights by their new names, the same tensor objects. A new tensor, such as a mean over
+            layers, has no moments.
+
+    Returns:
+        By the new name, the moments of the remaining weights, unchanged in shape.
     """
     by_weight = {id(before[name]): tensor for name, tensor in moments.items()}
     return {name: by_weight[id(tensor)] for name, tensor in after.items() if id(tensor) in by_weight}
 
 
 def sound(moments: object, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the moments, from a file or a training, that fit their weights and are finite and not negative."""
+    """Select the moments that fit their weights and are finite and not negative.
+
+    Args:
+        moments: from a file or a training, so that it may be anything; a mapping from names to tensors if sound.
+        weights: by name, of any shape; the moments of one must have its shape, such as (out, in).
+    """
     given = moments if isinstance(moments, Mapping) else {}
     return {
         name: tensor
@@ -73,14 +83,14 @@ def sound(moments: object, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_importance(importance: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse what does not fit the weights.
+    """Refuse an importance that does not fit the weights.
 
     Args:
-        importance: by the tensor's name.
-        shapes: of the weights to quantize, by the tensor's name.
+        importance: by the tensor's name, a tensor of the weight's shape, such as (out, in) for a Linear.
+        shapes: by the tensor's name, the shape of each weight to quantize.
 
     Raises:
-        UserError: another shape, or numbers that are negative or not finite; it names the tensor.
+        UserError: a tensor has another shape, or holds numbers that are negative or not finite; the message names it.
     """
     for name, tensor in importance.items():
         if name in shapes and tuple(tensor.shape) != tuple(shapes[name]):

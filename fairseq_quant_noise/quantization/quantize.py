@@ -1,4 +1,4 @@
-"""Weights of a model to codes and centroids, in place: all of a plan at once, or the weights of one stage."""
+"""Quantize the weights of a model in place: all stages of a plan at once, or the weights of one stage."""
 
 import logging
 import math
@@ -29,7 +29,7 @@ from .targets import Target, resolve_stages
 
 logger = logging.getLogger(__name__)
 
-#: Said where nothing is given to estimate batch statistics on.
+#: The warning when no data is given to estimate batch statistics on.
 STALE = (
     "batch normalisation keeps the statistics of the dense weights, by which a quantized network may fall to chance; "
     "give data to estimate them on: --calibration-data DATA, or calibration=BATCHES in Python"
@@ -51,9 +51,9 @@ def quantize_(
         model: any nn.Module; its Linear, Embedding and Conv2d weights are what a plan can name.
         plan: a path, a mapping or a Plan. Its `structure` comes first: layers are shared, then pruned.
         seed: of k-means; the same model, plan, importance and seed give the same codes.
-        importance: by a tensor's name, how much the squared error of each of its numbers counts in k-means: squared
-            gradients (`second_moments(model, optimizer)` of its Adam), or squared inputs. A tensor that is not named,
-            and a plan with `centroids: {weighted: false}`, counts all alike.
+        importance: by a tensor's name, a tensor of its shape: how much the squared error of each number counts in
+            k-means, as squared gradients (`second_moments(model, optimizer)` of its Adam) or squared inputs. Without
+            an entry, and with `centroids: {weighted: false}` in the plan, all numbers count alike.
         calibration: inputs like those of evaluation, without labels, for what must be measured on data: the running
             statistics of batch normalisation, which are estimated anew over all of them, then the ranges of
             `activations`, over the first `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of
@@ -90,7 +90,7 @@ def quantize_(
 
 
 def quantize_inputs(model: nn.Module, activations: Activations, targets: Iterable[Target]) -> None:
-    """Give the modules that multiply by the targets' weights input quantizers, not calibrated yet."""
+    """Add input quantizers, not calibrated yet, to the modules that multiply by the targets' weights."""
     names = [t.weight.name for t in targets]
     quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)
 
@@ -131,10 +131,11 @@ def quantize_targets(
     where: str = "",
     progress: Callable[[str], None] = logger.info,
 ) -> None:
-    """Codes for each target, in the model, the same bits on every rank; `importance` as in `quantize_`.
+    """Replace each target's weight in the model by a quantized one, the same bits on every rank.
 
-    k-means of the weights whose format has a codebook (pq); in a distributed run each rank encodes its share of them
-    and sends the result to the others. The other formats make their weights themselves.
+    Weights whose format has a codebook (pq) go through k-means; in a distributed run each rank encodes its share of
+    them and sends the result to the others. The other formats quantize their weights themselves. `importance` is as in
+    `quantize_`: by the tensor's name, of the weight's shape, such as (out, in).
 
     Raises:
         UserError: a weight is quantized already, not finite, or not the same on every rank; on all ranks alike.
@@ -168,8 +169,11 @@ def quantized_values(
     Args:
         targets: weights that are dense.
         seed: of k-means.
-        importance: what k-means weighs errors by, by the weights' names.
+        importance: as in `quantize_`: by the tensor's name, of the weight's shape, such as (out, in).
         progress: called with each line of progress.
+
+    Returns:
+        For each target, (the Parameter, the decoded tensor of the same shape and device).
 
     Raises:
         UserError: a weight is not finite.
@@ -189,7 +193,11 @@ def quantized_values(
 
 @contextmanager
 def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """The parameters have the other values inside."""
+    """Give the parameters other values inside the context, and their own back after it.
+
+    Args:
+        values: pairs of (Parameter, tensor of the same shape).
+    """
     kept = [parameter.data for parameter, _ in values]
     try:
         for parameter, value in values:
@@ -201,7 +209,10 @@ def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
 
 
 def quantized_state(model: nn.Module) -> dict[str, Tensor]:
-    """Codes, centroids, scales, ... of all quantized weights, by name."""
+    """Codes, centroids, scales, ... of all quantized weights, by name.
+
+    The shapes are those of `Packed.state_dict`, such as NAME.codes (rows, blocks per row) and NAME.centroids (K, d).
+    """
     found = quantized_weights(model).items()
     return {f"{name}.{part}": tensor for name, weight in found for part, tensor in weight.state_dict().items()}
 
@@ -216,7 +227,7 @@ def _encode_together(
     """Codes and centroids of each weight whose format has a codebook, None for the others; each rank encodes its share.
 
     Raises:
-        UserError: of any rank, in all of them: else the others would wait for ever.
+        UserError: encoding failed on some rank; all ranks raise it, or the others would wait for ever.
     """
     rank, world = ranks.rank_and_world()
     groups = _by_codebook(targets)
@@ -253,7 +264,7 @@ def _numbers(targets: Sequence[Target], of: Sequence[int]) -> int:
 
 
 def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
-    """Which targets are encoded together: those of a shared codebook, and every other one by itself."""
+    """Group the targets' indices by codebook: those that share one together, every other one by itself."""
     groups: dict[tuple[str, int], list[int]] = {}
     for i, target in enumerate(targets):
         key = ("own", i) if target.codebook is None else ("shared", target.codebook)
@@ -264,7 +275,7 @@ def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
 def _encode(
     targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int
 ) -> tuple[Sequence[tuple[Tensor, Tensor] | None], list[str]]:
-    """Codes and centroids of weights with one codebook, None of a format without; and a line about each."""
+    """Codes and centroids of the weights of one codebook (None for a format without), and a log line for each."""
     rule, d, k = targets[0].rule, targets[0].block_size, targets[0].n_centroids
     if d is None or k is None:
         error = _error(targets[0])

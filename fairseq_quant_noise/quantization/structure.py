@@ -18,7 +18,7 @@ def apply_structure(model: nn.Module, structure: Any) -> dict[str, list[int]]:
         By stack, the layers that stayed, where some were to go.
 
     Raises:
-        UserError: it does not fit the network.
+        UserError: the structure does not fit the network (see `share_layers_` and `keep_layers_`).
     """
     if structure.share_layers > 1:
         share_layers_(model, structure.share_layers, structure.share_from)

@@ -1,10 +1,10 @@
-"""A plan applied to a model: a row a tensor, with its size by the paper's accounting. Nothing is computed or changed.
+"""Tabulate a plan applied to a model, one row per tensor with its size by the paper's accounting: a dry run.
 
 The paper counts (arXiv 2004.07320, section 7.4 and table 1; MiB = bytes / 2^20), for a weight of n blocks:
 
     pq          n * log2(K) / 8 bytes of codes, K * d * 2 bytes of centroids (fp16; K * d for int8 ones); the
                 centroids of a shared codebook once, with its first weight
-    intN        N / 8 bytes a number; scales apart
+    intN        N / 8 bytes a number; scales do not count
     the rest    4 bytes a number (fp32), biases and norms included; but where every weight is of one scheme intN,
                 the rest counts N / 8 bytes a number too (its 236 and 118 MB are the dense model's 942 by 4 and by 8)
 
@@ -50,25 +50,25 @@ class Table:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the dense model, tied ones once."""
+        """Number of parameters of the dense model; tied ones count once."""
         return sum(math.prod(r.shape) for r in self.rows if r.tied_to is None)
 
     @property
     def dense_bytes(self) -> int:
-        """4 bytes a parameter."""
+        """Size of the dense model: 4 bytes a parameter."""
         return 4 * self.parameters
 
     @property
     def paper_bytes(self) -> float:
-        """The paper's accounting of the quantized model."""
+        """Size of the quantized model by the paper's accounting, in bytes."""
         return sum(r.bytes for r in self.rows)
 
     def ratio_of(self, dense_bytes: int) -> float:
-        """How many times smaller than so many bytes the quantized model is."""
+        """Compression ratio: `dense_bytes` over the quantized model's bytes."""
         return dense_bytes / self.paper_bytes if self.paper_bytes else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `plan --json`."""
+        """The table as plain values: the keys of `plan --json`."""
         return {
             "parameters": self.parameters,
             "dense_bytes": self.dense_bytes,
@@ -85,8 +85,8 @@ def make_table(model: nn.Module, targets: Sequence[Target] = (), original_bytes:
 
     Args:
         model: any network, on the meta device too.
-        targets: of `resolve_stages`.
-        original_bytes: of the dense model before its layers were shared or pruned.
+        targets: as `resolve_stages` returns them.
+        original_bytes: size of the dense model before its layers were shared or pruned.
     """
     by_name = {t.weight.tensor_name: t for t in targets}
     first = {id(t.weight.stored): t.weight.tensor_name for t in targets}  # the owner, whichever holder comes first

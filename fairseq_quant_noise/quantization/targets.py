@@ -1,4 +1,4 @@
-"""The weights that a plan's stages quantize, resolved against a model before any work."""
+"""Find the weights of a model that a plan's stages quantize, before any work."""
 
 import math
 from collections.abc import Sequence
@@ -31,17 +31,18 @@ class Target:
 
     @property
     def paper_bytes(self) -> float:
-        """By the paper's accounting."""
+        """Size in bytes by the paper's accounting; a shared codebook counts with its first weight."""
         codebook = None if self.brings_codebook else "of its stage"
         sizes = self.block_size, self.n_centroids, self.centroid_bits
         return QuantizedTensor(self.rule.scheme, self.weight.shape, *sizes, codebook=codebook).paper_bytes
 
 
 def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:
-    """Which weights the plan quantizes, in which stage and how, in the order of the model.
+    """Find which weights the plan quantizes, in which stage and how, in the order of the model.
 
     Raises:
-        UserError: a rule matches nothing, two stages match one weight, or a block size does not divide.
+        UserError: a rule matches no weight, two stages match one weight, or a block size does not divide a weight or
+            has no value for it.
     """
     weights = find_weights(model)
     matches = match_rules("stage", plan.stages, [w.name for w in weights])
@@ -67,9 +68,9 @@ def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> 
 
 
 def _with_codebooks(targets: Sequence[Target], order: Sequence[int]) -> list[Target]:
-    """The targets with K, and with the codebooks that are shared: by the weights of a stage that have the same d and K.
+    """Complete the targets with K and with shared codebooks: one for the weights of a stage with the same d and K.
 
-    A shared codebook's number is the place of its first weight in the model, so that no two have the same.
+    A shared codebook's number is the position of its first weight in the model, so that each number is unique.
     """
     groups: dict[tuple[int, ...], list[Target]] = {}
     for target in targets:

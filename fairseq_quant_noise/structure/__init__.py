@@ -1,4 +1,4 @@
-"""Which layers of a network are stored and which are in use: pruning with LayerDrop, and sharing.
+"""Prune and share layers: map the layers that a network uses to those that are stored.
 
 layer_map.py holds the arithmetic; modules.py, state.py and checkpoints/structure.py apply it to a network, a state dict
 and a fairseq checkpoint.

@@ -1,4 +1,4 @@
-"""Maps from layers in use to stored layers, and lists of layers to keep.
+"""Compute maps from layers in use to stored layers, and lists of layers to keep.
 
 sharing    chunks of N adjacent layers have one set of weights (arXiv 2004.07320, section 7.2): with N = 2 the map
            of four layers is [0, 0, 2, 2]. The first layer of a chunk stores it.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..errors import UserError
 
 EVERY_OTHER = "every-other"
-START = ("first", "mean")  # what a chunk's weights are made of, when layers that differ come to be shared
+START = ("first", "mean")  # initial weights of a chunk whose layers differ: the first layer's, or their mean
 #: `every-other`, or the numbers of layers, from 0.
 Keep = str | tuple[int, ...]
 #: Stacks of a few layers each, in a network for images; the last chunk of such a stack may be shorter.
@@ -20,21 +20,21 @@ _STAGE = re.compile(r"(blocks)\.(\d+)\.layers")
 
 
 def side_of(stack: str) -> str:
-    """What the options about a stack begin with: encoder, decoder, or blocks_0 and so on for an EfficientNet's."""
+    """The prefix of a stack's options: encoder, decoder, or (the stages of an EfficientNet) blocks_0, blocks_1 etc."""
     stage = _STAGE.fullmatch(stack)
     return f"{stage[1]}_{stage[2]}" if stage else stack.partition(".")[0]
 
 
 def chunk_map(name: str, n_layers: int, chunk: int) -> list[int]:
-    """For each layer in use the layer that stores its weights.
+    """Map each layer in use to the layer that stores its weights.
 
     Args:
-        name: of the stack, for the message.
-        n_layers: in use.
-        chunk: N, adjacent layers that share their weights.
+        name: the stack's name, for the message.
+        n_layers: number of layers in use.
+        chunk: N, the number of adjacent layers that share their weights.
 
     Raises:
-        UserError: `chunk` is not a number from 1 up that divides `n_layers` (of a stage of blocks, any from 1 up).
+        UserError: `chunk` is not an integer from 1 up that divides `n_layers` (a stage of blocks need not be divided).
     """
     if type(chunk) is not int or chunk < 1 or (n_layers % chunk and not _STAGE.fullmatch(name)):
         fits = ", ".join(str(n) for n in range(1, n_layers + 1) if n_layers % n == 0)
@@ -45,14 +45,14 @@ def chunk_map(name: str, n_layers: int, chunk: int) -> list[int]:
 
 
 def parse_keep(where: str, keep: object) -> Keep:
-    """`every-other`, '0,2,4' or a list of numbers, as a Keep.
+    """Parse `every-other`, '0,2,4' or a list of numbers as a Keep.
 
     Args:
         where: the option or key, for the message.
         keep: the value that was given.
 
     Raises:
-        UserError: nothing to keep, a layer named twice, or something else than numbers from 0 up.
+        UserError: the list is empty, names a layer twice, or holds anything but integers from 0 up.
     """
     if keep == EVERY_OTHER:
         return EVERY_OTHER
@@ -74,17 +74,17 @@ def _is_layer(part: object) -> bool:
 
 
 def kept_layers(where: str, keep: Keep, name: str, n_layers: int, chunk: int = 1) -> list[int]:
-    """The layers that stay, in their order.
+    """The numbers of the layers that stay, in order.
 
     Args:
         where: the option or key, for the message.
-        keep: which ones; `every-other` is every other chunk, from the first one on.
-        name: of the stack.
-        n_layers: in use.
-        chunk: adjacent layers that share their weights and stay or go together.
+        keep: which layers; `every-other` is every other chunk, from the first one on.
+        name: the stack's name, for the message.
+        n_layers: number of layers in use.
+        chunk: number of adjacent layers that share their weights, and so stay or go together.
 
     Raises:
-        UserError: a layer that the stack has not, or a part of a chunk.
+        UserError: `keep` names a layer that the stack does not have, or only part of a chunk.
     """
     if keep == EVERY_OTHER:
         return [i for i in range(n_layers) if i // chunk % 2 == 0]

@@ -1,8 +1,8 @@
-"""Pruning and sharing on a network: its stacks are the ModuleLists called `layers`.
+"""Prune and share the layers of a network, whose stacks are the ModuleLists called `layers`.
 
-A shared layer keeps a module of its own for each use (an attention remembers the keys of its place, the input of each
-use has its own range), and all uses hold the same Parameters or quantized weights. So they are one weight to noise,
-optimizer, stages and file (`weights/discovery.py`).
+Each use of a shared layer keeps a module of its own, since attention caches keys per layer and each use has its own
+input range. All uses hold the same Parameters or quantized weights, so that noise, optimizer, stages and file see one
+weight (`weights/discovery.py`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from .state import stack_sizes
 
 
 class LayerStack(nn.ModuleList):
-    """Layers of which training leaves out chunks at random: LayerDrop (arXiv 1909.11556).
+    """A stack of layers in which training leaves out chunks at random: LayerDrop (arXiv 1909.11556).
 
     Args:
         layers: in their order.
@@ -50,7 +50,11 @@ def find_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def require_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """`find_stacks`, of which there must be one. Raises UserError."""
+    """The stacks of `model` by name, as `find_stacks`, at least one.
+
+    Raises:
+        UserError: `model` has no ModuleList called `layers`.
+    """
     stacks = find_stacks(model)
     if not stacks:
         raise UserError("this network has no ModuleList called 'layers', whose layers could be shared or pruned")
@@ -58,7 +62,7 @@ def require_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def _layers(stack: nn.ModuleList) -> list[nn.Module]:
-    """All of them, also where training leaves some out."""
+    """All layers of the stack, including those that LayerDrop would skip."""
     return [stack[i] for i in range(len(stack))]
 
 
@@ -74,7 +78,8 @@ def share_layers_(model: nn.Module, chunk: int, start: str = "first") -> nn.Modu
         start: `first`, the weights of the chunk's first layer, or `mean`, over its layers.
 
     Raises:
-        UserError: N does not divide the layers, or layers of a chunk are not alike.
+        UserError: the model has no stack, N does not divide a stack's layers, or layers of a chunk differ in the names
+            or shapes of their weights.
     """
     stacks = require_stacks(model)
     maps = {name: chunk_map(name, len(stack), chunk) for name, stack in stacks.items()}
@@ -99,14 +104,14 @@ def _average(name: str, layers: list[nn.Module]) -> None:
 
 
 def tie_layers_(model: nn.Module, maps: Mapping[str, Sequence[int]]) -> None:
-    """Let layers hold the weights of others of their stack.
+    """Make layers hold the weights of other layers of their stack.
 
     Args:
         model: any network.
         maps: by stack, for each layer in use the layer that stores its weights (see `layer_map.chunk_map`).
 
     Raises:
-        UserError: the network has not these layers, or they are not alike.
+        UserError: the network does not have these layers, or their weights differ in name or shape.
     """
     stacks = find_stacks(model)
     for name, stored in maps.items():
@@ -130,7 +135,7 @@ def _tie(name: str, first: nn.Module, other: nn.Module) -> None:
 
 
 def _place(name: str, layer: nn.Module, path: str, like: nn.Module) -> nn.Module:
-    """The module `path` of a layer that comes to share the weights of `like`."""
+    """The module `path` of `layer`, which will share the weights of `like`. Raises UserError where shapes differ."""
     place = dict(layer.named_modules()).get(path)
     if place is None or _shapes(place) != _shapes(like):
         raise UserError(f"{name}: its chunk has a layer without the same {path or 'weights'}; such layers cannot share")
@@ -177,7 +182,8 @@ def keep_layers_(model: nn.Module, keep: object) -> dict[str, list[int]]:
         By stack, the layers that stayed.
 
     Raises:
-        UserError: a layer that there is not, the same one twice, none at all, or a part of a chunk.
+        UserError: the model has no stack, or `keep` names an unknown stack or layer, a layer twice, no layer at all,
+            or only part of a chunk.
     """
     stacks = require_stacks(model)
     wanted = keep_by_stack("keep_layers", keep, list(stacks))
@@ -191,10 +197,10 @@ def keep_layers_(model: nn.Module, keep: object) -> dict[str, list[int]]:
 
 
 def keep_by_stack(where: str, keep: object, stacks: Sequence[str]) -> dict[str, Keep]:
-    """A `keep` of `keep_layers_` for each stack that it prunes.
+    """Split the `keep` of `keep_layers_` into a Keep for each stack that it prunes.
 
     Raises:
-        UserError: a mapping that names no stack, or a list that is none.
+        UserError: `keep` names a stack that is not among `stacks`, or holds no valid list of layers.
     """
     if not isinstance(keep, dict):
         return dict.fromkeys(stacks, parse_keep(where, keep))
@@ -208,7 +214,7 @@ def keep_by_stack(where: str, keep: object, stacks: Sequence[str]) -> dict[str, 
 
 
 def remove_layers(model: nn.Module, name: str, keep: Sequence[int]) -> None:
-    """Leave only the layers `keep` in the stack `name`; fairseq's count of them follows."""
+    """Remove all layers but `keep` from the stack `name`, and update fairseq's count of them (`num_layers`)."""
     stack: Any = model.get_submodule(name)
     for i in reversed(range(len(stack))):
         if i not in keep:
@@ -219,7 +225,7 @@ def remove_layers(model: nn.Module, name: str, keep: Sequence[int]) -> None:
 
 
 def fit_stacks(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Leave each stack of `model` as many layers as `state` has, the first ones, ready to load a pruned state."""
+    """Shorten each stack of `model` to as many layers as `state` has, so that it can load a pruned state."""
     stacks = find_stacks(model)
     for name, n in stack_sizes(state).items():
         if name in stacks and n < len(stacks[name]):

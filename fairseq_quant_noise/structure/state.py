@@ -1,4 +1,4 @@
-"""Pruning and sharing on a state dict, whose layers are entries such as `decoder.layers.3.fc1.weight`."""
+"""Prune and share the layers of a state dict, whose entries are named as in `decoder.layers.3.fc1.weight`."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,11 +28,11 @@ def stack_sizes(state: Mapping[str, object]) -> dict[str, int]:
 
 
 def keep_state(state: Mapping[str, Tensor], keep: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """`state` with the layers that stay, numbered anew; stacks that `keep` does not name stay as they are.
+    """`state` with only the layers to keep, renumbered from 0; stacks that `keep` does not name stay as they are.
 
     Args:
-        state: with dense or quantized weights.
-        keep: by stack, the layers (see `layer_map.kept_layers`).
+        state: tensors of any shape, of dense or quantized weights; they are passed on, not copied.
+        keep: by stack, the layers to keep (see `layer_map.kept_layers`).
     """
     numbers = {stack: {old: new for new, old in enumerate(layers)} for stack, layers in keep.items()}
     kept: dict[str, Tensor] = {}
@@ -49,12 +49,14 @@ def share_state(state: Mapping[str, Tensor], chunk: int, start: str = "first") -
     """`state` with one set of weights for each chunk of adjacent layers, and the names of the stacks that changed.
 
     Args:
-        state: with all layers; layers that share already are left as they are.
-        chunk: N, layers that come to share.
+        state: tensors of any shape, of all layers; those of one chunk must have equal shapes, such as (out, in) for
+            each `fc1.weight`. Layers that share already are left as they are.
+        chunk: N, the number of adjacent layers that will share.
         start: `first`, the weights of the chunk's first layer, or `mean`, over its layers.
 
     Raises:
-        UserError: `chunk` does not divide a stack, or layers in codes would have to be joined.
+        UserError: `chunk` does not divide a stack, layers of a chunk differ in the names or shapes of their tensors,
+            or their weights are quantized and differ.
     """
     maps = {stack: chunk_map(stack, n, chunk) for stack, n in stack_sizes(state).items()}
     shared, changed = dict(state), []
@@ -85,11 +87,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def maps_and_ties(ties: Mapping[str, str], names: Iterable[str]) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Ties of whole layers as maps, and the ties that are left.
+    """Split ties into maps of whole shared layers and the remaining ties.
 
     Args:
         ties: tied copy -> the tensor that stores it.
-        names: of the tensors that are stored.
+        names: the names of the stored tensors.
 
     Returns:
         By stack, for each layer in use the layer that stores its weights; and the other ties.
@@ -109,7 +111,7 @@ def maps_and_ties(ties: Mapping[str, str], names: Iterable[str]) -> tuple[dict[s
 
 
 def _stored_in(stack: str, i: int, layers: Mapping[int, Mapping[str, str | None]]) -> int:
-    """The layer whose tensors all tensors of layer i are tied to, or i itself."""
+    """The layer j whose tensors all tensors of layer i are tied to; i itself if there is none."""
     shared = {rest: owner for rest, owner in layers[i].items() if not _OF_A_USE.fullmatch(rest)}
     found = _LAYER.fullmatch(next(iter(shared.values()), None) or "")
     j = int(found[2]) if found else i
@@ -118,7 +120,7 @@ def _stored_in(stack: str, i: int, layers: Mapping[int, Mapping[str, str | None]
 
 
 def layer_ties(maps: Mapping[str, Sequence[int]], names: Iterable[str]) -> dict[str, str]:
-    """The maps as ties: tied copy -> the tensor that stores it; `names` as in `maps_and_ties`."""
+    """Convert maps of layers to ties, tied copy -> the tensor that stores it; `names` as in `maps_and_ties`."""
     uses: dict[tuple[str, int], list[int]] = {}
     for stack, stored in maps.items():
         for i, j in enumerate(stored):
