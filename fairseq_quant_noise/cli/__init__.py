@@ -1,1 +1,1 @@
-"""The command `fairseq-quant-noise`."""
+"""Implement the command `fairseq-quant-noise`."""

@@ -1,4 +1,4 @@
-"""`fairseq-quant-noise VERB`: each verb a few lines over the package.
+"""Parse the command line `fairseq-quant-noise VERB` and run the verb.
 
 Exit codes: 0 done, 2 the user's mistake, 3 a damaged file; a mistake is one line on standard error.
 """
@@ -146,7 +146,7 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
 }
 
 
-_BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE has ended
+_BROKEN_PIPE = 141  # the exit code that a shell reports for a program ended by SIGPIPE
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -163,7 +163,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one verb. Raises SystemExit with the exit code on a mistake."""
+    """Run one verb.
+
+    Args:
+        argv: the arguments; those of the process by default.
+
+    Raises:
+        SystemExit: with exit code 2 or 3 after a UserError, 2 for arguments that do not parse, 141 where the reader of
+            standard output has closed it.
+    """
     logging.basicConfig(level=logging.WARNING)
     args = make_parser().parse_args(argv)
     try:

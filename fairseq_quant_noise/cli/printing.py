@@ -1,4 +1,4 @@
-"""What the verbs print: a table for people, JSON for programs."""
+"""Print the results of the verbs: a table for people, JSON for programs."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from ..quantization.table import Table
 
 
 def print_table(table: Table) -> None:
-    """A row a tensor and the totals, of a plan's dry run."""
+    """Print a plan's dry run: one row per tensor, and the totals."""
     rows = [
         (r.name, r.scheme, _shape(r.shape), r.block_size, r.n_centroids, f"{r.bytes:,.0f}", _tie(r.tied_to))
         for r in table.rows
@@ -31,7 +31,7 @@ def print_table(table: Table) -> None:
 
 
 def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) -> None:
-    """What is in a packed file that is on disk."""
+    """Print what a packed file on disk contains."""
     info = inspection(path, packed)
     if as_json:
         print(json.dumps(info))
@@ -65,7 +65,7 @@ def _tie(tied_to: str | None) -> str:
 
 
 def format_rows(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """Columns of text, as wide as their widest entry."""
+    """Format rows as columns of text, each as wide as its widest entry."""
     lines = [tuple("" if cell is None else str(cell) for cell in row) for row in [header, *rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,4 +1,8 @@
-"""What each verb of `fairseq-quant-noise` does with its parsed arguments."""
+"""Implement the verbs of `fairseq-quant-noise`, which take parsed arguments.
+
+`main.py` prints a verb's whole docstring in its --help, so that these have no sections. Verbs raise UserError for a
+user's mistake and DamagedFileError for a damaged file; `bench` raises SystemExit with the benchmark's exit code.
+"""
 
 import argparse
 import importlib.util

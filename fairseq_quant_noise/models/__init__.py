@@ -1,3 +1,3 @@
-"""The door for fairseq, which imports the folder `models` of what `--user-dir` names; they are in plugin/models."""
+"""Let fairseq import the folder `models` of `--user-dir`; the models themselves are in plugin/models."""
 
 from .. import plugin  # noqa: F401 (to import it is to register)

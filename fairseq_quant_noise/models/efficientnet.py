@@ -1,4 +1,4 @@
-"""The documented import path of QuantNoiseEfficientNet."""
+"""Provide the documented import path of QuantNoiseEfficientNet."""
 
 from ..plugin.models.efficientnet import QuantNoiseEfficientNet
 

@@ -1,4 +1,4 @@
-"""The documented import path of QuantNoiseRoberta."""
+"""Provide the documented import path of QuantNoiseRoberta."""
 
 from ..plugin.models.roberta import QuantNoiseRoberta
 

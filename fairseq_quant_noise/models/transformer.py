@@ -1,4 +1,4 @@
-"""The documented import path of QuantNoiseTransformer."""
+"""Provide the documented import path of QuantNoiseTransformer."""
 
 from ..plugin.models.transformer import QuantNoiseTransformer
 

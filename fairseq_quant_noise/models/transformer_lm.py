@@ -1,4 +1,4 @@
-"""The documented import path of QuantNoiseTransformerLanguageModel."""
+"""Provide the documented import path of QuantNoiseTransformerLanguageModel."""
 
 from ..plugin.models.transformer_lm import QuantNoiseTransformerLanguageModel
 

@@ -1,4 +1,4 @@
-"""Everything that knows fairseq. To import it is to register with fairseq, as `--user-dir` and `register()` do."""
+"""Hold all code that needs fairseq. Importing this registers with fairseq, as `--user-dir` and `register()` do."""
 
 from .registration import register
 

@@ -1,4 +1,4 @@
-"""The first batches of the training data, the same ones on every rank."""
+"""Read the first batches of the training data, the same ones on every rank."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -10,12 +10,12 @@ FIRST_BATCHES = 16  # how many batches gradients are measured on
 def first_batches(trainer: Any, epoch: int, count: int = FIRST_BATCHES) -> Iterator[Any]:
     """The first batches of the training data of an epoch, the same ones on every rank, on the model's device.
 
-    They stay on the CPU until the next epoch, since to divide a large data set into batches takes minutes.
+    They are kept on the CPU until the next epoch, since dividing a large data set into batches takes minutes.
 
     Args:
         trainer: fairseq's.
-        epoch: the one that it is in, whose data they are.
-        count: how many, if there are so many.
+        epoch: the current epoch, whose data is used.
+        count: number of batches; fewer if there are not so many.
     """
     of_epoch, asked, kept = trainer.__dict__.get("quant_noise_first_batches", (None, 0, []))
     if of_epoch != epoch or asked < count:

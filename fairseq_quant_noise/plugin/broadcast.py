@@ -1,4 +1,4 @@
-"""Broadcast of a checkpoint from the first rank, each tensor in its own type."""
+"""Broadcast a checkpoint from the first rank, each tensor in its own type."""
 
 from typing import Any
 

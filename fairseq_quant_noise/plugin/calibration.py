@@ -1,7 +1,7 @@
 """Run fairseq's task and criterion on a few batches, to calibrate ranges or to measure squared gradients.
 
-The ranges of activations, batch statistics, and the squared gradients that stand for Adam's second moments where there
-are none.
+These are the ranges of activations, the statistics of batch normalisation, and the squared gradients that replace
+Adam's second moments where a checkpoint has none.
 """
 
 import copy
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 SUBSET = "train"
 SENTENCES = 8  # in a batch
-IMAGES, IMAGE_BATCHES = 32, 16  # for batch statistics: of few images the variance between them is missing
+IMAGES, IMAGE_BATCHES = 32, 16  # for batch statistics: a batch of few images underestimates the variance between them
 
 
 def calibration_on(checkpoint: Checkpoint, data: str | Path, plan: Plan) -> Iterator[Callable[[nn.Module], object]]:
@@ -40,12 +40,12 @@ def calibration_on(checkpoint: Checkpoint, data: str | Path, plan: Plan) -> Iter
     Batch statistics need more than ranges: of a network with batch normalisation there are 16 batches of 32 images.
 
     Args:
-        checkpoint: whose network is quantized, with the plan's `structure`.
+        checkpoint: the one whose network is quantized, with the plan's `structure` applied.
         data: the folder that fairseq-train read.
-        plan: that quantizes it.
+        plan: the plan that quantizes it.
 
     Raises:
-        UserError: there is no such data.
+        UserError: `data` is no such folder or (raised at the first forward) has no training split.
     """
     _check_data(data)
     return _forwards(checkpoint, str(data), plan)
@@ -83,10 +83,13 @@ def gradients_on(
     Args:
         checkpoint: as in `calibration_on`.
         data: as there.
-        progress: called with lines that say how far it is.
+        progress: called with a line about progress from time to time.
+
+    Returns:
+        By the weight's name, a bfloat16 tensor of its shape: (out, in) for a Linear, (words, C) for an Embedding.
 
     Raises:
-        UserError: there is no such data.
+        UserError: `data` is no such folder, or has no training split.
     """
     _check_data(data)
     theirs, criterion, task = _prepared(checkpoint, str(data))
@@ -101,7 +104,7 @@ def _prepared(checkpoint: Checkpoint, data: str, **options: Any) -> tuple[nn.Mod
     Args:
         checkpoint: as in `calibration_on`.
         data: as there.
-        options: that replace the checkpoint's.
+        options: values that replace options of the checkpoint.
     """
     import fairseq.checkpoint_utils
 
@@ -120,7 +123,7 @@ def _prepared(checkpoint: Checkpoint, data: str, **options: Any) -> tuple[nn.Mod
 
 
 def _samples(task: Any, data: str, batches: int, size: int = SENTENCES) -> Iterator[Any]:
-    """The first batches of the training split; of images none that is not full, where there are enough of them."""
+    """The first batches of the training split; incomplete batches of images are skipped. Raises UserError."""
     try:
         task.load_dataset(SUBSET)
     except (FileNotFoundError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""Several processes where fairseq expects a GPU for each: torchrun on a CPU, and the default `--ddp-backend`.
+"""Train with several processes where fairseq fails: torchrun on a CPU, and the default `--ddp-backend`.
 
 fairseq counts GPUs to know how many processes train together (UPSTREAM 25). And its default back end, `pytorch_ddp`,
 ends in a traceback in two places: its DistributedDataParallel is given the number of a GPU, on a CPU too; and it waits

@@ -1,9 +1,9 @@
-"""Distillation from the uncompressed teacher, as iterative PQ does it (arXiv 1907.05686, section 3.4).
+"""Compute the distillation loss from the uncompressed teacher, as iterative PQ (arXiv 1907.05686, section 3.4).
 
     KL(teacher || student)            summed over the predictions of a batch that are distributions
     || student - teacher ||^2         summed over those that are numbers (regression): one logit is no distribution
 
-Legend: N predictions of a batch, V classes or words.
+Legend: N predictions of a batch, V classes or words, C channels.
 """
 
 from collections.abc import Mapping
@@ -35,8 +35,11 @@ def kl_sum(student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> Tens
 
     Args:
         student: (N, V) logits or log-probabilities.
-        teacher: the same of the teacher.
+        teacher: (N, V), the teacher's.
         keep: (N,) bool, the rows that count; all of them by default.
+
+    Returns:
+        The sum in nats, of shape ().
     """
     log_q = F.log_softmax(student.float(), dim=-1)  # (N, V)
     log_p = F.log_softmax(teacher.float(), dim=-1)  # (N, V)
@@ -49,8 +52,19 @@ def distillation_loss(
 ) -> Tensor:
     """The loss of the student's last call against the teacher on the same input; padding does not count.
 
-    With `regression` the first output of both is numbers. With an adaptive softmax the head and each tail cluster are
-    distilled on the predictions that reach them, so that the whole vocabulary is never computed.
+    With an adaptive softmax the head and each tail cluster are distilled on the predictions that reach them, so that
+    the whole vocabulary is never computed.
+
+    Args:
+        student: its last output begins with (..., V) scores, or (..., C) features for an adaptive softmax; the leading
+            dimensions make N predictions.
+        teacher: a model with outputs of the same form.
+        sample: fairseq's batch, with the targets: one word or class each, or for a regression none is needed.
+        padding_idx: the target that is padding.
+        regression: the first output of both models is numbers, of equal shape, and no distribution.
+
+    Returns:
+        The sum over the predictions, of shape ().
     """
     args, kwargs = student.call
     with torch.no_grad():

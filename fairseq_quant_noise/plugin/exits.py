@@ -1,4 +1,4 @@
-"""How a user's mistake ends fairseq's programs: one line on standard error, an exit code, no traceback."""
+"""End fairseq's programs on a user's mistake with one line on standard error and an exit code, without traceback."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Squared gradients of a few batches, which weigh the k-means where the optimizer has no second moments."""
+"""Measure squared gradients on a few batches, to weigh k-means where the optimizer has no second moments."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,16 +10,20 @@ from torch import Tensor, nn
 def squared_gradients(
     model: nn.Module, criterion: Any, samples: Iterable[Any], scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """The sum over batches of the squared gradient of their mean loss, for each number of each weight, in bfloat16.
+    """Sum over batches the squared gradient of their mean loss, for each number of each weight.
 
-    It stands for the diagonal of the Fisher matrix up to a factor (`quantization/importance.py`). The model's gradients
-    are gone then; its noise and dropout are off meanwhile.
+    The sum estimates the diagonal of the Fisher matrix up to a factor (`quantization/importance.py`). Noise and dropout
+    are off meanwhile; the model's gradients are cleared.
 
     Args:
-        model: of fairseq.
+        model: fairseq's.
         criterion: fairseq's; called with the model and a batch.
         samples: batches, on the model's device.
-        scale: of the loss, for gradients in half precision.
+        scale: a factor on the loss, for gradients in half precision.
+
+    Returns:
+        By the parameter's name, a bfloat16 tensor of its shape, such as (out, in) for a Linear; parameters without
+        gradients are left out.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sums = {id(p): torch.zeros_like(p, dtype=torch.float32) for p in parameters.values() if p.requires_grad}

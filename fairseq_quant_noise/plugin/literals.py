@@ -1,4 +1,4 @@
-"""Values instead of code: fairseq gives options such as `adaptive_softmax_cutoff` to Python's eval.
+"""Evaluate options as literals: fairseq gives options such as `adaptive_softmax_cutoff` to Python's eval.
 
 On a command line that is the user's own text. In a checkpoint it is the text of whoever wrote the file, and would run.
 So every module of fairseq gets an `eval` of its own, which reads numbers, texts, lists and sums of them, and nothing
@@ -23,14 +23,14 @@ _SUMS: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def literal(text: str) -> Any:
-    """The value of an option.
+    """Evaluate the text of an option.
 
     Args:
         text: a Python literal, or a sum or product of such.
 
     Raises:
-        UserError: it is anything else.
-        TypeError: it is no text, as from eval.
+        UserError: `text` is anything else.
+        TypeError: it is not a string, as eval raises.
     """
     if not isinstance(text, str):
         raise TypeError("eval() arg 1 must be a string, bytes or code object")

@@ -1,4 +1,4 @@
-"""fairseq's loading of checkpoints, made safe, and taught to read the packed file.
+"""Load checkpoints for fairseq safely, and packed files too.
 
 Nothing untrusted is unpickled (`checkpoints/safe_load.py`).
 """
@@ -34,7 +34,7 @@ _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
 
 
-#: Sections that `from_pretrained` looks into, or sets.
+#: Sections of the configuration that `from_pretrained` reads or sets.
 _FOR_THE_HUB = {
     "bpe": None,
     "tokenizer": None,
@@ -50,6 +50,9 @@ def load_checkpoint_to_cpu(path: str, arg_overrides: Any = None, load_on_all_ran
         path: of a checkpoint, or of a packed file (`.safetensors`).
         arg_overrides: values to set in the configuration, by name.
         load_on_all_ranks: as in fairseq; a local path needs no barrier.
+
+    Raises:
+        UserError: as `load_state`; in fairseq's programs SystemExit, after one line.
     """
     with exits_on_user_error():
         return load_state(path, arg_overrides)
@@ -63,8 +66,8 @@ def load_state(path: str | Path, arg_overrides: Any = None) -> dict[str, Any]:
         arg_overrides: values to set in the configuration, by name.
 
     Raises:
-        UserError: no such file, or one of another kind.
-        DamagedFileError: a file that is not whole, or holds anything outside the allow-list.
+        UserError: the file cannot be read, or is of another kind.
+        DamagedFileError: the file is not whole, or holds anything outside the allow-list.
     """
     path = PathManager.get_local_path(str(path))
     if is_packed(path):
@@ -73,7 +76,7 @@ def load_state(path: str | Path, arg_overrides: Any = None) -> dict[str, Any]:
 
 
 def upgraded(path: str | Path, state: dict[str, Any], arg_overrides: Any = None) -> dict[str, Any]:
-    """A checkpoint's content as fairseq 0.12 has it, whatever version wrote it; `state` is used up.
+    """Upgrade a checkpoint's content to the form of fairseq 0.12, whatever version wrote it; `state` is changed.
 
     Args:
         path: of the checkpoint, for messages.
@@ -96,7 +99,7 @@ def upgraded(path: str | Path, state: dict[str, Any], arg_overrides: Any = None)
 
 
 def _of_fairseq(value: Any) -> Any:
-    """fairseq's own dictionary in place of what was saved of it, alone or in a list; all else as it is."""
+    """Replace each SavedDictionary, alone or in a list, by fairseq's Dictionary; any other value stays."""
     if isinstance(value, list):
         return [*map(_of_fairseq, value)] if any(isinstance(item, SavedDictionary) for item in value) else value
     if not isinstance(value, SavedDictionary):
@@ -107,7 +110,7 @@ def _of_fairseq(value: Any) -> Any:
 
 
 def _check_options(path: str | Path, state: dict[str, Any]) -> None:
-    """Refuse code in an option that fairseq evaluates; what this does not know meets `literals`."""
+    """Refuse code in options that fairseq gives to eval(); `literals` guards any that are not listed."""
     for options in ((state.get("cfg") or {}).get("model"), state.get("args")):
         try:
             check_evaluated(options if isinstance(options, dict) else vars(options or Namespace()))
@@ -116,7 +119,7 @@ def _check_options(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def _with_history(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint that was saved again with its model and configuration alone lacks what fairseq looks into."""
+    """Add what fairseq reads and a checkpoint lacks that was saved again with model and configuration alone."""
     if not state.get("optimizer_history") and "best_loss" not in state:
         state["optimizer_history"] = no_training()["optimizer_history"]
     if state.get("extra_state") is None and "epoch" not in state:
@@ -135,7 +138,13 @@ def _with_overrides(state: dict[str, Any], arg_overrides: Any) -> dict[str, Any]
 
 
 def packed_state(path: str | Path) -> dict[str, Any]:
-    """A packed file as the state that fairseq's loading expects: configuration and (quantized) model."""
+    """Read a packed file as the state that fairseq's loading expects: configuration and (quantized) model.
+
+    Raises:
+        UserError: the file cannot be read, has no fairseq configuration, or has other tensors than the network that
+            its configuration describes.
+        DamagedFileError: the file is not whole, or its configuration describes no network.
+    """
     packed = read(path)
     config = packed.manifest.model
     if "cfg" not in config:
@@ -152,7 +161,7 @@ def packed_state(path: str | Path) -> dict[str, Any]:
 
 
 def _check_network(path: str | Path, packed: Packed) -> None:
-    """Refuse a file whose configuration is not of its tensors: fairseq would first make what it describes.
+    """Refuse a file whose configuration does not fit its tensors, before fairseq builds what it describes.
 
     Raises:
         DamagedFileError: a model that no packed file names, or one that the weights do not fit.

@@ -1,4 +1,4 @@
-"""The distortion of the noise in fairseq's log: is it as large as it should be (fairseq issue 5223)?
+"""Log the distortion of the noise, to see whether it is as large as it should be (fairseq issue 5223).
 
     distortion_KIND_weight, distortion_KIND_output    while training, every --quant-noise-log-interval updates
 

@@ -22,9 +22,13 @@ _MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((.*?)\).*?torc
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Inside, errors about a file, a shape that does not fit and an option that names no file become a UserError.
+    """Turn errors about a file, weights that do not fit and an option that names no file into UserErrors.
 
-    Any other error stays as it is, with its traceback: the cure would be a wrong one.
+    Any other error passes unchanged, with its traceback, since no cure is known for it.
+
+    Raises:
+        UserError: inside, there was an OSError about a file or a full disk, a RuntimeError of torch about weights that
+            do not fit the model, or a ValueError of fairseq about an option whose file does not exist.
     """
     try:
         yield
@@ -45,7 +49,7 @@ def as_user_errors() -> Iterator[None]:
 
 
 def mismatch_in(error: BaseException | None) -> str | None:
-    """What torch says of weights that are not those of the model, in a line, from an error or what it came from."""
+    """Describe in one line weights that do not fit the model, from torch's error or the one it came from; else None."""
     while error is not None:
         text = str(error)
         if (found := _MISMATCH.search(text)) is not None:
@@ -71,7 +75,7 @@ def mismatch_in(error: BaseException | None) -> str | None:
 
 
 def _of_the_system(error: OSError) -> str | None:
-    """The line for an error about a file, None for any other."""
+    """The message for an error about a file or a full disk; None for any other."""
     if error.errno is None:  # in fairseq's words: a data set or a model file that is not there
         if not isinstance(error, FileNotFoundError) and "file not found" not in str(error):
             return None
@@ -89,7 +93,7 @@ def _of_the_system(error: OSError) -> str | None:
 
 
 def in_a_line(function: Callable[..., R], is_program: bool) -> Callable[..., R]:
-    """`function`, whose errors in files, options and shapes are UserErrors; of a program, its end with one line."""
+    """Wrap `function` so that errors in files, options and shapes are UserErrors; a program ends with one line."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> R:

@@ -1,4 +1,4 @@
-"""The names of numpy that fairseq 0.12 uses and later releases of numpy removed.
+"""Provide the names of numpy that fairseq 0.12 uses and later releases of numpy removed.
 
 | name | gone in | without it |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""Every name of fairseq that this package replaces: the one place where that is done.
+"""List and install every name of fairseq that this package replaces; it is done nowhere else.
 
 `install` puts them in place, as registration does; nothing else in the package assigns to a module or a class of
 fairseq. A row is a fault in docs/upstream.md, or a promise of ours that fairseq has no hook for.

@@ -1,4 +1,4 @@
-"""`--bf16` where there is no TPU, and `--bf16` and `--fp16` where there is no GPU.
+"""Support `--bf16` where there is no TPU, and `--bf16` and `--fp16` where there is no GPU.
 
 fairseq's command line takes `--bf16` to mean a TPU and stops where torch_xla is missing, on every GPU and CPU; the flag
 is read here as what it says. And the flat fp32 copy of the parameters asks for a CUDA device; without one, each

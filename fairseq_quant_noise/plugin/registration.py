@@ -1,4 +1,4 @@
-"""Make fairseq know this package: its models, tasks and criterions, and the replaced names of patches.py."""
+"""Register the models, tasks and criteria of this package with fairseq, and install the patches of patches.py."""
 
 from . import criterions, models, tasks  # noqa: F401 (importing them registers them)
 from .patches import install

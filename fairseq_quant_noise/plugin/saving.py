@@ -1,4 +1,4 @@
-"""Checkpoints on disk: each whole or not at all, and which one a run goes on from.
+"""Write each checkpoint whole or not at all, and choose the one from which a run resumes.
 
 fairseq writes one file of a save beside its place and renames it, and then copies it in place over the others,
 `checkpoint_last.pt` among them: a run that is killed at that moment cannot resume. Here all of them are written
@@ -47,7 +47,7 @@ def torch_persistent_save(obj: Any, filename: str, async_write: bool = False) ->
 
 
 class WholeCopies(PathManager):
-    """fairseq's access to files, but that copies appear whole or not at all."""
+    """fairseq's access to files, except that copies appear whole or not at all."""
 
     @staticmethod
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:

@@ -1,4 +1,4 @@
-"""Finished runs as one page for people: score against size, stages, distortion, codebooks, time. Reads; never trains.
+"""Report finished runs on one page: score against size, stages, distortion, codebooks, time. It never trains.
 
 runs.py       the folders that hold a run, and what is in each
 scores.py     points of score and size, from eval logs, result.json and tables of JSON lines

@@ -1,7 +1,7 @@
-"""How a packed file uses its codebooks: centroids in use, and the entropy of the codes.
+"""Measure how a packed file uses its codebooks: centroids in use, and the entropy of the codes.
 
 With n_k of the n codes of a tensor equal to k, and p_k = n_k / n, the entropy is H = -sum_k p_k log2 p_k bits a code.
-H = log2 K where all K centroids are used alike; what is below is what an entropy coder could still save. A weight in
+H = log2 K where all K centroids are used alike; the difference is what an entropy coder could still save. A weight in
 intN is read the same way, with the 2^N levels for centroids.
 """
 
@@ -45,6 +45,6 @@ def codebook_use(packed: Packed) -> list[CodebookUse]:
 
 
 def entropy(counts: Tensor) -> float:
-    """Bits a code of (K,) counts."""
+    """Entropy in bits per code, from the (K,) counts of the codes."""
     p = counts[counts > 0].double() / counts.sum()
     return float(-(p * p.log2()).sum()) + 0.0

@@ -1,6 +1,6 @@
-"""What fairseq-train and `quantize` leave in a log: validations, stages, errors of the encoding, distortion, time.
+"""Read the logs of fairseq-train and `quantize`: validations, stages, encoding errors, distortion, time.
 
-A log may be of any length and hold anything, so lines that do not fit are passed over.
+A log may be of any length and hold anything, so lines of any other form are skipped.
 """
 
 import json

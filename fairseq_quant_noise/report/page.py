@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs no other file, no network and no script. All that comes from files is escaped."""
+"""Write the page: one HTML file that needs no network and no script. All text that comes from files is escaped."""
 
 import base64
 from collections.abc import Iterable, Sequence

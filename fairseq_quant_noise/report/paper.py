@@ -1,4 +1,4 @@
-"""The points of tables 1 and 2 of the paper (arXiv 2004.07320), to stand beside ours. MB as the paper gives them."""
+"""List the points of tables 1 and 2 of the paper (arXiv 2004.07320), to compare with ours, in the paper's MB."""
 
 from dataclasses import dataclass
 

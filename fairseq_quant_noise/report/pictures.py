@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib: narrow enough to be read on a phone, one idea each."""
+"""Draw the pictures of a report with matplotlib, each of one idea and narrow enough to be read on a phone."""
 
 import io
 import re

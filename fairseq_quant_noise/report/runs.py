@@ -1,4 +1,4 @@
-"""The runs in the folders that the caller names: what a recipe leaves, wherever below them it stands.
+"""Find the runs in and below the folders that the caller names: the files that a recipe leaves there.
 
 A folder is a run when it holds result.json, a packed file or a log of an evaluation. steps.jsonl and tables of JSON
 lines may stand in it or above it. What cannot be read becomes a note on the page and stops nothing.
@@ -137,7 +137,7 @@ def _read_run(runs: Runs, name: str, folder: Path, files: list[Path], evals: lis
 
 
 def _exact_starts(runs: Runs, name: str, log: Log, checkpoint: Path) -> None:
-    """The staged checkpoint knows at which update a stage began; a log only says after which of its lines."""
+    """Take the update at which each stage began from the staged checkpoint; a log gives it only to the nearest line."""
     if not checkpoint.is_file():
         return
     try:
@@ -165,7 +165,7 @@ def _score(runs: Runs, name: str, label: str, log: Path, size: int | None) -> No
 
 
 def _read_tables(runs: Runs, name: str, folder: Path, root: Path) -> None:
-    """result.json and tables of JSON lines; of a network that has a point from its log already nothing is taken."""
+    """Read result.json and tables of JSON lines, except for networks that already have a point from their log."""
     known = {(p.run, p.label, p.metric) for p in runs.points}
     for path in sorted(folder.glob("*.json*")):
         if path.name == STEPS or path.suffix not in (".json", ".jsonl"):

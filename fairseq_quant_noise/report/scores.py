@@ -1,4 +1,4 @@
-"""Points of score and size. A packed file NAME.safetensors goes with eval-NAME.log, the dense one with eval-dense.log.
+"""Collect points of score and size: NAME.safetensors goes with eval-NAME.log, the dense network with eval-dense.log.
 
 Where logs or files are gone, result.json and tables of JSON lines stand in for them. The same figure of the same run is
 taken once.
@@ -43,7 +43,7 @@ class Point:
 
 
 def label_of(stem: str) -> str:
-    """`model` and `packed` are what iPQ made."""
+    """The label of a network by its file's name; `model` and `packed` are the names that iPQ gives its result."""
     return _LABELS.get(stem, stem)
 
 
@@ -120,7 +120,7 @@ def distinct(points: list[Point]) -> list[Point]:
 
 
 def pareto(points: list[Point]) -> list[Point]:
-    """Those that no other beats in both score and bytes, by growing size."""
+    """The points that no other point beats in both score and bytes (the Pareto front), by growing size."""
     front: list[Point] = []
     for p in sorted(points, key=lambda p: (p.bytes, _cost(p))):
         if not front or _cost(p) < _cost(front[-1]):

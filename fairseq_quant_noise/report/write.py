@@ -1,4 +1,4 @@
-"""Writes the report: a folder with index.html, which needs nothing else, and its pictures as PNG files."""
+"""Write the report: a folder with index.html, which needs no other file, its pictures as PNGs, and report.json."""
 
 import json
 from collections.abc import Iterable

@@ -1,3 +1,3 @@
-"""The criteria that fairseq gets from this package."""
+"""Register the criteria of this package with fairseq."""
 
 from . import ipq  # noqa: F401

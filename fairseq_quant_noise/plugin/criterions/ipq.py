@@ -1,9 +1,9 @@
-"""`--criterion ipq`: any fairseq criterion, with the model's size in the log and distillation from a teacher.
+"""Provide `--criterion ipq`: wrap any fairseq criterion, log the model's size and distil from a teacher.
 
 loss = (1 - w) * criterion + w * KL(teacher || student)        w = --ipq-distillation-weight, 0 without a teacher
 
-With `regression_target` the squared error takes the place of KL. A teacher goes with the criteria in DISTILLED, whose
-loss is on one call of the model that gives a distribution over words or classes for each target, or a number.
+With `regression_target` the squared error takes the place of KL. A teacher works with the criteria in DISTILLED: they
+call the model once, and it returns a distribution over words or classes, or a number, for each target.
 """
 
 import inspect
@@ -67,7 +67,7 @@ class IPQCriterionConfig(FairseqDataclass):
 
 @register_criterion("ipq", dataclass=IPQCriterionConfig)
 class IPQCriterion(FairseqCriterion):
-    """Wraps `inner`; `build_criterion` makes a subclass for each criterion it wraps, for fairseq asks classes."""
+    """Wraps `inner`; `build_criterion` makes a subclass per wrapped criterion, since fairseq calls class methods."""
 
     inner_class: type[FairseqCriterion]
 
@@ -80,7 +80,12 @@ class IPQCriterion(FairseqCriterion):
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "IPQCriterion":
-        """The wrapped criterion with its own options. The teacher is loaded when training asks for it."""
+        """Build the wrapped criterion with its own options. The teacher is loaded when training asks for it.
+
+        Raises:
+            UserError: `--ipq-criterion` cannot be wrapped, its options do not fit it, or the distillation weight is
+                not from 0 to 1 (in fairseq's programs SystemExit, after one line).
+        """
         with exits_on_user_error():
             inner = _build_inner(cfg, task)
             if not 0 <= cfg.ipq_distillation_weight <= 1:
@@ -95,7 +100,12 @@ class IPQCriterion(FairseqCriterion):
         return made
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Any, Any, dict[str, Any]]:
-        """As any criterion's: (loss, sample size, logging output). Validation reports the wrapped loss alone."""
+        """Compute (loss, sample size, logging output), as any criterion; validation reports the wrapped loss alone.
+
+        Raises:
+            UserError: the task's batches lack what the wrapped criterion reads, or the teacher cannot be loaded (in
+                fairseq's programs SystemExit, after one line).
+        """
         recorder = Recorder(model)
         with exits_on_user_error(), _fits(self.inner, sample):
             loss, sample_size, logging_output = self.inner(recorder, sample, reduce=reduce)
@@ -109,14 +119,19 @@ class IPQCriterion(FairseqCriterion):
         return loss, sample_size, logging_output
 
     def load_teacher(self) -> None:
-        """Read the teacher's checkpoint, once; without --ipq-teacher nothing happens. Evaluation never needs it."""
+        """Read the teacher's checkpoint, once; without --ipq-teacher nothing happens. Evaluation never needs it.
+
+        Raises:
+            UserError: the wrapped criterion cannot be distilled, or the checkpoint does not exist or does not fit the
+                task (in fairseq's programs SystemExit, after one line).
+        """
         if self.teacher_path and not self.teachers:
             with exits_on_user_error():
                 _check_distillation(type(self.inner))
                 self.teachers.append(_load_teacher(self.teacher_path, self.task))
 
     def _teacher(self, student: nn.Module) -> nn.Module:
-        """The teacher where the student is, and in its precision: a half-precision Trainer casts the inputs of both."""
+        """The teacher, on the student's device and in its dtype: a half-precision Trainer casts the inputs of both."""
         self.load_teacher()
         teacher = self.teachers[0]
         first, theirs = next(teacher.parameters()), next(student.parameters())
@@ -128,7 +143,7 @@ class IPQCriterion(FairseqCriterion):
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """The wrapped criterion's metrics, and ipq_mib, ipq_ratio, ipq_distillation (bits a prediction).
 
-        Of a regression it is the squared error a prediction over ln 2, as fairseq logs its own `loss` there.
+        For a regression, ipq_distillation is the squared error per prediction over ln 2, as fairseq logs its `loss`.
         """
         cls.inner_class.reduce_metrics(logging_outputs)
         forwards = sum(log.get("ipq_forwards", 0) for log in logging_outputs)
@@ -162,12 +177,12 @@ def _fits(criterion: FairseqCriterion, sample: Any) -> Iterator[None]:
 
 
 def _name(criterion: FairseqCriterion) -> str:
-    """As it is registered."""
+    """The name under which the criterion is registered."""
     return next((name for name, kind in CRITERION_REGISTRY.items() if kind is type(criterion)), "")
 
 
 def log_size(mib: float, ratio: float) -> None:
-    """Log the network's size now, and how often that goes into its dense size."""
+    """Log the network's size now, and the ratio of its dense size to that."""
     for name, value in zip(SIZE, (mib, ratio), strict=True):
         metrics.log_scalar(name, value, weight=0, priority=191, round=2)
 
@@ -191,10 +206,10 @@ def _build_inner(cfg: Any, task: Any) -> FairseqCriterion:
 
 
 def _check_distillation(inner: type[FairseqCriterion]) -> None:
-    """Raise UserError for a criterion whose outputs cannot be compared with a teacher's, or that nobody has looked at.
+    """Raise UserError for a criterion that is not known to have outputs comparable with a teacher's.
 
-    Its outputs may be no distributions (features of speech, ranks), or others than one for each target (frames of CTC,
-    two drop-outs of each sentence): the number would be wrong.
+    Its outputs may not be distributions (features of speech, ranks), or not one per target (frames of CTC, two
+    drop-outs of each sentence), so that the distillation loss would be wrong.
     """
     if inner not in [CRITERION_REGISTRY[name] for name in DISTILLED]:
         name = next((name for name, known in CRITERION_REGISTRY.items() if known is inner), inner.__name__)
@@ -224,7 +239,7 @@ def _load_teacher(path: str, task: Any) -> nn.Module:
 
 
 def _check_head(path: str, weights: Mapping[str, Any], task: Any) -> None:
-    """Raise UserError where the task wants a classification head that the teacher's checkpoint has not."""
+    """Raise UserError where the task needs a classification head that the teacher's checkpoint does not have."""
     head = getattr(task.cfg, "classification_head_name", None)
     if head is None:
         return

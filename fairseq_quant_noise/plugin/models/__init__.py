@@ -1,4 +1,4 @@
-"""The models that fairseq gets from this package, under their registered names."""
+"""Register the models of this package with fairseq."""
 
 from . import efficientnet, roberta, transformer, transformer_lm  # noqa: F401
 from .equivalents import register_equivalents

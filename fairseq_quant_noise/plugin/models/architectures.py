@@ -1,4 +1,4 @@
-"""The options of a registered architecture, for the dry run."""
+"""Compute the options of a registered architecture, for the dry run."""
 
 import argparse
 import difflib

@@ -1,5 +1,5 @@
 # ruff: noqa: UP045 (fairseq reads `Optional`, not `| None`)
-"""`quant_noise_efficientnet`: EfficientNet for fairseq, whose blocks are timm's, with Quant-Noise and iPQ."""
+"""Provide `quant_noise_efficientnet`: EfficientNet for fairseq from timm's blocks, with Quant-Noise and iPQ."""
 
 from dataclasses import dataclass
 from typing import Any, Optional

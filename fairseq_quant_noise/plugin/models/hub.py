@@ -1,4 +1,4 @@
-"""`from_pretrained`: fairseq's interface to a RoBERTa, over this package's model.
+"""Implement `from_pretrained`: fairseq's interface to a RoBERTa, over this package's model.
 
 fairseq builds the class that a checkpoint names, so that a published one would come without noise and plans; it also
 reads no packed file, and of a classifier's folder it wants the dictionary in `input0` alone.

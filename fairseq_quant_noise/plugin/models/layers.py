@@ -1,4 +1,4 @@
-"""What fairseq's options and a plan say of a model's layers: which are in use, and which share their weights.
+"""Read from fairseq's options and a plan which layers of a model are in use, and which share their weights.
 
 fairseq prunes while it loads a checkpoint (`--decoder-layers-to-keep`). It checks no index, loses the layers of the
 other side where only one is pruned, and records a number of layers that its own evaluation then misses (UPSTREAM 22).
@@ -28,7 +28,7 @@ SIDES = ("encoder", "decoder", *(option.removesuffix("_layers") for option in LA
 
 
 class Layers:
-    """Which layers of a checkpoint a model takes over, and how."""
+    """Says which layers of a checkpoint a model takes over, and how."""
 
     def __init__(self, chunk: int = 1, start: str = START[0]) -> None:
         self.chunk, self.start = chunk, start  # adjacent layers that share, and what they start from
@@ -36,10 +36,15 @@ class Layers:
         self.own_checkpoint = False  # what is loaded was saved by this run, after pruning
 
     def taken(self, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of `state` that the model takes over, under its own names.
+        """The weights of `state` that the model takes over, under the model's own names.
+
+        Args:
+            model: the network that will load them.
+            state: tensors of any shape, of dense or quantized weights; those of layers that will share must have equal
+                shapes, such as (out, in) for each `fc1.weight`.
 
         Raises:
-            UserError: a layer to keep that there is not, or a part of a chunk.
+            UserError: a layer to keep does not exist, only part of a chunk is kept, or layers of a chunk cannot share.
         """
         kept, ours = {}, find_stacks(model)
         for stack, n in stack_sizes(state).items() if self.keep else ():
@@ -85,7 +90,8 @@ def layers_of(options: Any) -> Layers:
         options: fairseq's `cfg.model`, changed in place.
 
     Raises:
-        UserError: layers to keep that are none, twice there, out of range, or a part of a chunk.
+        UserError: `share_layers` or `share_from` is not valid, or the layers to keep are no list, named twice, out of
+            range or only part of a chunk.
     """
     chunk, start = getattr(options, "share_layers", 1) or 1, getattr(options, "share_from", None) or START[0]
     if type(chunk) is not int or chunk < 1:
@@ -109,13 +115,17 @@ def layers_of(options: Any) -> Layers:
 
 
 def share(model: nn.Module, layers: Layers) -> None:
-    """Tie the layers of a model that was just built, as its options say. Raises UserError where N does not divide."""
+    """Tie the layers of a model that was just built, as its options say.
+
+    Raises:
+        UserError: the number of layers that share does not divide a stack.
+    """
     if layers.chunk > 1:
         share_layers_(model, layers.chunk)
 
 
 def record_layers(model: Any, options: Any) -> None:
-    """Make `options`, which go into a checkpoint, say how many layers the model has now, and which share."""
+    """Record in `options`, which go into a checkpoint, how many layers the model has now, and which share."""
     layers = getattr(model, "quant_noise_layers", None)
     if layers is None or (layers.chunk == 1 and not layers.keep):
         return
@@ -127,11 +137,11 @@ def prune_state_dict(state_dict: Mapping[str, Tensor], model_cfg: Any) -> Mappin
     """fairseq's function of this name, for its own models: the layers of a side that is not pruned stay.
 
     Args:
-        state_dict: a checkpoint's weights.
+        state_dict: a checkpoint's weights, tensors of any shape such as (out, in); passed on, not copied.
         model_cfg: `cfg.model`, or None; its `*_layers_to_keep` become None once they have been applied.
 
     Raises:
-        UserError: layers to keep that are none, twice there, or out of range.
+        UserError: the layers to keep are no list, named twice or out of range; in fairseq's programs SystemExit.
     """
     given = {side: keep for side in SIDES if (keep := getattr(model_cfg, f"{side}_layers_to_keep", None))}
     if not given:
@@ -147,7 +157,7 @@ def prune_state_dict(state_dict: Mapping[str, Tensor], model_cfg: Any) -> Mappin
 
 
 def update_options(options: Any, values: Mapping[str, Any]) -> None:
-    """Set options of a model, whatever fairseq holds them in."""
+    """Set options of a model, in a DictConfig or a Namespace."""
     if isinstance(options, DictConfig):
         with open_dict(options):
             options.update(values)

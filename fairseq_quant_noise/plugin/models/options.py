@@ -1,4 +1,4 @@
-"""The options that every registered model of this package has besides fairseq's own, for the command line and Hydra.
+"""Define the options that every model of this package adds to fairseq's own, for the command line and Hydra.
 
 `--share-layers N` is about layers (`layers.py`); all others are about the noise.
 

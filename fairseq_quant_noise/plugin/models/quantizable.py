@@ -1,4 +1,4 @@
-"""What every registered model of this package adds to fairseq's: noise when it is built, quantized weights when loaded.
+"""Extend fairseq's models: add noise when they are built, and load quantized weights.
 
 The architectures themselves stay fairseq's, with fairseq's parameter names. Only its own quant-noise hooks are kept
 out of the way, since they overwrite the weights that they should only disturb.
@@ -61,7 +61,12 @@ class Quantizable:
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> nn.Module:
-        """fairseq's model, with noise on its weights where the options ask for it."""
+        """Build fairseq's model, with noise on its weights where the options ask for it.
+
+        Raises:
+            UserError: the options contradict each other, or do not fit the model (in fairseq's programs SystemExit,
+                after one line).
+        """
         with exits_on_user_error():
             noise_rules(args)  # a mistake stops the run before the model is built
             layers = layers_of(args)

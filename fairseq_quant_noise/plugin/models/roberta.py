@@ -1,4 +1,4 @@
-"""`quant_noise_roberta`: fairseq's RoBERTa, with Quant-Noise and iPQ that work."""
+"""Provide `quant_noise_roberta`: fairseq's RoBERTa, with Quant-Noise and iPQ that work."""
 
 import logging
 import re
@@ -52,7 +52,12 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> nn.Module:
-        """fairseq's model, with noise on its weights where the options ask for it."""
+        """Build fairseq's model, with noise on its weights where the options ask for it.
+
+        Raises:
+            UserError: an option prunes heads or feed-forward blocks, or as `Quantizable.build_model` (in fairseq's
+                programs SystemExit, after one line).
+        """
         for name in ("mha_heads_to_keep", "ffn_blocks_to_remove"):
             with exits_on_user_error():
                 if safe_getattr(args, name, -1) != -1:
@@ -114,7 +119,16 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
             state[_OUTPUT] = words
 
     def upgrade_state_dict_named(self, state_dict: dict[str, Tensor], name: str) -> None:
-        """As fairseq's, which looks at the `weight` of every head; those in codes have one of no memory meanwhile."""
+        """Upgrade old names in place, as fairseq does, also where heads are quantized.
+
+        fairseq reads the shape of every head's `weight`. A quantized head has none, so that a stand-in on the meta
+        device, of its dense shape, takes its place meanwhile.
+
+        Args:
+            state_dict: tensors of any shape; `classification_heads.NAME.dense.weight` is (inner width, C) and
+                `….out_proj.weight` (classes, inner width).
+            name: the prefix of the model's entries.
+        """
         quantized = {key: held for key, held in weights_in(state_dict).items() if isinstance(held, Held)}
         codes = {key: held for key, held in quantized.items() if _IN_A_HEAD.fullmatch(key) and key not in state_dict}
         stand_ins = {key: torch.empty(held.shape, device="meta") for key, held in codes.items()}

@@ -1,5 +1,5 @@
 # ruff: noqa: UP045 (fairseq reads `Optional`, not `| None`)
-"""The options of fairseq's `roberta`, which has none but command-line arguments, as a dataclass for Hydra."""
+"""Define the options of fairseq's `roberta`, which has only command-line arguments, as a dataclass for Hydra."""
 
 from dataclasses import dataclass
 from typing import Any, Optional

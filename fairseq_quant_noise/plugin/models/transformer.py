@@ -1,4 +1,4 @@
-"""`quant_noise_transformer`: fairseq's Transformer for translation, with Quant-Noise and iPQ that work."""
+"""Provide `quant_noise_transformer`: fairseq's Transformer for translation, with Quant-Noise and iPQ that work."""
 
 from typing import Any
 
@@ -31,7 +31,12 @@ class QuantNoiseTransformer(Quantizable, TransformerModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> nn.Module:
-        """fairseq's model, with noise on its weights where the options ask for it."""
+        """Build fairseq's model, with noise on its weights where the options ask for it.
+
+        Raises:
+            UserError: an option that cannot be compressed here, dictionaries or widths that cannot share an embedding,
+                or as `Quantizable.build_model` (in fairseq's programs SystemExit, after one line).
+        """
         with exits_on_user_error():
             _check(args, task)
         return super().build_model(args, task)

@@ -1,5 +1,5 @@
 # ruff: noqa: UP045 (fairseq reads `Optional`, not `| None`)
-"""The options of fairseq's `transformer`, which has none but command-line arguments, as a dataclass for Hydra.
+"""Define the options of fairseq's `transformer`, which has only command-line arguments, as a dataclass for Hydra.
 
 fairseq's own dataclass nests them by encoder and decoder and is registered nowhere; these are flat, as on
 the command line.

@@ -1,4 +1,4 @@
-"""`quant_noise_transformer_lm`: fairseq's Transformer language model, with Quant-Noise and iPQ that work."""
+"""Provide `quant_noise_transformer_lm`: fairseq's Transformer language model, with Quant-Noise and iPQ that work."""
 
 from dataclasses import dataclass
 from typing import Any

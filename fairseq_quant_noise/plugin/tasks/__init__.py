@@ -1,3 +1,3 @@
-"""The tasks that fairseq gets from this package."""
+"""Register the tasks of this package with fairseq."""
 
 from . import image_classification  # noqa: F401

@@ -1,5 +1,5 @@
 # ruff: noqa: UP045 (fairseq reads `Optional`, not `| None`)
-"""`--task image_classification`: a tree of images, DATA/train/CLASS/IMAGE and DATA/val/CLASS/IMAGE."""
+"""Provide `--task image_classification` on a tree of images: DATA/train/CLASS/IMAGE and DATA/val/CLASS/IMAGE."""
 
 import logging
 from dataclasses import dataclass, field
@@ -61,7 +61,12 @@ class ImageClassificationTask(FairseqTask):
 
     @classmethod
     def setup_task(cls, cfg: ImageClassificationConfig, **kwargs: Any) -> "ImageClassificationTask":
-        """The classes are those of the training split, or of the validation split where only that is there."""
+        """Set up the task with the classes of the training split or, if there is none, of the validation split.
+
+        Raises:
+            UserError: the image size or the crop ratio is out of range, or the data has no folders of classes (in
+                fairseq's programs SystemExit, after one line).
+        """
         with exits_on_user_error():
             if not 0 < cfg.crop_ratio <= 1 or cfg.image_size < 1:
                 raise UserError(
@@ -70,7 +75,7 @@ class ImageClassificationTask(FairseqTask):
             return cls(cfg, _classes_of(cfg.data) if cfg.data else [])
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        """fairseq's; a training starts from timm's weights where the options name a file."""
+        """Build the model as fairseq does; a training starts from timm's weights where the options name a file."""
         with exits_on_user_error():
             model = super().build_model(cfg, from_checkpoint)
             if self.cfg.timm_weights and not from_checkpoint:
@@ -90,12 +95,12 @@ class ImageClassificationTask(FairseqTask):
             self.datasets[split] = ImageDataset(folder, self.classes, transform, shuffle=train, seed=cfg.seed)
 
     def get_batch_iterator(self, *args: Any, num_workers: int = 0, data_buffer_size: int = 0, **kwargs: Any) -> Any:
-        """fairseq's; without workers images are read by this thread, for torch's random numbers are one for all."""
+        """Iterate as fairseq does; without workers this thread reads the images, as threads share random numbers."""
         size = data_buffer_size if num_workers else 0
         return super().get_batch_iterator(*args, num_workers=num_workers, data_buffer_size=size, **kwargs)
 
     def valid_step(self, sample: Any, model: Any, criterion: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """fairseq's, with the number of images whose class is among the best k."""
+        """Validate as fairseq does, and count the images whose class is among the best k."""
         recorder = Recorder(model)
         loss, sample_size, logging_output = super().valid_step(sample, recorder, criterion)
         target = sample["target"]
@@ -105,7 +110,7 @@ class ImageClassificationTask(FairseqTask):
         return loss, sample_size, {**logging_output, **counts, "n_images": len(target)}
 
     def reduce_metrics(self, logging_outputs: Any, criterion: Any) -> None:
-        """fairseq's, and top1 and top5 in percent where validation has counted."""
+        """Log fairseq's metrics, and top1 and top5 in percent where validation has counted them."""
         super().reduce_metrics(logging_outputs, criterion)
         images = sum(log.get("n_images", 0) for log in logging_outputs)
         for k in TOP if images else ():
@@ -117,7 +122,12 @@ class ImageClassificationTask(FairseqTask):
         return {"classes": list(self.classes)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the classes of a checkpoint. Exits where the data has one that it does not know."""
+        """Take over the classes of a checkpoint.
+
+        Raises:
+            UserError: the data has a class that the checkpoint does not know (in fairseq's programs SystemExit, after
+                one line).
+        """
         found = state_dict.get("classes")
         trained = found if isinstance(found, list) and all(isinstance(name, str) for name in found) else self.classes
         unknown = [name for name in self.classes if name not in trained]

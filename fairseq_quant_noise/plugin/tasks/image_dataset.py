@@ -1,4 +1,4 @@
-"""An ImageFolder tree as a data set of fairseq's."""
+"""Read an ImageFolder tree as a fairseq data set."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,11 @@ _FOLDERS = {"valid": ("valid", "val")}
 
 
 def split_folder(data: str, split: str) -> Path:
-    """The folder of a split. Raises UserError where there is none."""
+    """The folder of a split.
+
+    Raises:
+        UserError: there is none.
+    """
     for name in _FOLDERS.get(split, (split,)):
         if (Path(data) / name).is_dir():
             return Path(data) / name
@@ -25,7 +29,11 @@ def split_folder(data: str, split: str) -> Path:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The classes of a split, sorted. Raises UserError where there are none."""
+    """The classes of a split, sorted.
+
+    Raises:
+        UserError: there are none.
+    """
     found = sorted(path.name for path in folder.iterdir() if path.is_dir())
     if not found:
         raise UserError(f"{folder}: has no folders of classes; {_TREE}")
@@ -95,7 +103,7 @@ class ImageDataset(FairseqDataset):
         return 1
 
     def num_tokens_vec(self, indices: Any) -> Any:
-        """As many ones."""
+        """One for each image."""
         return np.ones(len(indices), dtype=np.int64)
 
     def size(self, index: int) -> int:

@@ -1,1 +1,1 @@
-"""What fairseq's Trainer does differently: stages, optimizer, resume, ends of a run."""
+"""Change what fairseq's Trainer does: stages, optimizer, resuming, the end of a run."""

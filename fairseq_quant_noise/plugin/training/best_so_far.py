@@ -1,4 +1,4 @@
-"""The best validation so far starts anew in each stage: a stage costs loss, which is no reason to stop or to anneal.
+"""Reset the best validation score at each stage: a stage raises the loss, which must not stop or anneal the run.
 
 fairseq compares each validation with the best one for --patience, for checkpoint_best.pt and --keep-best-checkpoints,
 and in reduce_lr_on_plateau. Across a stage these comparisons are between two networks of different size. So each
@@ -26,7 +26,7 @@ def fairseq_train() -> Any:
 
 
 def patience() -> dict[str, Any]:
-    """The counts of --patience, to read and to change: fairseq-train keeps them in attributes of a function."""
+    """The mutable counters of --patience, which fairseq-train keeps in attributes of a function."""
     program = fairseq_train()
     return vars(program.should_stop_early) if program is not None else {}
 
@@ -45,7 +45,7 @@ def forget_patience() -> None:
 
 
 def start_anew(trainer: Any, stage: int) -> None:
-    """Forget the best of the stages before `stage`, from 1, and put its checkpoints aside, under names of their own."""
+    """Forget the best score of the stages before `stage` (from 1), and rename its checkpoints to keep them."""
     forget_patience()
     vars(fairseq.checkpoint_utils.save_checkpoint).pop("best", None)
     scheduler = plateau(trainer)

@@ -1,4 +1,4 @@
-"""A run whose loss is NaN or infinite ends with one line that names the first tensor that was.
+"""End a run whose loss is NaN or infinite with one line that names the first such tensor.
 
 fairseq runs such an update again under its NanDetector, with another dropout and noise than the first time, and ends
 in a traceback. Here the update is run again with the same random numbers, and watched tensor by tensor.
@@ -21,12 +21,22 @@ class Diverged(Exception):  # noqa: N818 (it carries no message; it leaves fairs
 
 
 def leave(model: nn.Module) -> NoReturn:
-    """In the NanDetector's place: `train_step` below searches."""
+    """Stand in for the NanDetector; `train_step` below searches instead.
+
+    Raises:
+        Diverged: always.
+    """
     raise Diverged
 
 
 def train_step(trainer: Any, samples: Any, raise_oom: bool = False) -> Any:
-    """Trainer.train_step, which ends the run by name where gradients are not finite."""
+    """Take Trainer.train_step, and end the run where gradients are not finite.
+
+    Raises:
+        UserError: the loss or the gradients are not finite; the message names the first such tensor (in fairseq's
+            programs SystemExit, after one line).
+        Exception: fairseq's own error, if no tensor is at fault, such as gradients that differ between ranks.
+    """
     try:
         return _train_step(trainer, samples, raise_oom)
     except Diverged as left:
@@ -59,7 +69,7 @@ def first_bad(trainer: Any, samples: Any) -> str | None:
 
 
 class Watch:
-    """Looks at each module's output as it comes, and at its gradient."""
+    """Watches the output of each module in forwards, and the output's gradient in backwards."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -90,13 +100,18 @@ class Watch:
                 output.register_hook(lambda gradient: self.see(f"the gradient of the output of {name}", gradient))
 
     def see(self, where: str, tensor: Tensor) -> None:
-        """Remember the first tensor that holds NaN, and the first that holds infinity."""
+        """Remember the first tensor that holds NaN, and the first that holds infinity.
+
+        Args:
+            where: what the tensor is, for the message.
+            tensor: of any shape, () for a loss.
+        """
         found = _bad(tensor)
         if found is not None:
             self.first.setdefault(found, f"{where} {tuple(tensor.shape)}")
 
     def verdict(self) -> str | None:
-        """What was seen first, in words."""
+        """Describe the tensor that was first; None if all were finite."""
         if "NaN" not in self.first:
             return f"the first tensor that held infinity is {self.first['infinity']}" if self.first else None
         said = f"the first tensor that held NaN is {self.first['NaN']}"
@@ -118,5 +133,5 @@ def _in_gradients(model: nn.Module) -> str | None:
 
 
 def _elsewhere() -> str | None:
-    """On several processes all of them stop, and one of them has the tensor."""
+    """Point to the other ranks: all of them stop, and only some have the tensor. None in a single process."""
     return "no tensor of this rank held one: see the other ranks" if dist.is_initialized() else None

@@ -1,4 +1,4 @@
-"""`--store-ema`: the exponential moving average of the weights (fairseq's `models/ema`), of networks with noise too.
+"""Support `--store-ema`, the moving average of the weights (fairseq's `models/ema`), for networks with noise.
 
     a <- decay * a + (1 - decay) * w        for the weights w and the average a, after each update
 

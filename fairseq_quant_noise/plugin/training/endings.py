@@ -1,4 +1,4 @@
-"""A run that ends before all stages of its plan says so: the weights of those that did not come are dense still.
+"""Report a run that ends before all stages of its plan, since the weights of the missing stages are still dense.
 
     --max-epoch, --max-update, --stop-min-lr    an error: the options contradict the plan
     --stop-time-hours                           a warning: the run goes on with more hours

@@ -1,4 +1,4 @@
-"""The quantization gap in fairseq's log: does the noise help (fairseq issue 5223)?
+"""Log the quantization gap, to see whether the noise helps (fairseq issue 5223).
 
     quantized_loss, quantization_gap    at validation, on the first --quant-noise-gap-batches batches: the loss of the
                                         network with its weights quantized now, without fine-tuning, and how far it is
@@ -72,7 +72,7 @@ class Gap:
 
 
 def targets_of(trainer: Any) -> list[Target]:
-    """The weights that are dense still, as the stages to come would quantize them, else as the noise prepares for."""
+    """The weights that are still dense, as the remaining stages (or else the plan the noise implies) quantize them."""
     stages = trainer.quantizer.targets if has_stages(trainer) else []
     targets = stages or resolve_stages(noise_plan(trainer.get_model()), trainer.get_model())
     return [target for target in targets if not isinstance(target.weight.stored, nn.Module)]

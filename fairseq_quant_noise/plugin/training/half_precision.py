@@ -1,8 +1,8 @@
-"""What a checkpoint keeps of a training in half precision, so that it goes on with the same bits.
+"""Save all the state of a half-precision training in checkpoints, so that it resumes with the same bits.
 
 fairseq's FP16Optimizer (`--fp16`, `--bf16`) steps fp32 copies of the weights, and its checkpoints hold the weights
-alone: a run that resumes starts from rounded copies. Of the loss scale they hold the value, not when it is due to grow;
-with `--amp` neither. Here they hold all of it, which takes 4 bytes more for each number of the weights.
+alone: a run that resumes starts from rounded copies. Of the loss scale they hold the value, but not when it is due to
+grow; with `--amp` neither. Here they hold all of it, at 4 more bytes per parameter.
 
 The optimizer's state lies in one flat tensor with `--fp16`, or one by one for each parameter, as after a stage
 (`optimizer.py`) and with `--fp16-no-flatten-grads`. Either form loads into an optimizer of either form.
@@ -38,7 +38,7 @@ def state_dict(optimizer: Any, of_fairseq: Any) -> dict[str, Any]:
 def load_state_dict(optimizer: Any, state: Mapping[str, Any], overrides: Any = None, *, of_fairseq: Any) -> None:
     """Take back what `state_dict` gave, in either form; or what fairseq gives without this package.
 
-    A copy that does not round to its weight is left aside: the weight is another one, a mean of checkpoints say.
+    A copy that does not round to its weight is ignored: the weight has changed, to a mean of checkpoints, say.
     """
     is_wrapped = hasattr(optimizer, "fp32_params")
     of_fairseq(optimizer, _in_form(optimizer, state) if is_wrapped else state, overrides)

@@ -1,4 +1,4 @@
-"""What fairseq's Trainer must tell the noise, what its checkpoints must keep of it, and when it is measured.
+"""Hook into fairseq's Trainer: tell the noise of updates and epochs, save its state and measure it.
 
 The noise goes by updates, which fairseq tells the model itself, and by epochs, which it does not. Codebooks and ranges
 that were found at an earlier update are in the checkpoint, so that a resumed run makes the noise it would have made.

@@ -1,4 +1,4 @@
-"""The ranges of activations in `fairseq-train`: evaluation-mode forwards before each validation and checkpoint.
+"""Calibrate activation ranges in `fairseq-train` by evaluation-mode forwards before each validation and checkpoint.
 
 A range that training forwards leave is a mean over weights that have gone since, under dropout and noise, and each
 rank's is of its own data. What is validated, saved and exported has ranges of the weights as they are then, as the

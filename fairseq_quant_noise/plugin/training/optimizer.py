@@ -1,4 +1,4 @@
-"""The optimizer's memory, carried over when a stage replaces some of the parameters.
+"""Carry over the optimizer's state when a stage replaces some of the parameters.
 
 fairseq builds a new optimizer whenever the parameters change and so forgets momenta, second moments and fp32 master
 copies of all the parameters that did not. Here the state of every surviving parameter is kept; new centroids
@@ -29,7 +29,7 @@ def _torch_optimizer(fairseq_optimizer: Any) -> torch.optim.Optimizer:
 
 
 def slices_of(optimizer: Any) -> dict[int, tuple[Tensor, slice | None]]:
-    """For each model parameter (by id) the tensor that the torch optimizer steps, and which slice of it is its own.
+    """Map each model parameter (by id) to the tensor that the torch optimizer steps and the parameter's slice of it.
 
     fairseq's FP16Optimizer flattens all parameters into one fp32 tensor a device, or keeps an fp32 copy of each.
     """
@@ -50,22 +50,24 @@ def slices_of(optimizer: Any) -> dict[int, tuple[Tensor, slice | None]]:
 
 
 def part_of(value: Any, cut: slice | None, shape: Sequence[int]) -> Any:
-    """What of an entry of a state belongs to one parameter, in its shape; numbers belong to all parameters alike."""
+    """The part of an optimizer-state entry that belongs to one parameter, in its shape; numbers stay as they are."""
     if cut is None or not isinstance(value, Tensor):
         return value
     return value if value.dim() == 0 else value.flatten()[cut].view(shape)
 
 
 def copied_part(value: Any, cut: slice, shape: Sequence[int]) -> Any:
-    """`part_of` in memory of its own, so that the flat tensor can go."""
+    """A copy of `part_of`, so that the flat tensor can be freed."""
     own = part_of(value, cut, shape)
     return own.clone() if isinstance(own, Tensor) else own
 
 
 def adam_moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Adam's second moments of the model's parameters in a fairseq optimizer, by name; none of an optimizer without.
+    """Adam's second moments of the model's parameters in a fairseq optimizer; empty for an optimizer without them.
 
-    Each has its parameter's shape, also where the optimizer steps one flat tensor.
+    Returns:
+        By the parameter's name, a tensor of its shape, such as (out, in) for a Linear, also where the optimizer steps
+        one flat (numbers of all parameters,) tensor.
     """
     states, found = _torch_optimizer(optimizer).state, {}
     places = slices_of(optimizer)
@@ -84,7 +86,7 @@ def carry_over(old: Any, new: Any) -> None:
     group (nag keeps its last learning rate there) come along.
 
     Raises:
-        UserError: an optimizer that counts the steps of all parameters together.
+        UserError: the optimizer is apex's FusedAdam, which counts the steps of all parameters together.
     """
     step_apart(new)
     source, target = _torch_optimizer(old), _torch_optimizer(new)

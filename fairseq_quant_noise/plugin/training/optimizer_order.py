@@ -1,4 +1,4 @@
-"""The optimizer's state follows the names of the parameters, as the weights do.
+"""Assign the optimizer's state to parameters by name when a checkpoint is loaded, as the weights are.
 
 torch keeps that state by position: the first entry is the first parameter's, whatever its shape. A weight in int8 is a
 module inside its layer, so that the layer's bias comes before it; in a dense network it comes after. So a dense run

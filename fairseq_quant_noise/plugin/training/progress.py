@@ -1,4 +1,4 @@
-"""What fairseq's own line of progress says of a run besides its losses, and with it TensorBoard and wandb.
+"""Add figures about a run to fairseq's line of progress, and so to TensorBoard and wandb.
 
     minutes_left            of the training, with --max-update, at the mean speed since this process began
     ipq_stage               how many stages of the plan have been quantized

@@ -1,4 +1,4 @@
-"""Where a run was in its data: the same command goes on with the batches that it would have had.
+"""Resume a run at its place in the data: the same command goes on with the batches that it would have had.
 
 What fairseq's checkpoints leave out is kept beside its own position:
 
@@ -44,13 +44,13 @@ class Position:
 
 
 def position_of(trainer: Any) -> Position:
-    """The Trainer's, made when first asked for."""
+    """The Trainer's Position, made at the first call."""
     position: Position = trainer.__dict__.setdefault("quant_noise_position", Position())
     return position
 
 
 def state(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint keeps."""
+    """The state that a checkpoint keeps."""
     return {
         "batches_of": position_of(trainer).batches_of,
         "world_size": trainer.data_parallel_world_size,
@@ -88,12 +88,15 @@ def is_own(trainer: Any, filename: str) -> bool:
 
 
 def check_given(trainer: Any, filename: str, stages: bool) -> None:
-    """Raise UserError where the checkpoint that an option names is not there.
+    """Check that the checkpoint that an option names exists.
 
     Args:
         trainer: fairseq's.
-        filename: of the checkpoint that fairseq is about to load.
+        filename: the checkpoint that fairseq is about to load.
         stages: whether a plan is to quantize the network.
+
+    Raises:
+        UserError: it does not exist.
     """
     options, last = trainer.cfg.checkpoint, f"checkpoint_last{trainer.checkpoint_suffix}.pt"
     given = "--restore-file" if options.restore_file != "checkpoint_last.pt" else "--continue-once"

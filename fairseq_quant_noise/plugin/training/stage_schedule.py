@@ -1,4 +1,4 @@
-"""The learning-rate schedule that starts anew in each stage: a plan's `tuning: {schedule: restart}`.
+"""Restart the learning-rate schedule in each stage: a plan's `tuning: {schedule: restart}`.
 
 A stage then has the rates of a run of its own. fairseq's scheduler is built anew as a stage begins, with the stage's
 length for --max-update, and counts updates and epochs from there; the Trainer's own count goes on.

@@ -1,4 +1,4 @@
-"""When each stage of a plan starts and how long it lasts, in a run that ends at --max-update or --max-epoch."""
+"""Compute when each stage of a plan starts and how long it lasts, in a run with --max-update or --max-epoch."""
 
 from typing import Any
 

@@ -1,9 +1,9 @@
-"""iPQ inside fairseq's Trainer: `--quantization-config-path PLAN` drives these stages.
+"""Run iPQ inside fairseq's Trainer in the stages of `--quantization-config-path PLAN`.
 
 fairseq calls its Quantizer at the start of an epoch and after every update; this one takes its place. At its first
-call it quantizes the weights of the plan's first stage, then fine-tunes for that stage's updates, and so on. What is
-fixed against fairseq's own: stages need not divide --max-update, the optimizer and the schedule go on across a stage,
-the state is in the checkpoint, ties stay tied, and the k-means of the weights is shared among the ranks.
+call it quantizes the weights of the plan's first stage, then fine-tunes for that stage's updates, and so on. Unlike in
+fairseq's own, stages need not divide --max-update, the optimizer and the schedule continue across a stage, the state is
+in the checkpoint, ties stay tied, and the ranks share the k-means of the weights.
 """
 
 import logging
@@ -59,7 +59,7 @@ class StageController:
 
     @property
     def to_come(self) -> int:
-        """How many stages have not begun."""
+        """The number of stages that have not begun."""
         return len(self.plan.stages) - self.done
 
     @property
@@ -68,7 +68,12 @@ class StageController:
         return f"stage {self.done + 1} of {len(self.plan.stages)}"
 
     def set_trainer(self, trainer: Any) -> None:
-        """Check the plan against the model, before any training, and hook into checkpoints."""
+        """Check the plan against the model, before any training, and hook into checkpoints.
+
+        Raises:
+            UserError: the plan does not fit the options or the model, or the teacher cannot be loaded (in fairseq's
+                programs SystemExit, after one line).
+        """
         self.trainer = trainer
         model = trainer.get_model()
         with exits_on_user_error():
