@@ -71,7 +71,7 @@ class Manifest:
         """The manifest and the hash of the file.
 
         Raises:
-            DamagedFileError: not JSON, an unknown version, or fields of the wrong type.
+            DamagedFileError: `text` is not JSON, of an unknown version, or has fields of the wrong type.
         """
         try:
             content = parse_json(text)

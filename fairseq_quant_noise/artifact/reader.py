@@ -32,7 +32,7 @@ def read(path: str | Path) -> Packed:
     """The content of a packed file, verified.
 
     Raises:
-        UserError: there is no such file, or no memory for it.
+        UserError: the file cannot be read, is a device or a pipe, or is larger than the memory that is left.
         DamagedFileError: it is not a packed file of a known version, or not whole.
     """
     path = Path(path)

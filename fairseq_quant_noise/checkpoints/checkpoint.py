@@ -41,8 +41,8 @@ class Checkpoint:
         """The content as `safe_load` reads it, weights under the names of fairseq 0.12, or of our EfficientNet.
 
         Raises:
-            UserError: not a checkpoint.
-            DamagedFileError: not a whole checkpoint, or an unsafe one.
+            UserError: the file is not a checkpoint.
+            DamagedFileError: the checkpoint is not whole, or is unsafe.
         """
         state = safe_load(self.path)
         state["model"] = our_names(modern_names(state["model"]))
@@ -67,7 +67,7 @@ class Checkpoint:
         """How to build the network, as a packed file records it (`Manifest.model`).
 
         Raises:
-            UserError: there is no configuration, or it is of a model that this package does not know.
+            UserError: there is no configuration, or this package does not know its model.
         """
         return packed_config(self.path, self.state)
 

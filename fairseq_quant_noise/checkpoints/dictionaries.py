@@ -20,7 +20,7 @@ def with_dictionaries(state: dict[str, Any]) -> dict[str, Any]:
     """Replace each pickled dictionary in a task's state, alone or in a list, by a SavedDictionary.
 
     Raises:
-        RefusedError: a dictionary that holds anything but words and whole numbers.
+        RefusedError: a dictionary holds anything but words and whole numbers.
     """
     return {name: [*map(_saved, value)] if isinstance(value, list) else _saved(value) for name, value in state.items()}
 

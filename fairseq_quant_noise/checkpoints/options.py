@@ -166,7 +166,7 @@ def unwrapped(criterion: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def vocabulary_size(state: Mapping[str, Tensor]) -> int | None:
-    """How many words the embedding of a model (of its target) holds, adaptive bands added up; None without one."""
+    """Number of words in a model's (target) embedding, the sum of the rows W of its (W, D) bands; None without one."""
     embedding = rf"{_PREDICTS}\.embed_tokens\.(embeddings\.\d+\.0\.)?weight"
     return sum(rows for _, rows in _rows(state, embedding)) or None
 

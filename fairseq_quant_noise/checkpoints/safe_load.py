@@ -62,13 +62,13 @@ def clear_unwritten(tensors: Mapping[str, Tensor]) -> None:
 
 
 def safe_load(path: str | Path) -> dict[str, Any]:
-    """The content of a fairseq checkpoint, on the CPU.
+    """Load the content of a fairseq checkpoint onto the CPU.
 
     A configuration that was pickled as an omegaconf object comes as plain dicts and lists.
 
     Raises:
-        UserError: no such file, a file of another kind, or codes that were averaged.
-        DamagedFileError: not a whole checkpoint, or one that holds anything outside the allow-list.
+        UserError: the file does not exist, is of another kind, or holds codes that were averaged.
+        DamagedFileError: the checkpoint is not whole, or holds anything outside the allow-list.
     """
     try:
         _check_kind(path)

@@ -24,15 +24,15 @@ from .options import (
 
 
 def stock_checkpoint(path: str | Path) -> Checkpoint:
-    """A packed file or a checkpoint as stock fairseq's own: dense weights, fairseq's names.
+    """Convert a packed file or a checkpoint to one of stock fairseq: dense weights under fairseq's names.
 
-    fairseq has no EfficientNet: one keeps its model's name, and its weights get the names that timm loads.
+    fairseq has no EfficientNet: its model keeps this package's name, and its weights get the names that timm loads.
 
     The training state (optimizer, updates) is left out: it belongs to the quantized weights.
 
     Raises:
-        UserError: neither a packed file nor a checkpoint.
-        DamagedFileError: a packed file that is not whole.
+        UserError: the file cannot be read, or is neither a packed file nor a checkpoint.
+        DamagedFileError: the file is not whole, or a checkpoint holds anything outside the allow-list.
     """
     if is_packed(path):
         packed = read(path)

@@ -32,7 +32,8 @@ def pruned(checkpoint: Checkpoint, keep: object, where: str) -> Checkpoint:
         where: the option or key that says so, for messages.
 
     Raises:
-        UserError: a layer that there is not, the same one twice, none at all, or a part of a chunk.
+        UserError: the checkpoint has no layers or no configuration, or `keep` names an unknown stack or layer, a layer
+            twice, no layer at all, or only part of a chunk.
     """
     _check_layers(checkpoint)
     sizes = stack_sizes(checkpoint.weights)
@@ -52,7 +53,8 @@ def shared(checkpoint: Checkpoint, chunk: int, start: str) -> Checkpoint:
         start: `first` or `mean` (see `state.share_state`).
 
     Raises:
-        UserError: N does not divide the layers, the weights are quantized, or a model that this package does not know.
+        UserError: the checkpoint has no layers or no configuration, N does not divide the layers, the weights to share
+            are quantized or differ in shape, or this package does not know the model.
     """
     _check_layers(checkpoint)
     weights, _ = share_state(checkpoint.weights, chunk, start)

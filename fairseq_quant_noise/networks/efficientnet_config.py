@@ -30,7 +30,7 @@ class EfficientNetConfig:
     """The names are those of the options, the defaults those of EfficientNet-B0.
 
     Raises:
-        UserError: an option out of range.
+        UserError: an option is out of range.
     """
 
     num_classes: int = 1000

@@ -32,7 +32,7 @@ def stock_name(path: str | Path, name: str) -> str:
     A checkpoint's configuration holds every option, so that the architecture, which only sets defaults, can go.
 
     Raises:
-        UserError: a model that this package does not know.
+        UserError: this package does not know the model.
     """
     bare = name.removeprefix(PREFIX)
     for model in MODELS:
@@ -48,7 +48,7 @@ def has_words(architecture: str) -> bool:
 
 
 def meta_model(architecture: str, options: Mapping[str, Any], vocab_size: int, padding_idx: int = PADDING) -> nn.Module:
-    """The network of an architecture without memory for its weights, for sizes.
+    """Build the network of an architecture on the meta device, without memory for its weights, to know its sizes.
 
     Raises:
         UserError: the options do not make a network.

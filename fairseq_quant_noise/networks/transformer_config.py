@@ -38,7 +38,7 @@ class TransformerConfig:
     """What a `Transformer` is built from.
 
     Raises:
-        UserError: an encoder and a decoder that cannot share an embedding.
+        UserError: the encoder and the decoder are to share an embedding, and cannot.
     """
 
     encoder: EncoderConfig

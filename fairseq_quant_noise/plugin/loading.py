@@ -164,7 +164,8 @@ def _check_network(path: str | Path, packed: Packed) -> None:
     """Refuse a file whose configuration does not fit its tensors, before fairseq builds what it describes.
 
     Raises:
-        DamagedFileError: a model that no packed file names, or one that the weights do not fit.
+        UserError: the file has other tensors than the network that its configuration describes.
+        DamagedFileError: the configuration names no model of this package, or its options are not valid.
     """
     name = packed.manifest.model["cfg"].get("model", {}).get("_name")
     if not isinstance(name, str) or not name.startswith(PREFIX):

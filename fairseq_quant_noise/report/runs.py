@@ -62,7 +62,7 @@ def find_runs(folders: Iterable[str | Path]) -> Runs:
     """What is in `folders` and below.
 
     Raises:
-        UserError: a folder does not exist, or there is no result in any.
+        UserError: a folder does not exist, or no folder holds a result.
     """
     roots = [Path(folder) for folder in folders]
     for root in roots:
@@ -178,7 +178,7 @@ def _read_tables(runs: Runs, name: str, folder: Path, root: Path) -> None:
 
 
 def _data_of_run(runs: Runs, run: str, root: str) -> str:
-    """What the logs of a run, or of all, say it was evaluated on, where they say one thing."""
+    """The data set that a run was evaluated on, by its logs or else all logs, if they agree; else `root`."""
     own = {p.data for p in runs.points if p.run == run} or {p.data for p in runs.points}
     return own.pop() if len(own) == 1 else root
 

@@ -43,7 +43,7 @@ class Point:
 
 
 def label_of(stem: str) -> str:
-    """The label of a network by its file's name; `model` and `packed` are the names that iPQ gives its result."""
+    """The label of a network by its file's name; files named `model` and `packed` come from iPQ."""
     return _LABELS.get(stem, stem)
 
 

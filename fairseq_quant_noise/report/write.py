@@ -23,7 +23,7 @@ def write_report(folders: Iterable[str | Path], out: str | Path) -> Runs:
         out: the folder of the report, made if need be; files of an earlier report in it are replaced.
 
     Raises:
-        UserError: no results, no matplotlib, or `out` cannot be written.
+        UserError: there are no results, matplotlib is not installed, or `out` cannot be written.
     """
     out = Path(out)
     runs = find_runs(folders)

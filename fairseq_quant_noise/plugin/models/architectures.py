@@ -29,7 +29,7 @@ def architecture_options(architecture: str, settings: Sequence[str] = (), heads:
         heads: classification heads as NAME=CLASSES; their inner width is the embedding's, as the tasks make them.
 
     Raises:
-        UserError: no such architecture, option or value, or a head where the model has none.
+        UserError: the architecture, an option or a value does not exist, or a model without heads is given one.
     """
     if architecture not in ARCH_CONFIG_REGISTRY:
         known = ", ".join(a for a in ARCH_CONFIG_REGISTRY if a.startswith("quant_noise_"))

@@ -33,8 +33,8 @@ def hub_interface(
     """See `QuantNoiseRoberta.from_pretrained`; `model` is a folder or an address.
 
     Raises:
-        UserError: no such folder, file or dictionary, or a checkpoint of another model.
-        DamagedFileError: a file that is not whole, or that is refused (see `safe_load`).
+        UserError: a folder, file or dictionary does not exist, or the checkpoint is of another model.
+        DamagedFileError: the file is not whole, or is refused (see `safe_load`).
     """
     folder = _folder(model)
     words = Path(os.path.abspath(folder / data)) if str(data).startswith(".") else _folder(data)

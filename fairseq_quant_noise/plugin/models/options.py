@@ -71,7 +71,7 @@ def noise_rules(options: Any) -> list[NoiseRule]:
     """The `--quant-noise-*` options as rules: shorthand for one rule over every weight.
 
     Raises:
-        UserError: an option out of range, or both kinds of noise.
+        UserError: an option is out of range, or both kinds of noise are given.
     """
     pq, scalar = (getattr(options, f"quant_noise_{kind}", 0) or 0 for kind in ("pq", "scalar"))
     for flag, p in (("--quant-noise-pq", pq), ("--quant-noise-scalar", scalar)):

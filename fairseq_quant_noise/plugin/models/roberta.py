@@ -85,8 +85,8 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
             overrides: values to set in the checkpoint's configuration, as `gpt2_encoder_json`.
 
         Raises:
-            UserError: no such folder, file or dictionary, or a checkpoint of another model.
-            DamagedFileError: a file that is not whole, or that is refused (see `safe_load`).
+            UserError: a folder, file or dictionary does not exist, or the checkpoint is of another model.
+            DamagedFileError: the file is not whole, or is refused (see `safe_load`).
         """
         model = cls.hub_models().get(str(model_name_or_path), model_name_or_path)
         return hub_interface(model, checkpoint_file, data_name_or_path, bpe, overrides)
