@@ -68,7 +68,7 @@ MOMENTS = {  # in the order in which one run meets them
     "inside the first k-means": lambda: at_call(fairseq_quant_noise.quantization.quantize, "encode_together", 3),
     "while a checkpoint is written": lambda: at_call(checkpoint_files.torch, "save", 2, save_half),
     "while it is copied to checkpoint_last.pt": lambda: at_call(
-        checkpoint_files.shutil, "copyfile", 1, copy_half, lambda source, target: "last" in target
+        checkpoint_files.shutil, "copyfile", 1, copy_half, lambda source, target: "last" in str(target)
     ),
     "between k-means and the next update": lambda: at_call(StageController, "_rebuild_optimizer", 2),
     "in the second epoch": lambda: at_call(checkpoint_files.torch, "save", 3, save_half),
