@@ -29,9 +29,13 @@ __all__ = [
 
 
 def register() -> None:
-    """Do what `--user-dir` does, for a Python program that uses fairseq; a second call changes nothing.
+    """Do what `--user-dir` does, for a Python program that uses fairseq.
+
+    A second call only reaches the modules of fairseq that were imported since.
 
     Raises:
         ImportError: fairseq is not installed.
     """
-    from . import plugin  # noqa: F401
+    from .plugin import register as register_with_fairseq
+
+    register_with_fairseq()

@@ -2,4 +2,6 @@
 
 from .registration import register
 
+__all__ = ["register"]
+
 register()

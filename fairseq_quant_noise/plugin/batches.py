@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+import fairseq.utils
+
 FIRST_BATCHES = 16  # how many batches gradients are measured on
 
 
@@ -27,8 +29,6 @@ def first_batches(trainer: Any, epoch: int, count: int = FIRST_BATCHES) -> Itera
 
 def _batches(trainer: Any, epoch: int) -> Iterator[Any]:
     """The batches of an epoch of the training data, as if there were one process."""
-    import fairseq.utils
-
     data, cfg = trainer.task.dataset(trainer.cfg.dataset.train_subset), trainer.cfg.dataset
     return trainer.task.get_batch_iterator(
         data,

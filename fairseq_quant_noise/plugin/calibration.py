@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fairseq.checkpoint_utils
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -106,11 +107,6 @@ def _prepared(checkpoint: Checkpoint, data: str, **options: Any) -> tuple[nn.Mod
         data: as there.
         options: values that replace options of the checkpoint.
     """
-    import fairseq.checkpoint_utils
-
-    from .. import register
-
-    register()
     parts = {name: copy.deepcopy(checkpoint.state.get(name)) for name in ("args", "cfg", "task_state")}
     content = {**parts, "model": dict(checkpoint.weights), **no_training()}
     state = upgraded(checkpoint.path, content, {"data": data, **options})

@@ -1,6 +1,6 @@
 """Train with several processes where fairseq fails: torchrun on a CPU, and the default `--ddp-backend`.
 
-fairseq counts GPUs to know how many processes train together (UPSTREAM 25). And its default back end, `pytorch_ddp`,
+fairseq counts GPUs to know how many processes train together (upstream 25). And its default back end, `pytorch_ddp`,
 ends in a traceback in two places: its DistributedDataParallel is given the number of a GPU, on a CPU too; and it waits
 for the gradient of every parameter, which the layers that LayerDrop leaves out do not have.
 """

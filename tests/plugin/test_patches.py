@@ -4,10 +4,12 @@ import functools
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from toys import python
+from toys import python, refuses
 
 import fairseq_quant_noise.plugin
 from fairseq_quant_noise.plugin.patches import PATCHES
@@ -63,6 +65,15 @@ def test_user_dir_installs_it():
     )
     done = python("-c", script, fresh=False)
     assert done.stdout.split() == ["fairseq_quant_noise.plugin.training.divergence", "True"], done.stderr[-2000:]
+
+
+def test_registering_again_reaches_modules_of_fairseq_that_were_imported_since(monkeypatch):
+    late = ModuleType("fairseq.imported_late")
+    monkeypatch.setitem(sys.modules, late.__name__, late)
+    fairseq_quant_noise.register()
+    assert vars(late)["eval"]("[1, 2]") == [1, 2]
+    with refuses("which fairseq would run as code"):
+        vars(late)["eval"]("print(1)")
 
 
 def test_each_name_is_replaced_once():

@@ -1,7 +1,7 @@
 """Register `quant_noise_…` for each fairseq architecture with a model here, and refuse fairseq's own noise.
 
 With the plugin loaded and the prefix forgotten, fairseq's own noise would overwrite most of the weights silently
-(UPSTREAM 38), and its int8 noise needs a GPU. Such a training is refused before it begins.
+(upstream 38), and its int8 noise needs a GPU. Such a training is refused before it begins.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Read from fairseq's options and a plan which layers of a model are in use, and which share their weights.
 
 fairseq prunes while it loads a checkpoint (`--decoder-layers-to-keep`). It checks no index, loses the layers of the
-other side where only one is pruned, and records a number of layers that its own evaluation then misses (UPSTREAM 22).
+other side where only one is pruned, and records a number of layers that its own evaluation then misses (upstream 22).
 So its options are taken over here: they are checked when the model is built and applied when weights are loaded.
 """
 

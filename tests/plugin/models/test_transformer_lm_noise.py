@@ -21,7 +21,7 @@ WEIGHTS = {"plain": PLAIN, "adaptive": TIED, "untied": [*BANDS, *LAYERS, *UNTIED
 
 
 def rows_of(name):
-    """The rows of UPSTREAM.md that a weight's noise answers."""
+    """The rows of docs/upstream.md that a weight's noise answers."""
     marks = [pytest.mark.upstream(2)] if "self_attn" in name else []
     if "embed_tokens" in name or "softmax" in name:
         marks.append(pytest.mark.upstream(3))

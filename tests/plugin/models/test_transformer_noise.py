@@ -21,7 +21,7 @@ from fairseq_quant_noise.weights.discovery import find_weights
 
 
 def cases():
-    """Every weight of each kind of model, with the rows of UPSTREAM.md that its noise answers."""
+    """Every weight of each kind of model, with the rows of docs/upstream.md that its noise answers."""
     for kind, names in WEIGHTS.items():
         for name in names:
             marks = [pytest.mark.upstream(2)] if "attn" in name else []
