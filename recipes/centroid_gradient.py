@@ -18,9 +18,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from recipes import grid
 from recipes.table1.table import markdown
 
 UPDATES, DENSE_UPDATES = 300, 1500
@@ -130,18 +132,12 @@ def run(out: Path, part: str) -> None:
     """Every setting that has no line yet."""
     lines, (number, of) = out / "runs.jsonl", map(int, part.split("/"))
     dense(out)
-    for i, setting in enumerate(settings()):
-        done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-        if i % of != number - 1 or any(asdict(setting).items() <= line.items() for line in done):
-            continue
+    for setting in grid.missing(islice(settings(), number - 1, None, of), lines):
         plan = out / f"plan-{setting.clusters}.yaml"
         plan.write_text(json.dumps(plan_of(setting.clusters)))  # JSON is YAML
         began = time.time()
         loss = train(flags_of(setting, out, plan), POWERS[setting.scale])
-        line = {**asdict(setting), "ppl": round(2**loss, 2), "seconds": round(time.time() - began)}
-        with lines.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(line, flush=True)
+        grid.add({**asdict(setting), "ppl": round(2**loss, 2), "seconds": round(time.time() - began)}, lines)
 
 
 def table(lines: Path) -> str:

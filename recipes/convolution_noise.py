@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fairseq_quant_noise import attach_noise, detach_noise, noise_of, quantize_
+from recipes import grid
 from recipes.table1.table import markdown
 
 SIDE, EPOCHS, BATCH, RATE = 16, 5, 64, 4e-3
@@ -175,15 +176,10 @@ def run(data: Path, out: Path) -> None:
     train_set, val_set = images_of(data, "train"), images_of(data, "val")
     out.mkdir(parents=True, exist_ok=True)
     lines = out / "runs.jsonl"
-    for setting in settings():
-        done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-        if any(asdict(setting).items() <= line.items() for line in done):
-            continue
+    for setting in grid.missing(settings(), lines):
         began = time.process_time()
-        line = {**measure(setting, train_set, val_set), "seconds": round(time.process_time() - began)}
-        with lines.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(line, flush=True)
+        line = measure(setting, train_set, val_set)
+        grid.add({**line, "seconds": round(time.process_time() - began)}, lines)
 
 
 def table(lines: Path) -> str:
