@@ -4,8 +4,8 @@ A module that holds a quantized weight and multiplies by it (any holder but an E
 `input_quantizer`, which its state holds as `….fc1.input_quantizer.range`. In eval mode the input is rounded to the
 codes of that range. The range is the mean over calibration forwards of each one's range:
 
-- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320); `fairseq-train` does so
-  before each validation and checkpoint (`plugin/training/input_ranges.py`);
+- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320); in training with the
+  plugin, before each validation and checkpoint (`plugin/training/input_ranges.py`);
 - in training, the first `batches` forwards, and one in a hundred from then on, so that it follows the weights.
 
 Until the first of them, the range is that of the input itself.
@@ -27,6 +27,7 @@ from ..utils.autograd import in_backward
 from ..weights.discovery import find_weights
 
 NAME = "input_quantizer"
+FAST_PATH_OFF = "skip_embed_dim_check"  # an attention's attribute; true keeps it from torch's fast path
 SPARSE = 100  # in training, one forward in so many is looked at after the first ones
 
 
@@ -122,7 +123,8 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: str, batches: int) -> None:
     """Quantize the inputs of every module that multiplies by one of the weights `names` (owners' module names).
 
-    fairseq's attention is kept from its fast path, which reads the projections' weights and calls none of them.
+    An attention that can do without its fast path, which reads the projections' weights and calls none of them, is kept
+    from it.
     """
     wanted = set(names)
     for weight in find_weights(model):
@@ -131,8 +133,8 @@ def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: 
                 if not isinstance(module, nn.Embedding) and _is_product(module):
                     quantize_input_(module, bits, range_, batches)
     for module in model.modules():
-        if "skip_embed_dim_check" in module.__dict__:
-            module.__dict__["skip_embed_dim_check"] = True
+        if FAST_PATH_OFF in module.__dict__:
+            module.__dict__[FAST_PATH_OFF] = True
 
 
 def _is_product(module: nn.Module) -> bool:

@@ -56,7 +56,7 @@ class Probe:
 
     Layers are run twice more, on their own input and the same random numbers, so that the forward itself, its gradient
     and the random state stay what they would have been. A layer whose weights are read without calling the modules that
-    hold them (fairseq's attention) is measured as a whole.
+    hold them (an attention, say) is measured as a whole.
     """
 
     def __init__(self, model: nn.Module, report: Callable[[dict[str, MeasuredDistortion]], None]) -> None:

@@ -32,7 +32,7 @@ def check_setting(where: str, value: Any) -> None:
         return
     for pattern, number in value.items():
         if isinstance(number, Mapping):
-            continue  # fairseq's form, checked by setting_by_feature
+            continue  # the form by type of module, checked by setting_by_feature
         check_regex(where, str(pattern))
         check_positive(f"{where}: '{pattern}'", number)
 

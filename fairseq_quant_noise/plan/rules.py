@@ -133,7 +133,7 @@ class StageRule:
     n_centroids: Setting = 256  # K, pq only; at most 256, because a code is a byte
     codebook: str = "own"  # pq only. own: one per weight; shared: one per stage for weights of equal d and K
     range: str = "tensor"  # intN only: tensor, channel, histogram (scalar/ranges.py)
-    updates: int | None = None  # length of this stage; default: the stages share --max-update equally
+    updates: int | None = None  # length of this stage; default: an equal share of the training's updates
 
     def __post_init__(self) -> None:
         check_regex("stage", self.match)

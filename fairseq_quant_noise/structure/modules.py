@@ -214,7 +214,7 @@ def keep_by_stack(where: str, keep: object, stacks: Sequence[str]) -> dict[str, 
 
 
 def remove_layers(model: nn.Module, name: str, keep: Sequence[int]) -> None:
-    """Remove all layers but `keep` from the stack `name`, and update fairseq's count of them (`num_layers`)."""
+    """Remove all layers but `keep` from the stack `name`, and update their owner's count of them (`num_layers`)."""
     stack: Any = model.get_submodule(name)
     for i in reversed(range(len(stack))):
         if i not in keep:

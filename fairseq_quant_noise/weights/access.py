@@ -1,6 +1,6 @@
 """Intercept reads of a module's weight: there noise and quantization act.
 
-fairseq's attention hands `q_proj.weight` straight to a functional and its adaptive softmax ties its weights to the
+An attention may hand `q_proj.weight` straight to a functional, and an adaptive softmax may tie its weights to the
 embedding, so a hook on `forward` misses both. Here the module's class is replaced by a subclass of the same name in
 which `weight` is a property. What is stored stays where it was (`_parameters['weight']`, so names, `state_dict`,
 optimizers and DDP see no difference); what is read may be noised, or decoded from codes:
