@@ -25,6 +25,7 @@ from ..scalar import INPUT_RANGES, RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
 from ..utils.autograd import in_backward
 from ..weights.discovery import find_weights
+from .parts import numbers_in
 
 NAME = "input_quantizer"
 FAST_PATH_OFF = "skip_embed_dim_check"  # an attention's attribute; true keeps it from torch's fast path
@@ -154,6 +155,9 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
     Args:
         model: any.
         state: by name; of each input quantizer `range` (2,), `seen` () and `spec` (3,).
+
+    Raises:
+        DamagedFileError: a `spec` holds something else.
     """
     ours = dict(model.named_modules())
     changed = False
@@ -161,7 +165,7 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         path, _, last = f".{key}".rpartition(f".{NAME}.")
         module = ours.get(path.removeprefix("."))
         if last == "spec" and module is not None:
-            bits, index, batches = spec.tolist()
+            bits, index, batches = numbers_in(key, spec, 3)
             there = module._modules.get(NAME)
             if isinstance(there, InputQuantizer) and not torch.equal(there.spec.cpu(), spec.cpu()):
                 module._modules[NAME] = InputQuantizer(bits, RANGES[index], batches).to(there.range.device)

@@ -140,8 +140,9 @@ class LatentIntWeight(ScalarWeight):
 
         Raises:
             UserError: the weight holds codes, and no dense weight to train.
+            DamagedFileError: the entry SPEC holds no N and range.
         """
-        stored, (bits, range_) = weight.stored, spec_of(parts)
+        stored, (bits, range_) = weight.stored, spec_of(parts, weight.tensor_name)
         if isinstance(stored, LatentIntWeight):
             if (stored.bits, stored.range) == (bits, range_):
                 return False
@@ -160,6 +161,7 @@ class LatentIntWeight(ScalarWeight):
 
         Raises:
             UserError: the weight holds NaN or infinity.
+            DamagedFileError: the entry SPEC holds no N and range.
         """
         bits, range_ = spec_of(parts)
         return cls(nn.Parameter(parts[LATENT], requires_grad=False), bits, range_).eval().decode()

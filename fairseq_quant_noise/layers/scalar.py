@@ -11,7 +11,7 @@ from ..errors import UserError
 from ..scalar import RANGES, SCHEMES, Affine, bits_of, is_affine
 from ..utils.bits import unpack_bits
 from ..weights.discovery import Weight
-from .parts import AFFINE, CODES, SPEC
+from .parts import AFFINE, CODES, SPEC, numbers_in
 from .quantized import QuantizedWeight, swap_in
 from .registry import QuantizedTensor, register
 
@@ -91,8 +91,9 @@ class IntWeight(ScalarWeight):
 
         Raises:
             UserError: the codes do not fit the weight's shape.
+            DamagedFileError: the entry SPEC holds no N and range.
         """
-        codes, (bits, _) = parts[CODES], spec_of(parts)
+        codes, (bits, _) = parts[CODES], spec_of(parts, weight.tensor_name)
         stored: Any = weight.stored
         if tuple(codes.shape) != weight.shape:
             raise UserError(
@@ -107,7 +108,11 @@ class IntWeight(ScalarWeight):
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The decoded weight, (rows, …) float32."""
+        """The decoded weight, (rows, …) float32.
+
+        Raises:
+            DamagedFileError: the entry SPEC holds no N and range.
+        """
         return cls(parts[CODES], parts[AFFINE], spec_of(parts)[0]).decode()
 
     @classmethod
@@ -152,7 +157,11 @@ class IntWeight(ScalarWeight):
         return {CODES: codes.view(entry.shape), AFFINE: parts[AFFINE], SPEC: spec}
 
 
-def spec_of(parts: Mapping[str, Tensor]) -> tuple[int, str]:
-    """(N, range) of the entry `scalar`, (2,) uint8, of a state."""
-    bits, index = parts[SPEC].tolist()
+def spec_of(parts: Mapping[str, Tensor], name: str = "") -> tuple[int, str]:
+    """(N, range) of the entry SPEC, (2,) uint8, of a state; `name` is the weight's, for messages.
+
+    Raises:
+        DamagedFileError: the entry holds something else.
+    """
+    bits, index = numbers_in(f"{name}.{SPEC}".removeprefix("."), parts[SPEC], 2)
     return bits, RANGES[index]
