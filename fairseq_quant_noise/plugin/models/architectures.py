@@ -32,8 +32,10 @@ def architecture_options(architecture: str, settings: Sequence[str] = (), heads:
         UserError: the architecture, an option or a value does not exist, or a model without heads is given one.
     """
     if architecture not in ARCH_CONFIG_REGISTRY:
-        known = ", ".join(a for a in ARCH_CONFIG_REGISTRY if a.startswith("quant_noise_"))
-        raise UserError(f"--arch {architecture}: not registered; this package has {known}, and fairseq's own")
+        near = ", ".join(difflib.get_close_matches(architecture, ARCH_CONFIG_REGISTRY, n=4, cutoff=0.0))
+        raise UserError(
+            f"--arch {architecture}: not registered; the nearest names are {near}; docs/tasks.md has the rest"
+        )
     model = ARCH_MODEL_NAME_REGISTRY[architecture]
     dataclass = MODEL_DATACLASS_REGISTRY.get(model)
     defaults = {name: field.default for name, field in getattr(dataclass, "__dataclass_fields__", {}).items()}
