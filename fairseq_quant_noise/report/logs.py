@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 _STAGE = re.compile(r"stage (\d{1,6}) of (\d{1,6}): quantizing \d{1,9} weights, '(.*)'")
 _ENCODED = re.compile(r"(?:stage (\d{1,6}) of \d+ )?\[\d+/\d+\] (\S+) \([\d, ]+\) (.*?)relative error (\d+(?:\.\d+)?)")
@@ -23,7 +22,7 @@ _DISTORTION = re.compile(r"distortion_(\w+)_(weight|output)")
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation: after how many updates, in which stage (0 before the first), and the figures."""
+    """Hold the figures of a validation, its update, and its stage (0 before the first)."""
 
     update: int
     stage: int
@@ -33,7 +32,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A weight as it was quantized: ||W - W_hat|| / ||W||."""
+    """Hold the relative error of a weight's encoding: ||W - W_hat|| / ||W||."""
 
     tensor: str
     how: str
@@ -43,7 +42,7 @@ class Encoded:
 
 @dataclass
 class Log:
-    """The content of one log file."""
+    """Hold the content of one log file."""
 
     path: Path
     validations: list[Validation] = field(default_factory=list)
@@ -57,7 +56,7 @@ class Log:
 
 
 def read_log(path: Path) -> Log:
-    """The log at `path`."""
+    """Read the log at `path`."""
     log = Log(path)
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -81,7 +80,7 @@ def _take(log: Log, line: str) -> None:
 
 
 def _figures(line: str) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(train or valid, subset, figures) of a line of progress, in fairseq's log format simple or json."""
+    """Read (train or valid, subset, figures) from a line of progress, in fairseq's log format simple or json."""
     if found := _JSON.search(line):
         try:
             content = json.loads(found[2])
@@ -98,15 +97,15 @@ def _figures(line: str) -> Iterator[tuple[str, str, dict[str, float]]]:
         yield "train", "train", _finite(_WORD.findall(found[1]))
 
 
-def _finite(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
-    """Those that are numbers (None is logged where there is no figure)."""
+def _finite(pairs: Iterable[tuple[str, object]]) -> dict[str, float]:
+    """Keep the pairs whose value is a number (None is logged where there is no figure)."""
     return {name: number for name, value in pairs if (number := finite(value)) is not None}
 
 
-def finite(value: Any) -> float | None:
-    """`value` as a number, if it is one and finite."""
+def finite(value: object) -> float | None:
+    """Convert `value` to a number; None if it is none, or not finite."""
     try:
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None

@@ -40,7 +40,7 @@ Rows = Sequence[Sequence[Cell]]
 
 
 def page(runs: Runs, drawn: Sequence[Picture]) -> str:
-    """The HTML text of the report."""
+    """Make the HTML text of the report."""
     tables = {
         "score": _score_tables(runs),
         "stages": _stage_tables(runs),
@@ -89,7 +89,7 @@ def _figure(picture: Picture) -> str:
 def table(
     header: Sequence[str], rows: Rows, caption: str = "", best: Iterable[int] = (), text: Iterable[int] = ()
 ) -> str:
-    """An HTML table, everything in it escaped.
+    """Make an HTML table, with everything in it escaped.
 
     Args:
         header: of the columns; numbers in them are set to the right.

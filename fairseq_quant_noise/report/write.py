@@ -43,7 +43,7 @@ def write_report(folders: Iterable[str | Path], out: str | Path) -> Runs:
 
 
 def numbers(runs: Runs) -> dict[str, Any]:
-    """The figures of the page as plain values."""
+    """Convert the figures of the page to plain values."""
     return {
         "folders": runs.folders,
         "points": [asdict(p) for p in runs.points],

@@ -66,7 +66,7 @@ def _given(architecture: str, settings: Sequence[str], fields: Sequence[str]) ->
 
 
 def _value(setting: str, text: str, action: Any) -> Any:
-    """As fairseq-train reads it; a switch as true or false, and what its command line lacks as YAML does."""
+    """Convert the text as fairseq-train does; a switch takes true or false, and options without an action are YAML."""
     if action is not None and action.nargs == 0:
         if text.lower() not in ("true", "false"):
             raise UserError(f"--set {setting}: give true or false")
@@ -82,7 +82,7 @@ def _value(setting: str, text: str, action: Any) -> Any:
 
 
 def _heads(architecture: str, heads: Sequence[str]) -> dict[str, int]:
-    """The number of classes by name."""
+    """Parse `--head NAME=CLASSES` into the number of classes by name."""
     if heads and not hasattr(MODEL_REGISTRY[ARCH_MODEL_NAME_REGISTRY[architecture]], "register_classification_head"):
         raise UserError(f"--head {heads[0]}: {architecture} has no classification heads; leave it out")
     named: dict[str, int] = {}

@@ -31,7 +31,7 @@ def register_equivalents() -> None:
 
 
 def cure(name: str) -> str:
-    """What to do instead of training fairseq's model or architecture `name` here: only what exists is named."""
+    """Say what to do instead of training fairseq's model or architecture `name` here, naming only what exists."""
     if f"{PREFIX}{name}" in ARCH_MODEL_REGISTRY:
         return f"train with --arch {PREFIX}{name}, into which a checkpoint of {name} loads"
     families = ", ".join(own for own, model in MODEL_REGISTRY.items() if _is_ours(model))
@@ -60,7 +60,7 @@ def check_noise(options: Any) -> None:
 
 
 def check_task(options: Any, task: Any) -> None:
-    """Refuse a model of this package for a task that trains a model of models, one for each pair of languages.
+    """Refuse a model of this package for a task that trains one model for each pair of languages.
 
     Args:
         options: `cfg.model` of a training.
@@ -78,7 +78,7 @@ def check_task(options: Any, task: Any) -> None:
 
 
 def _model(options: Any) -> Any:
-    """The class of the model that these options are of."""
+    """Find the class of the model whose options these are."""
     name = getattr(options, "_name", None) or getattr(options, "arch", None) or ""
     return ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
 
@@ -88,5 +88,5 @@ def _is_ours(model: Any) -> bool:
 
 
 def _of_fairseq(model: Any) -> Any:
-    """The registered model of fairseq's that one of this package is made of."""
+    """Find the registered fairseq model that one of this package extends."""
     return next((base for base in model.__mro__[1:] if base in MODEL_REGISTRY.values()), None)

@@ -9,7 +9,7 @@ UPDATE, EPOCH = "update", "epoch"
 
 
 def stage_starts(plan: Plan, max_update: int) -> list[int]:
-    """The update, counted from the first stage, at which each stage starts.
+    """Compute the update, counted from the first stage, at which each stage starts.
 
     `updates` of the rules where they are given, equal shares of `max_update` otherwise.
 
@@ -27,7 +27,7 @@ def stage_starts(plan: Plan, max_update: int) -> list[int]:
 
 
 class StageTimes:
-    """The starts of a plan's stages in one run.
+    """Hold the starts of a plan's stages in one run.
 
     Args:
         plan: with its stages.
@@ -47,11 +47,11 @@ class StageTimes:
 
     @property
     def end(self) -> int:
-        """The update (or epoch) at which the run ends; 0 where no option says it."""
+        """Return the update (or epoch) at which the run ends; 0 where no option says it."""
         return self.ends[self.unit]
 
     def begin(self, now: int) -> None:
-        """The first stage starts at `now`; a run that goes on from a dense checkpoint shares what is left.
+        """Start the first stage at `now`; a run that goes on from a dense checkpoint shares what is left.
 
         Raises:
             UserError: nothing is left.
@@ -64,11 +64,11 @@ class StageTimes:
         self.origin, self.starts = now, stage_starts(self.plan, self.end - now)
 
     def due(self, now: int) -> int:
-        """How many stages have started by the update (or epoch) `now`; 0 before `begin`."""
+        """Count the stages that have started by the update (or epoch) `now`; 0 before `begin`."""
         return 0 if self.origin is None else sum(self.origin + start <= now for start in self.starts)
 
     def left(self, stage: int, now: int | None = None) -> int | None:
-        """How many updates are left of a stage at update `now`, all of them without `now`; None where epochs end it.
+        """Count the updates left of a stage at update `now`, all of them without `now`; None where epochs end it.
 
         None too in the last stage of a run without --max-update whose plan gives no updates.
         """
@@ -112,7 +112,7 @@ class StageTimes:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         return {"origin": self.origin, "starts": self.starts, "unit": self.unit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
