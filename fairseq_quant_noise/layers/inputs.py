@@ -12,7 +12,7 @@ Until the first of them, the range is that of the input itself.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -91,13 +91,15 @@ class InputQuantizer(nn.Module):
         self.seen.zero_()
         self._count = 0
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "InputQuantizer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InputQuantizer":
         kept = self.range
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.range = kept.to(self.range.device)  # float32, whatever the model's dtype
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: object, strict: bool, *lists: list[str]
+    ) -> None:
         missing: list[str] = lists[0]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         missing[:] = [name for name in missing if not name.startswith(prefix)]  # a checkpoint from before
@@ -112,7 +114,9 @@ def quantize_input_(module: nn.Module, bits: int, range_: str, batches: int) -> 
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
-def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _quantize_input(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[object, dict[str, object]]:
     """Round the first argument."""
     quantizer: Any = module._modules[NAME]
     if args:

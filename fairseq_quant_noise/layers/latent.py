@@ -1,7 +1,6 @@
 """A dense weight in training that the model reads rounded to its N-bit codes (`scalar/affine.py`)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,11 +115,13 @@ class LatentIntWeight(ScalarWeight):
         affine = self.fit()
         return {CODES: affine.codes(self.latent.detach()), AFFINE: affine.to_tensor()}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix[:-1]] = destination.pop(prefix + LATENT)  # under the dense weight's own name
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: object, strict: bool, *lists: list[str]
+    ) -> None:
         missing: list[str] = lists[0]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         missing[:] = [name for name in missing if name not in (prefix + SPEC, prefix + AFFINE, prefix + AGE)]

@@ -1,6 +1,6 @@
 """A weight in N-bit codes (`scalar/affine.py`), as a packed file holds it; while it is trained, see `latent.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -76,7 +76,7 @@ class IntWeight(ScalarWeight):
         """Codes (rows, …) uint8; scales and zero points (2, 1) or (2, rows)."""
         return {CODES: self.codes, AFFINE: self.affine}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "IntWeight":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntWeight":
         super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self

@@ -63,7 +63,7 @@ class NoiseDraw:
         self.handles.append(module.register_forward_pre_hook(self._enter))
         self.handles.append(module.register_forward_hook(self._leave, always_call=True))
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def _enter(self, module: nn.Module, inputs: object) -> None:
         if in_backward():
             if self.depth == 0:
                 self.latest = self.seed, self.at
@@ -89,7 +89,7 @@ class NoiseDraw:
         if self.seed is not None and module.training:
             self.seeds[_random_state()] = self.seed, self.at
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
         self.depth = max(self.depth - 1, 0)
         if self.depth == 0 and self.latest is not None:
             (self.seed, self.at), self.latest = self.latest, None

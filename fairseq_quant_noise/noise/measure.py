@@ -66,7 +66,7 @@ class Probe:
         self.handles: list[Any] = []  # hooks for this forward
         self.start = model.register_forward_pre_hook(self._begin)
 
-    def _begin(self, model: nn.Module, inputs: Any) -> None:
+    def _begin(self, model: nn.Module, inputs: object) -> None:
         """The draw has been made, the layers have not run yet."""
         self._remove()  # hooks that a failed forward left
         self.found: dict[str, MeasuredDistortion] = {}
@@ -97,7 +97,7 @@ class Probe:
                 stored = _latent(module)
                 _add(self._of(name).weight, noise(module, stored), stored)
 
-    def _outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _outputs(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         if self.busy or not module.training:
             return
         self.called.add(module)
@@ -116,7 +116,9 @@ class Probe:
         if noised is not None and clean is not None:
             _add(self._of(name).output, noised, clean)
 
-    def _run(self, module: nn.Module, args: Any, kwargs: Any, muted: bool) -> Tensor | None:
+    def _run(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], muted: bool
+    ) -> Tensor | None:
         assert self.draw is not None
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
@@ -128,7 +130,7 @@ class Probe:
         first = output[0] if isinstance(output, tuple | list) else output
         return first if isinstance(first, Tensor) and first.is_floating_point() else None
 
-    def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
+    def _end(self, model: nn.Module, inputs: object, output: object) -> None:
         self._remove()
         self.start.remove()
         if model.training and self.found:

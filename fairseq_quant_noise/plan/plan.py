@@ -71,13 +71,13 @@ def _given_or_none(cls: type[D], where: str, source: Mapping[str, Any]) -> D | N
     return None if given is None else _build(cls, where, given)
 
 
-def _rules(cls: type[D], where: str, source: Any) -> tuple[D, ...]:
+def _rules(cls: type[D], where: str, source: object) -> tuple[D, ...]:
     if not isinstance(source, Sequence) or isinstance(source, str):
         raise UserError(f"plan: {where} must be a list of rules, not {type(source).__name__}")
     return tuple(_build(cls, f"{where}[{i}]", rule) for i, rule in enumerate(source))
 
 
-def _build(cls: type[D], where: str, source: Any) -> D:
+def _build(cls: type[D], where: str, source: object) -> D:
     if not isinstance(source, Mapping):
         raise UserError(f"plan: {where} must be a mapping of keys to values, not {type(source).__name__}")
     wanted = fields(cls)  # type: ignore[arg-type]

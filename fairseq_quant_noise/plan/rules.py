@@ -244,7 +244,7 @@ class Tuning:
         return self.schedule == RESTART
 
 
-def given(rule: Any) -> dict[str, Any]:
+def given(rule: "NoiseRule | StageRule | Centroids | Structure | Tuning") -> dict[str, Any]:
     """The fields of a rule that are not the default."""
     return {f.name: value for f in fields(rule) if (value := getattr(rule, f.name)) != f.default}
 
@@ -262,7 +262,7 @@ def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
     return value
 
 
-def _schedule(where: str, source: Any) -> Schedule:
+def _schedule(where: str, source: object) -> Schedule:
     """A schedule from its keys in YAML, where `start` is called `from`."""
     if not isinstance(source, Mapping):
         raise UserError(f"{where}: schedule must be a mapping such as {{kind: linear, from: 0.0, updates: 1000}}")

@@ -36,7 +36,7 @@ class WeightAccess:
             return quantized.decode()
         return noise(self, latent)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         """A quantized weight that is still dense in store is saved under the dense weight's own name."""
         quantized = self._modules.get("weight")
         if quantized is not None and LATENT in quantized._parameters and f"{prefix}weight" in state_dict:
@@ -80,7 +80,7 @@ def register_linear(cls: type) -> type:
 
 
 @functools.cache
-def _with_access(cls: Any) -> type:
+def _with_access(cls: type[nn.Module]) -> type:
     mixin: type = WeightAccess
     for base, special in _FORMS:
         if issubclass(cls, base) and cls.forward is base.forward:
