@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Quant-Noise on your own machine, in one command: 8 minutes on two busy cores, plus 1-5 minutes of set-up. No data download.
+# Shows Quant-Noise on your own machine: 8 minutes on two busy cores, plus 1 to 5 minutes of set-up. Downloads no data.
 #
 #     bash recipes/quickstart.sh
 #

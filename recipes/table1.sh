@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Table 1 of the Quant-Noise paper, and its table of exact and proxy noise, at the size of the quickstart: twelve small
-# language models on the documentation strings of the Python standard library, about two hours on two cores, no GPU.
+# Repeats Table 1 of the Quant-Noise paper, and its table of exact and proxy noise, at the size of the quickstart: twelve
+# small language models on the documentation strings of the Python standard library. Takes about two hours on two cores,
+# without a GPU.
 #
 #     bash recipes/table1.sh           everything
 #     bash recipes/table1.sh --list    the twelve runs, each with its packed files
@@ -32,7 +33,7 @@ files() {
 
 case "${1:-}" in
   '') ;;
-  -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
   --list) for name in $RUNS; do say "$name: $(files "$name")"; done && exit 0 ;;
   *) die "unknown argument $1; run: bash recipes/table1.sh --help" ;;
 esac

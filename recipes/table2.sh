@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 2 of the Quant-Noise paper, reduced: the effects of sharing (pairs of layers), pruning (every other pair), iPQ and
-# noise. Seven rows for a language model on WikiText-2 and, with --glue, for quant_noise_roberta_small on MNLI.
+# Repeats Table 2 of the Quant-Noise paper at a small size: what sharing (pairs of layers), pruning (every other pair), iPQ
+# and noise do. It has seven rows for a language model on WikiText-2 and, with --glue, for quant_noise_roberta_small on MNLI.
 # Takes two to three hours on one core for the language model and as much again for MNLI (the sum of its parts); less if
 # runs of table3.sh exist.
 #

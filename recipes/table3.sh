@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 3 of the Quant-Noise paper for RoBERTa, reduced: iPQ on MNLI without noise, with noise from pre-training on, and
-# with noise in fine-tuning only (post-hoc); and the first two without the teacher. The network is quant_noise_roberta_small,
+# Repeats Table 3 of the Quant-Noise paper for RoBERTa at a small size: iPQ on MNLI without noise, with noise from pre-training
+# on, and with noise in fine-tuning only (post-hoc); and the first two without the teacher. quant_noise_roberta_small is
 # pre-trained on WikiText-2. Takes about three hours on one CPU core, half of that on two (the sum of its parts).
 #
 #     bash recipes/table3.sh OUT_DIR --wikitext DIR --glue DIR [--bpe DIR]

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# EfficientNet with Quant-Noise and iPQ, from a tree of images to packed files and their accuracies.
+# Trains EfficientNet with Quant-Noise and quantizes it by iPQ, from a tree of images to packed files and accuracies.
 #
 #     bash recipes/imagenet/run.sh DATA OUT              EfficientNet-B3 on ImageNet
 #     SIZE=cpu bash recipes/imagenet/run.sh DATA OUT     a narrow network on a subset of CIFAR-10, on one core
 #
-#     NOISE=none|pq|int4    none; on PQ's blocks (p NOISE_P, default .1); or int4 noise (p .5). One OUT for each:
+#     NOISE=none|pq|int4    no noise; noise on PQ's blocks (p NOISE_P, default .1); int4 noise (p .5). One OUT for each:
 #     for noise in none pq int4; do NOISE=$noise SIZE=cpu bash recipes/imagenet/run.sh DATA runs/cifar10/$noise; done
 #     WEIGHTS=FILE          start from timm's weights instead of random ones: post-hoc
 #     SEED=1 UPDATES=N IPQ_UPDATES=N
 #
 # The paper's setting, as far as it is known: EfficientNet-B3 at 300 pixels, noise .1, iPQ with the classifier last and the
 # dense network as the teacher. EfficientNet was first trained with RMSProp, which fairseq does not have; this recipe uses
-# nag with a cosine, and its own epochs and rates. ImageNet takes days on 8 GPUs; this size has not been run yet.
+# nag with a cosine, and its own epochs and rates. ImageNet takes days on 8 GPUs and has not been run with it yet.
 # DATA comes from recipes/imagenet/prepare.sh. Steps that are done are skipped.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"

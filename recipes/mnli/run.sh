@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# RoBERTa on MNLI with Quant-Noise, end to end: fine-tune a pre-trained checkpoint, quantize it in three stages with
-# the fine-tuned network as the teacher, export, evaluate. After recipes/mnli/prepare.sh.
+# Trains RoBERTa on MNLI with Quant-Noise: fine-tunes a pre-trained checkpoint, quantizes it in three stages with the
+# fine-tuned network as the teacher, exports and evaluates it. Run recipes/mnli/prepare.sh first.
 #
 #     bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt            the paper's setting: base, one GPU
 #     SIZE=cpu bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt   quant_noise_roberta_small on one CPU core

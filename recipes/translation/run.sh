@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Translation with Quant-Noise, end to end: train, quantize in three stages with the trained network as the teacher, export,
-# translate. Run recipes/translation/prepare.sh first.
+# Trains a translation model with Quant-Noise, quantizes it in three stages with the trained network as the teacher,
+# exports it, and translates. Run recipes/translation/prepare.sh first.
 #
 #     bash recipes/translation/run.sh DATA_BIN OUT_DIR            IWSLT'14's usual network and training, on one GPU
 #     SIZE=cpu bash recipes/translation/run.sh DATA_BIN OUT_DIR   quant_noise_transformer_small on one CPU core

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# WikiText-103 with Quant-Noise, end to end: train, quantize in stages, export, evaluate. First: recipes/wikitext/prepare.sh.
+# Trains on WikiText-103 with Quant-Noise, quantizes in stages, exports and evaluates. Run recipes/wikitext/prepare.sh first.
 #
 #     bash recipes/wikitext/run.sh DATA_BIN OUT_DIR                  the paper's setting: 8 GPUs of 32 GB, days
 #     SIZE=cpu bash recipes/wikitext/run.sh DATA_BIN OUT_DIR         4 layers, d 256, on one CPU core: about an hour
