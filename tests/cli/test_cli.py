@@ -292,7 +292,7 @@ WRONG = {
     "plan: a packed file for a checkpoint": ("plan --path {packed} --plan {plan}", 2, ["{packed}"]),
     "plan: neither path nor arch": ("plan --plan {plan}", 2, ["--path", "--arch"]),
     "plan: no vocabulary": ("plan --arch quant_noise_transformer_lm --plan {plan}", 2, ["--vocab-size"]),
-    "plan: no such architecture": ("plan --arch no_such --vocab-size 9 --plan {plan}", 2, ["no_such", "_lm_small"]),
+    "plan: no such architecture": ("plan --arch no_such --vocab-size 9 --plan {plan}", 2, ["no_such", "quant_noise_"]),
     "plan: not YAML": ("plan --path {stock} --plan {packed}", 2, ["{packed}"]),
     "plan: matches nothing": ("plan --path {stock} --plan {misses}", 2, ["nothing_like_this"]),
     "quantize: no checkpoint": ("quantize --path /nowhere/a.pt --plan {plan} --out {out}", 2, ["/nowhere/a.pt"]),

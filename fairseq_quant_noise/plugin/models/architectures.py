@@ -17,6 +17,7 @@ from fairseq.models import (
 from torch import nn
 
 from ...errors import UserError
+from ...networks.registry import PREFIX
 from .layers import layers_of
 
 
@@ -32,10 +33,9 @@ def architecture_options(architecture: str, settings: Sequence[str] = (), heads:
         UserError: the architecture, an option or a value does not exist, or a model without heads is given one.
     """
     if architecture not in ARCH_CONFIG_REGISTRY:
-        near = ", ".join(difflib.get_close_matches(architecture, ARCH_CONFIG_REGISTRY, n=4, cutoff=0.0))
-        raise UserError(
-            f"--arch {architecture}: not registered; the nearest names are {near}; docs/tasks.md has the rest"
-        )
+        ours = [name for name in ARCH_CONFIG_REGISTRY if name.startswith(PREFIX)]
+        near = ", ".join(difflib.get_close_matches(architecture, ours, n=4, cutoff=0.0))
+        raise UserError(f"--arch {architecture}: not registered; the nearest here are {near}; docs/tasks.md lists all")
     model = ARCH_MODEL_NAME_REGISTRY[architecture]
     dataclass = MODEL_DATACLASS_REGISTRY.get(model)
     defaults = {name: field.default for name, field in getattr(dataclass, "__dataclass_fields__", {}).items()}
