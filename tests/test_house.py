@@ -36,6 +36,7 @@ UNAWARE = (
     "errors",
     "images",
     "kernels",
+    "layers",
     "noise",
     "pq",
     "quantization",

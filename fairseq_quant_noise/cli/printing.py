@@ -27,6 +27,11 @@ def print_table(table: Table) -> None:
             f"{info['original_bytes'] / MIB:.2f} MiB dense before layers were shared or pruned "
             f"(x{info['original_ratio']:.2f})"
         )
+    if table.latent_bytes:
+        print(
+            f"codes: train keeps {table.latent_bytes / MIB:.2f} MiB of latent weights while the network is tuned, and "
+            f"the optimizer its state of them (Adam's is {2 * table.latent_bytes / MIB:.2f} MiB); the file is unchanged"
+        )
 
 
 def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) -> None:

@@ -46,7 +46,8 @@ def plan(args: argparse.Namespace) -> None:
     original = make_table(model)
     if the_plan.structure is not None:
         apply_structure(model, the_plan.structure)
-    table = make_table(model, resolve_stages(the_plan, model), original.dense_bytes)
+    targets = resolve_stages(the_plan, model)
+    table = make_table(model, targets, original.dense_bytes, the_plan.codes.train)
     if args.json:
         print(json.dumps(table.to_dict()))
     else:

@@ -169,7 +169,7 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         path, _, last = f".{key}".rpartition(f".{NAME}.")
         module = ours.get(path.removeprefix("."))
         if last == "spec" and module is not None:
-            bits, index, batches = numbers_in(key, spec, 3)
+            bits, index, batches = numbers_in(key, spec, 3, RANGES)
             there = module._modules.get(NAME)
             if isinstance(there, InputQuantizer) and not torch.equal(there.spec.cpu(), spec.cpu()):
                 module._modules[NAME] = InputQuantizer(bits, RANGES[index], batches).to(there.range.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..accounting import int_bytes
 from ..errors import UserError
-from ..scalar import RANGES, SCHEMES, Affine, bits_of, is_affine
+from ..scalar import SCHEMES, STAGE_RANGES, Affine, bits_of, is_affine
 from ..utils.bits import unpack_bits
 from ..weights.discovery import Weight
 from .parts import AFFINE, CODES, SPEC, numbers_in
@@ -163,5 +163,5 @@ def spec_of(parts: Mapping[str, Tensor], name: str = "") -> tuple[int, str]:
     Raises:
         DamagedFileError: the entry holds something else.
     """
-    bits, index = numbers_in(f"{name}.{SPEC}".removeprefix("."), parts[SPEC], 2)
-    return bits, RANGES[index]
+    bits, index = numbers_in(f"{name}.{SPEC}".removeprefix("."), parts[SPEC], 2, STAGE_RANGES)
+    return bits, STAGE_RANGES[index]

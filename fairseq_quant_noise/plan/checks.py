@@ -37,6 +37,16 @@ def check_setting(where: str, value: object) -> None:
         check_positive(f"{where}: '{pattern}'", number)
 
 
+def check_one_of(where: str, name: str, value: object, known: Sequence[str]) -> None:
+    """Check the word that the key `name` has.
+
+    Raises:
+        UserError: `value` is not in `known`.
+    """
+    if value not in known:
+        raise UserError(f"{where}: unknown {name} {value!r}; known: {', '.join(known)}")
+
+
 def check_positive(where: str, value: object) -> None:
     """Check a whole number from 1 up.
 

@@ -22,6 +22,7 @@ from ..models.layers import record_layers
 from ..saving import newest_whole
 from . import ema, input_ranges, resume
 from .best_so_far import forget_patience
+from .codes import check_codes
 from .endings import has_stages
 from .gap import Gap
 from .optimizer_order import state_by_name
@@ -72,8 +73,12 @@ def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
 
 
 def consolidate_optimizer(trainer: Any) -> Any:
-    """Calibrate inputs, then run Trainer.consolidate_optimizer, which every rank calls before the first one saves."""
+    """Calibrate inputs and check codes that train, then run Trainer.consolidate_optimizer.
+
+    Every rank calls it before the first one saves.
+    """
     input_ranges.calibrate(trainer)
+    check_codes(trainer)
     return _consolidate_optimizer(trainer)
 
 

@@ -11,12 +11,14 @@ UPDATE, EPOCH = "update", "epoch"
 def stage_starts(plan: Plan, max_update: int) -> list[int]:
     """Compute the update, counted from the first stage, at which each stage starts.
 
-    `updates` of the rules where they are given, equal shares of `max_update` otherwise.
+    `updates` of the rules where they are given, equal shares of `max_update` otherwise; all 0 where stages are joint.
 
     Raises:
         UserError: only some stages give `updates`, or there is nothing to share.
     """
     given = [rule.updates for rule in plan.stages]
+    if plan.tuning.joint:
+        return [0] * len(given)
     if all(n is not None for n in given):
         return [sum(n or 0 for n in given[:i]) for i in range(len(given))]
     if any(n is not None for n in given):
@@ -72,7 +74,7 @@ class StageTimes:
 
         None too in the last stage of a run without --max-update whose plan gives no updates.
         """
-        origin, given = self.origin or 0, self.plan.stages[stage].updates
+        origin, given = self.origin or 0, self._given(stage)
         if self.unit == EPOCH:
             return None
         if stage + 1 < len(self.starts):
@@ -84,6 +86,13 @@ class StageTimes:
         else:
             return None
         return end - (origin + self.starts[stage] if now is None else now)
+
+    def _given(self, stage: int) -> int | None:
+        """The updates that the plan gives a stage; joint stages have those of all."""
+        if not self.plan.tuning.joint:
+            return self.plan.stages[stage].updates
+        given = [rule.updates for rule in self.plan.stages]
+        return None if None in given else sum(n or 0 for n in given)
 
     def check(self, done: int, warmup: int) -> None:
         """Refuse options that the stages to come contradict.
