@@ -18,6 +18,8 @@ _DONE = re.compile(r"done training in (\d+(?:\.\d+)?) seconds")
 _WORD = re.compile(r"\b([A-Za-z_]\w*)[= ](-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?=[,| ]|$)")
 _JSON = re.compile(r"\| (train_inner|train|valid) \| (\{.*\})\s*$")
 _DISTORTION = re.compile(r"distortion_(\w+)_(weight|output)")
+_LINE_OF_UPDATES = "| train_inner |"  # its figures are of the updates since the last one
+CODES_CHANGED, LATENT_ERROR = "ipq_codes_changed", "ipq_distortion"  # while codes train
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Log:
     n_stages: int = 0
     encoded: dict[str, Encoded] = field(default_factory=dict)  # by tensor, the last time
     distortion: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)  # (kind, weight | output)
+    codes_changed: list[tuple[int, float]] = field(default_factory=list)  # (update, per cent of all, by one encoding)
+    latent_error: list[tuple[int, float]] = field(default_factory=list)  # (update, ||W_hat - latent|| / ||latent||)
     seconds: float | None = None  # sum over all trainings that ended
     update: int = 0
     stage: int = 0
@@ -77,6 +81,10 @@ def _take(log: Log, line: str) -> None:
     else:
         for kind, subset, values in _figures(line):
             _take_figures(log, kind, subset, values)
+            if _LINE_OF_UPDATES in line:
+                for name, series in ((CODES_CHANGED, log.codes_changed), (LATENT_ERROR, log.latent_error)):
+                    if name in values:
+                        series.append((log.update, values[name]))
 
 
 def _figures(line: str) -> Iterator[tuple[str, str, dict[str, float]]]:

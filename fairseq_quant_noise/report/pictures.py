@@ -49,7 +49,7 @@ def pictures(runs: Runs) -> list[Picture]:
         "text.parse_math": False,
     }
     with matplotlib.rc_context(settings):
-        return [*_scores(runs), *_stages(runs), *_by_layer(runs), *_time(runs)]
+        return [*_scores(runs), *_stages(runs), *_codes(runs), *_by_layer(runs), *_time(runs)]
 
 
 def _figure(height: float = _SIZE[1]) -> tuple[Any, Any]:
@@ -186,6 +186,28 @@ def _stages(runs: Runs) -> Iterable[Picture]:
         axes.grid(alpha=0.25)
         _legend(figure, axes)
         yield Picture("stages", f"stages-{metric}", f"{METRICS.get(metric, metric)} over the stages", _png(figure))
+
+
+def _codes(runs: Runs) -> Iterable[Picture]:
+    logs = [(run, log) for run, log in runs.logs if log.codes_changed]
+    pairs = (
+        ("codes", "Codes that change", "per cent of all codes, an encoding", [log.codes_changed for _, log in logs]),
+        ("latent", "Distance to the latent weights", "||Ŵ - latent|| / ||latent||", [g.latent_error for _, g in logs]),
+    )
+    for name, title, what, drawn in pairs:
+        if not any(drawn):
+            continue
+        figure, axes = _figure()
+        for i, ((run, log), series) in enumerate(zip(logs, drawn, strict=True)):
+            if series:
+                color = COLORS[i % len(COLORS)]
+                axes.plot(*zip(*series, strict=True), "-", color=color, label=short(f"{run}: {log.path.stem}"))
+        axes.set_xlabel("updates of fine-tuning")
+        axes.set_ylabel(what)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        _legend(figure, axes)
+        yield Picture("codes", name, title, _png(figure))
 
 
 def layer_of(tensor: str) -> tuple[str, int | None]:

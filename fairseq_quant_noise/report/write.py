@@ -54,6 +54,11 @@ def numbers(runs: Runs) -> dict[str, Any]:
         "validations": [
             {"run": run, "log": log.path.name, **asdict(v)} for run, log in runs.logs for v in log.validations
         ],
+        "codes": [
+            {"run": run, "log": log.path.name, "changed": log.codes_changed, "latent_error": log.latent_error}
+            for run, log in runs.logs
+            if log.codes_changed
+        ],
         "steps": [asdict(step) for step in runs.steps],
         "notes": runs.notes,
     }
