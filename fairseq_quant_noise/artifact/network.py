@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import DamagedFileError, UserError
 from ..layers import adopt_quantized
-from ..networks.registry import NoNetworkError, meta_model
+from ..networks.hugging_face import is_theirs, state_for
+from ..networks.registry import PREFIX, NoNetworkError, meta_model
 from ..structure.modules import fit_stacks, tie_layers_
 from ..weights.discovery import load_without_copy
 from . import Packed
@@ -20,7 +21,8 @@ def network_of(path: str | Path, packed: Packed, into: nn.Module | None = None) 
     Args:
         path: of the file, for messages.
         packed: its content.
-        into: a dense network to load into, or None to build the one that the file describes.
+        into: a dense network to load into, or None to build the one that the file describes. For the file of a fairseq
+            RoBERTa, it may be a RoBERTa of transformers too.
 
     Raises:
         UserError: the file holds a network of the user's own and `into` is None, or its weights do not fit the network.
@@ -28,9 +30,12 @@ def network_of(path: str | Path, packed: Packed, into: nn.Module | None = None) 
     """
     model = into if into is not None else _build(path, packed.manifest.model)
     state = packed.state_dict()
-    if into is not None and packed.manifest.is_pruned:
-        fit_stacks(into, state)
-    tie_layers_(model, packed.manifest.layers)
+    if into is not None and _needs_renaming(packed, into):
+        state = _for_hugging_face(path, packed, into)
+    else:
+        if into is not None and packed.manifest.is_pruned:
+            fit_stacks(into, state)
+        tie_layers_(model, packed.manifest.layers)
     adopt_quantized(model, state)
     try:
         if into is None:
@@ -40,6 +45,19 @@ def network_of(path: str | Path, packed: Packed, into: nn.Module | None = None) 
     except RuntimeError as error:
         raise _misfit(path, str(error).splitlines()[-1].strip()) from None
     return model.eval()
+
+
+def _needs_renaming(packed: Packed, into: nn.Module) -> bool:
+    """Whether `into` is a network of transformers, and the file one of fairseq's."""
+    return str(packed.manifest.model.get("architecture", "")).startswith(f"{PREFIX}roberta") and is_theirs(into)
+
+
+def _for_hugging_face(path: str | Path, packed: Packed, into: nn.Module) -> dict[str, Tensor]:
+    """The file's state under the names of transformers. Raises UserError where `into` is of another kind."""
+    try:
+        return state_for(into, packed.state_dict(), packed.manifest.model["cfg"]["model"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def check_network(path: str | Path, packed: Packed) -> None:

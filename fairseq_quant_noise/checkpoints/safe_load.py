@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..artifact.reader import is_packed
 from ..errors import DamagedFileError, UserError
-from . import checksums
+from . import checksums, hint
 from .dictionaries import with_dictionaries
 from .keys import CHECKSUMS
 from .pickled_config import allowed, check_no_placeholder, placeholder, plain_config
@@ -96,6 +96,31 @@ def safe_load(path: str | Path) -> dict[str, Any]:
         raise DamagedFileError(f"checkpoint {path}: refused, its configuration is none ({error}); {_AGAIN}") from None
 
 
+def safe_weights(path: str | Path) -> dict[str, Tensor]:
+    """Load a file of weights alone, such as pytorch_model.bin, onto the CPU.
+
+    Returns:
+        Tensors by name, in the shapes of the file.
+
+    Raises:
+        UserError: the file cannot be opened, or is of another kind.
+        DamagedFileError: the file is not whole, or holds anything but tensors by name.
+    """
+    try:
+        _check_zip(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_weights(state, "it")
+        return dict(state)
+    except UserError:
+        raise
+    except RefusedError as error:
+        raise DamagedFileError(f"{path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path}: {error.strerror}; give the path of a file of weights") from None
+    except Exception as error:  # as in `safe_load`
+        raise _refusal(path, error) from None
+
+
 def _load(path: str | Path) -> Any:
     """Load with a placeholder for each of fairseq's classes; which ones appear depends on the checkpoint."""
     known = allowed()
@@ -113,7 +138,9 @@ def _load(path: str | Path) -> Any:
 
 def _check_kind(path: str | Path) -> None:
     """Refuse files that torch.load would read though they are no checkpoint, and pipes, on which it never ends."""
-    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+    if Path(path).is_dir():
+        raise UserError(f"checkpoint {path}: {hint.of_folder(path)}")
+    if Path(path).exists() and not Path(path).is_file():
         raise UserError(f"checkpoint {path}: is a device or a pipe; copy it to a file first")
     with open(path, "rb") as file:
         head = file.read(4096)
@@ -122,7 +149,11 @@ def _check_kind(path: str | Path) -> None:
     if head[8:10] == b'{"':
         kind = f"a packed file; {_FROM_PACKED}" if is_packed(path) else _other_kind(path)
         other = b"fairseq_quant_noise" not in head and b"__metadata__" not in head
-        raise UserError(f"checkpoint {path}: {_OTHER_PROGRAMS if other else kind}")
+        if other and hint.is_hugging_face(Path(path).parent):
+            kind = f"weights of a Hugging Face folder; make a checkpoint of it: {hint.command(Path(path).parent)}"
+        elif other:
+            kind = _OTHER_PROGRAMS
+        raise UserError(f"checkpoint {path}: {kind}")
 
 
 def _check_zip(path: str | Path) -> None:
@@ -135,13 +166,13 @@ def _check_zip(path: str | Path) -> None:
             )
 
 
-def _check_weights(model: object) -> None:
+def _check_weights(model: object, where: str = "its 'model'") -> None:
     """Check that the model is dense tensors by name, each backed by storage: an expanded view could need terabytes."""
     if not isinstance(model, dict):
-        raise RefusedError(f"its 'model' is a {type(model).__name__}, not weights by name")
+        raise RefusedError(f"{where} is a {type(model).__name__}, not weights by name")
     for name, tensor in model.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise RefusedError(f"its 'model' holds {name!r}: a {type(tensor).__name__}, not a tensor")
+            raise RefusedError(f"{where} holds {name!r}: a {type(tensor).__name__}, not a tensor")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise RefusedError(f"tensor {name} is not an ordinary dense one")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -12,7 +12,21 @@ from typing import Any
 
 from ..errors import UserError, end_program
 from ..structure.layer_map import START
-from .verbs import bench, export, inspect, plan, prune, quantize, report, share, to_dense, user_dir, verify
+from .verbs import (
+    bench,
+    export,
+    from_hf,
+    inspect,
+    plan,
+    prune,
+    quantize,
+    report,
+    share,
+    to_dense,
+    to_hf,
+    user_dir,
+    verify,
+)
 
 Verb = Callable[[argparse.Namespace], None]
 #: The claims that `bench` can measure: the programs in benchmarks/.
@@ -144,6 +158,33 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
         to_dense,
         "fairseq-quant-noise to-dense model.safetensors --out stock.pt",
         [_option("file", metavar="FILE", help="a packed file or a checkpoint"), _OUT],
+    ),
+    "from-hf": (
+        from_hf,
+        "fairseq-quant-noise from-hf roberta-base --out roberta/model.pt",
+        [
+            _option("folder", metavar="DIR", help="a folder with config.json, weights and a tokenizer"),
+            _option(
+                "--out",
+                metavar="CKPT",
+                required=True,
+                help="the checkpoint to write; dict.txt and the tokenizer's files come into the same folder",
+            ),
+        ],
+    ),
+    "to-hf": (
+        to_hf,
+        "fairseq-quant-noise to-hf model.safetensors --dict roberta --out folder",
+        [
+            _option("path", metavar="CKPT", help="a checkpoint or a packed file of a RoBERTa"),
+            _option("--out", metavar="DIR", required=True, help="the folder to write; it need not exist"),
+            _option(
+                "--dict",
+                metavar="FOLDER",
+                help="the folder of dict.txt, the tokenizer's files and label/dict.txt, as from-hf wrote it "
+                "(default: that of CKPT)",
+            ),
+        ],
     ),
 }
 

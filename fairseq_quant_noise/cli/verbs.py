@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..artifact import pack, read, write
 from ..artifact.reader import SUFFIX
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.hugging_face import from_folder, to_folder
 from ..checkpoints.stock import stock_checkpoint
 from ..checkpoints.structure import pruned, restructured, shared
 from ..errors import UserError
@@ -31,6 +32,7 @@ from ..quantization.table import make_table
 from ..quantization.targets import resolve_stages
 from ..report import write_report
 from ..structure.state import stack_sizes
+from ..utils.files import replace_file
 from .printing import print_inspection, print_table
 
 
@@ -196,6 +198,45 @@ def to_dense(args: argparse.Namespace) -> None:
     print(f"{args.out}: a stock fairseq checkpoint")
 
 
+def from_hf(args: argparse.Namespace) -> None:
+    """A Hugging Face folder of a RoBERTa, XLM-R or BERT, into a fairseq checkpoint with its dictionary beside it."""
+    _check_out(args.out, args.folder, makes_folder=True)
+    converted = from_folder(args.folder)
+    _write_beside(Path(args.out).absolute().parent, converted.files)
+    converted.checkpoint.write(args.out)
+    for note in converted.notes:
+        _progress(f"note: {note}")
+    print(f"{args.out}: a fairseq checkpoint, with {', '.join(converted.files)} beside it")
+    print(f"to train it further: fairseq-train ... {' '.join(converted.flags)} --finetune-from-model {args.out}")
+
+
+def to_hf(args: argparse.Namespace) -> None:
+    """A fairseq checkpoint or a packed file of a RoBERTa, into a folder that transformers loads."""
+    out = Path(args.out)
+    if not args.out or out.is_file():
+        raise UserError(f"--out {args.out or repr(args.out)}: is no folder; give the name of a new one")
+    files, notes = to_folder(args.path, args.dict)
+    _write_beside(out, files)
+    for note in notes:
+        _progress(f"note: {note}")
+    print(f"{args.out}: {', '.join(files)}")
+
+
+def _write_beside(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write each file of `files` in `folder`, where no other file of its name must be. Raises UserError."""
+    for name, content in files.items():
+        if (folder / name).exists() and (folder / name).read_bytes() != content:
+            raise UserError(f"--out: {folder / name} is there already and differs; choose another folder")
+    for name, content in files.items():
+        try:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--out: cannot make {(folder / name).parent}: {error.strerror}; choose another place"
+            ) from None
+        replace_file(folder / name, content)
+
+
 def report(args: argparse.Namespace) -> None:
     """Show finished runs on one HTML page with tables and pictures."""
     runs = write_report(args.folders, args.out)
@@ -226,12 +267,14 @@ def _need_fairseq(option: str, instead: str) -> None:
         raise UserError(f"{option}: needs fairseq, which is not installed; install fairseq-fixed, or {instead}")
 
 
-def _check_out(out: str, *read: str, packed: bool = False) -> None:
+def _check_out(out: str, *read: str, packed: bool = False, makes_folder: bool = False) -> None:
     """Before any work: that `out` can be written, is no checkpoint's name, and is none of the files that are read."""
     path = Path(out)
     folder = path.absolute().parent
     if not out or path.is_dir():
         raise UserError(f"--out {out or repr(out)}: is a folder; give the name of a file in it")
+    if makes_folder and not folder.exists():
+        return  # it is made when there is something to put in
     if not folder.is_dir():
         raise UserError(f"--out {out}: the folder {folder} does not exist; make it first")
     if not os.access(folder, os.W_OK):

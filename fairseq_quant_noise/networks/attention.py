@@ -73,6 +73,7 @@ class TransformerLayer(nn.Module):
         normalize_before: LayerNorm before each block instead of after it.
         causal: no token sees those after it.
         memory_dim: M, or None for a layer that attends to no memory.
+        eps: what every LayerNorm adds to the variance.
     """
 
     def __init__(
@@ -84,17 +85,18 @@ class TransformerLayer(nn.Module):
         normalize_before: bool,
         causal: bool = True,
         memory_dim: int | None = None,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.normalize_before = normalize_before
         self.activation_fn = activation_fn
         self.self_attn = Attention(dim, n_heads, causal)
-        self.self_attn_layer_norm = nn.LayerNorm(dim)
+        self.self_attn_layer_norm = nn.LayerNorm(dim, eps)
         self.encoder_attn = None if memory_dim is None else Attention(dim, n_heads, memory_dim=memory_dim)
-        self.encoder_attn_layer_norm = None if memory_dim is None else nn.LayerNorm(dim)
+        self.encoder_attn_layer_norm = None if memory_dim is None else nn.LayerNorm(dim, eps)
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, dim)
-        self.final_layer_norm = nn.LayerNorm(dim)
+        self.final_layer_norm = nn.LayerNorm(dim, eps)
 
     def forward(
         self,

@@ -48,6 +48,8 @@ class EncoderConfig:
     # fairseq's name of that limit, for messages
     embedding_layer: bool
     # the C x C Linear after the embedding (`has_embedding_layer`)
+    eps: float = 1e-5
+    # what every LayerNorm adds to the variance
 
 
 class TransformerEncoder(nn.Module):
@@ -60,10 +62,10 @@ class TransformerEncoder(nn.Module):
         self.register_buffer("version", torch.tensor([3.0]))
         self.embed_tokens = new_embedding(config.vocab_size, dim, padding_idx)
         self.embed_positions = new_positions(config.learned_positions, dim, padding_idx) if config.positions else None
-        self.layernorm_embedding = nn.LayerNorm(dim) if config.layernorm_embedding else None
+        self.layernorm_embedding = nn.LayerNorm(dim, config.eps) if config.layernorm_embedding else None
         self.quant_noise = nn.Linear(dim, dim, bias=False) if config.embedding_layer else None
         self.layers = nn.ModuleList(_layer(config) for _ in range(config.layers))
-        self.layer_norm = nn.LayerNorm(dim) if config.normalize_before else None
+        self.layer_norm = nn.LayerNorm(dim, config.eps) if config.normalize_before else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) int64 -> (B, T, C).
@@ -95,5 +97,11 @@ class TransformerEncoder(nn.Module):
 
 def _layer(config: EncoderConfig) -> TransformerLayer:
     return TransformerLayer(
-        config.dim, config.ffn_dim, config.heads, config.activation_fn, config.normalize_before, causal=False
+        config.dim,
+        config.ffn_dim,
+        config.heads,
+        config.activation_fn,
+        config.normalize_before,
+        causal=False,
+        eps=config.eps,
     )

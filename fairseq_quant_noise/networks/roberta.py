@@ -35,7 +35,7 @@ class LMHead(nn.Linear):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.activation_fn = config.activation_fn
         self.dense = nn.Linear(dim, dim)
-        self.layer_norm = nn.LayerNorm(dim)
+        self.layer_norm = nn.LayerNorm(dim, config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C) -> (..., V)."""

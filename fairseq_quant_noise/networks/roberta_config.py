@@ -20,6 +20,7 @@ from .options import (
 )
 
 _CURE = "evaluate it with fairseq-validate --user-dir instead"
+FAIRSEQ_EPS = 1e-5  # what fairseq's LayerNorm adds to the variance
 #: Options that change the function, with the values (besides None) that `Roberta` implements.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "adaptive_input": (False,),
@@ -68,6 +69,8 @@ class RobertaConfig:
     # by name: inner width and number of classes; no option of fairseq's, whose tasks add them
     quant_noise_embedding_layer: bool = False
     # the C x C Linear after the embedding (`has_embedding_layer`)
+    layer_norm_eps: float = FAIRSEQ_EPS
+    # what every LayerNorm adds to the variance; no option of fairseq's, whose own models have the default
 
     def __post_init__(self) -> None:
         check_activation("activation_fn", self.activation_fn, _CURE)
@@ -92,6 +95,7 @@ class RobertaConfig:
             learned_positions=self.max_positions,
             positions_option="max_positions",
             embedding_layer=self.quant_noise_embedding_layer,
+            eps=self.layer_norm_eps,
         )
 
     @classmethod

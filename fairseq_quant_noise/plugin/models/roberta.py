@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...layers.registry import Held, weights_in
+from ...networks.roberta_config import FAIRSEQ_EPS
 from ..exits import exits_on_user_error
 from .hub import hub_interface
 from .quantizable import Quantizable, add_noise, without_fairseq_noise
@@ -44,6 +45,9 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
         if args.untie_weights_roberta:
             head.__class__ = _LinearLMHead
             head.out_features, head.in_features = head.weight.shape
+        for module in self.modules():
+            if hasattr(module, "normalized_shape"):  # apex's layer norm is no nn.LayerNorm
+                module.eps = getattr(args, "layer_norm_eps", FAIRSEQ_EPS)
 
     @classmethod
     def add_args(cls, parser: Any) -> None:

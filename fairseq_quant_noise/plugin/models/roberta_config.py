@@ -8,6 +8,7 @@ from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
 
+from ...networks.roberta_config import FAIRSEQ_EPS
 from .options import QuantNoiseOptions, option
 
 Activation: Any = ChoiceEnum(utils.get_available_activation_fns())
@@ -32,6 +33,9 @@ class QuantNoiseRobertaConfig(QuantNoiseOptions, FairseqDataclass):
     max_positions: Optional[int] = option(None, "the most tokens of a row; by default the task's")
     load_checkpoint_heads: Optional[bool] = option(None, "take over the classification heads that a checkpoint has")
     untie_weights_roberta: Optional[bool] = option(None, "give the language model's head a weight of its own")
+    layer_norm_eps: float = option(
+        FAIRSEQ_EPS, "what every layer norm adds to the variance; a BERT of Hugging Face's has 1e-12"
+    )
     encoder_layerdrop: float = option(0, "probability of leaving out a layer in training (LayerDrop)")
     encoder_layers_to_keep: Optional[str] = option(None, "layers to keep when pruning, as numbers separated by commas")
     quant_noise_pq: float = option(0, "share of blocks that get noise in each training forward")

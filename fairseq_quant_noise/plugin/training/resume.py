@@ -23,6 +23,7 @@ from typing import Any
 import fairseq.trainer
 from fairseq.file_io import PathManager
 
+from ...checkpoints import hint
 from ...checkpoints.keys import POSITION
 from ...errors import UserError
 from .best_so_far import patience, plateau
@@ -88,7 +89,7 @@ def is_own(trainer: Any, filename: str) -> bool:
 
 
 def check_given(trainer: Any, filename: str, stages: bool) -> None:
-    """Check that the checkpoint that an option names exists.
+    """Check that the checkpoint that an option names exists, and is no folder.
 
     Args:
         trainer: fairseq's.
@@ -96,10 +97,13 @@ def check_given(trainer: Any, filename: str, stages: bool) -> None:
         stages: whether a plan is to quantize the network.
 
     Raises:
-        UserError: it does not exist.
+        UserError: it does not exist, or is a folder; for one of Hugging Face's the message has the command.
     """
     options, last = trainer.cfg.checkpoint, f"checkpoint_last{trainer.checkpoint_suffix}.pt"
     given = "--restore-file" if options.restore_file != "checkpoint_last.pt" else "--continue-once"
+    if Path(filename).is_dir():
+        given = "--finetune-from-model" if filename == options.finetune_from_model else given
+        raise UserError(f"{given} {filename}: {hint.of_folder(filename)}")
     asked_for = given == "--restore-file" or filename != str(Path(options.save_dir) / last)
     if not asked_for or PathManager.isfile(filename) or (is_own(trainer, filename) and not stages):
         return
