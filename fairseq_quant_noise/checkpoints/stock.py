@@ -11,6 +11,7 @@ from torch import Tensor
 from ..artifact import dense_state, read
 from ..artifact.reader import is_packed
 from ..networks.registry import OF_IMAGES, PREFIX, stock_name
+from ..networks.roberta_config import FAIRSEQ_EPS
 from ..networks.timm_weights import timm_names
 from .checkpoint import Checkpoint
 from .keys import no_training
@@ -71,6 +72,16 @@ def _checkpoint(
         "last_optimizer_state": None,
     }
     return Checkpoint(path, state)
+
+
+def difference(stock: Checkpoint) -> str | None:
+    """What a checkpoint of stock fairseq computes differently, if anything, than what it was made of."""
+    for options in ((stock.state["cfg"] or {}).get("model"), stock.state["args"]):
+        given = vars(options) if isinstance(options, Namespace) else options or {}
+        eps = given.get("layer_norm_eps") or FAIRSEQ_EPS
+        if eps != FAIRSEQ_EPS:
+            return f"its layer norms add {eps:g} to the variance, and those of stock fairseq {FAIRSEQ_EPS:g}"
+    return None
 
 
 def _name(path: str | Path, name: str) -> str:

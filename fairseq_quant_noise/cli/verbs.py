@@ -20,7 +20,7 @@ from ..artifact import pack, read, write
 from ..artifact.reader import SUFFIX
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hugging_face import from_folder, to_folder
-from ..checkpoints.stock import stock_checkpoint
+from ..checkpoints.stock import difference, stock_checkpoint
 from ..checkpoints.structure import pruned, restructured, shared
 from ..errors import UserError
 from ..layers import quantized_weights
@@ -194,7 +194,10 @@ def verify(args: argparse.Namespace) -> None:
 def to_dense(args: argparse.Namespace) -> None:
     """Turn a packed file or a checkpoint into a stock fairseq checkpoint that needs no plugin."""
     _check_out(args.out, args.file)
-    stock_checkpoint(args.file).write(args.out)
+    stock = stock_checkpoint(args.file)
+    stock.write(args.out)
+    if (different := difference(stock)) is not None:
+        _progress(f"note: {different}; scores may differ in the third digit")
     print(f"{args.out}: a stock fairseq checkpoint")
 
 
