@@ -1,6 +1,6 @@
 """Register the models, tasks and criteria of this package with fairseq, and install the patches of patches.py."""
 
-from . import criterions, models, tasks  # noqa: F401 (importing them registers them)
+from . import criterions, models, tasks, word_pieces  # noqa: F401 (importing them registers them)
 from .patches import install
 
 

@@ -24,7 +24,12 @@ from ...networks.registry import PREFIX, stock_name
 from ..loading import load_state
 
 _SENTENCES = "sentence_prediction"
-_BPE_FILES = {"gpt2_encoder_json": "encoder.json", "gpt2_vocab_bpe": "vocab.bpe"}
+_BPE_FILES = {
+    "gpt2_encoder_json": "encoder.json",
+    "gpt2_vocab_bpe": "vocab.bpe",
+    "word_pieces_vocab": "vocab.txt",
+    "sentencepiece_model": "sentencepiece.bpe.model",
+}
 
 
 def hub_interface(
@@ -38,7 +43,14 @@ def hub_interface(
     """
     folder = _folder(model)
     words = Path(os.path.abspath(folder / data)) if str(data).startswith(".") else _folder(data)
-    settings = {**_bpe_files(folder), **overrides, "bpe": bpe, "data": str(words), "load_checkpoint_heads": True}
+    settings = {
+        **_bpe_files(folder),
+        **_bpe_files(words),
+        **overrides,
+        "bpe": bpe,
+        "data": str(words),
+        "load_checkpoint_heads": True,
+    }
     path = folder / checkpoint_file
     state = load_state(path, settings)
     cfg = state["cfg"] if state.get("args") is None else convert_namespace_to_omegaconf(_renamed(path, state["args"]))

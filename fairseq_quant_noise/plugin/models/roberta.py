@@ -84,8 +84,8 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
             model_name_or_path: a folder, or a name or address that fairseq's `roberta` downloads.
             checkpoint_file: in that folder: a checkpoint, published or trained, or a packed file (`.safetensors`).
             data_name_or_path: the folder of the dictionary; one that begins with a dot is relative to the model's.
-            bpe: fairseq's name of the encoding of text. For gpt2, `encoder.json` and `vocab.bpe` in the model's folder
-                are used if they are there; None for tokens only.
+            bpe: fairseq's name of the encoding of text, or word_pieces for a BERT's; None for tokens only. Its files,
+                as `encoder.json` and `vocab.bpe` for gpt2, are used if they are beside the model or the dictionary.
             overrides: values to set in the checkpoint's configuration, as `gpt2_encoder_json`.
 
         Raises:

@@ -9,6 +9,7 @@ from hf_folders import config, in_fairseq, rows, write_tokenizer
 from fairseq_quant_noise import UserError, load
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.checkpoints.hugging_face.from_folder import HEAD
+from fairseq_quant_noise.checkpoints.hugging_face.word_pieces import WordPieces
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.weights.discovery import stored_weight
 
@@ -160,6 +161,9 @@ def test_the_tokenizers_that_come_along_work(tmp_path):
         new = transformers.AutoTokenizer.from_pretrained(tmp_path / f"{kind}-back")
         for text in texts:
             ids = torch.tensor([old(text, add_special_tokens=False).input_ids])
+            if kind == "bert":
+                pieces = WordPieces.of(tmp_path / "bert-f/vocab.txt").encode(text)
+                assert pieces == old.convert_ids_to_tokens(ids[0].tolist())
             ids = ids if kind == "roberta" else in_fairseq(kind, ids, tmp_path / f"{kind}-f/dict.txt")
             assert new(text, add_special_tokens=False).input_ids == ids[0].tolist(), (kind, text)
         assert new("a").input_ids[0] == 0

@@ -102,3 +102,18 @@ def test_a_folder_in_the_place_of_a_checkpoint_says_the_command(roberta, tmp_pat
         with pytest.raises(SystemExit, match="2"):
             roberta.train(option, place)
         assert re.search(rf"error: {option} {place}: {said}", capsys.readouterr().err)
+
+
+def test_from_pretrained_encodes_pairs_in_a_berts_word_pieces(tmp_path):
+    path, _ = convert(tmp_path, "bert", "classes")
+    packed = tmp_path / "model.safetensors"
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("stages: [{match: '.*fc1', scheme: int8}]\n")
+    main(["quantize", "--path", str(path), "--plan", str(plan), "--out", str(packed)])
+    for folder, name, data in ((path.parent, "model.pt", "."), (tmp_path, packed.name, path.parent)):
+        hub = QuantNoiseRoberta.from_pretrained(folder, name, data, bpe="word_pieces").eval()
+        found = hub.encode("A DOGS!", "unaffable x", no_separator=True)
+        words = ["<s>", "a", "dog", "##s", "!", "</s>", "un", "##aff", "##able", "<unk>", "</s>"]
+        assert [hub.task.source_dictionary[i] for i in found] == words
+        assert hub.predict(HEAD, found).shape == (1, 3)
+        assert hub.bpe.decode("un ##aff ##able dog") == "unaffable dog"
