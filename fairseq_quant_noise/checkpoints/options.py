@@ -165,6 +165,11 @@ def unwrapped(criterion: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, **json.loads(criterion.get("ipq_criterion_options") or "{}"), "_name": name}
 
 
+def default_criterion(name: str) -> dict[str, Any]:
+    """The configuration of one of fairseq's criterions, with its defaults."""
+    return {**_CRITERIA[name], "_name": name}
+
+
 def vocabulary_size(state: Mapping[str, Tensor]) -> int | None:
     """Number of words in a model's (target) embedding, the sum of the rows W of its (W, D) bands; None without one."""
     embedding = rf"{_PREDICTS}\.embed_tokens\.(embeddings\.\d+\.0\.)?weight"

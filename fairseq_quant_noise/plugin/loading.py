@@ -3,18 +3,21 @@
 Nothing untrusted is unpickled (`checkpoints/safe_load.py`).
 """
 
+import logging
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import fairseq.checkpoint_utils
 import fairseq.distributed.utils
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.data import Dictionary
 from fairseq.dataclass.configs import GenerationConfig
 from fairseq.dataclass.utils import merge_with_parent
 from fairseq.file_io import PathManager
-from fairseq.models import MODEL_DATACLASS_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,15 +27,24 @@ from ..artifact.network import check_network
 from ..artifact.reader import is_packed
 from ..checkpoints.dictionaries import SavedDictionary
 from ..checkpoints.keys import no_training
-from ..checkpoints.options import SECTIONS, as_fairseq
+from ..checkpoints.options import SECTIONS, as_fairseq, default_criterion
 from ..checkpoints.safe_load import safe_load
 from ..errors import DamagedFileError, UserError
-from ..networks.registry import PREFIX
+from ..networks.registry import PREFIX, stock_name
 from .exits import exits_on_user_error
+
+logger = logging.getLogger(__name__)
 
 _upgrade_state_dict = fairseq.checkpoint_utils._upgrade_state_dict
 _overwrite_args_by_name = fairseq.checkpoint_utils.overwrite_args_by_name
 
+
+_USUAL_CRITERION = {
+    "masked_lm": "masked_lm",
+    "sentence_prediction": "sentence_prediction",
+    "language_modeling": "cross_entropy",
+    "translation": "label_smoothed_cross_entropy",
+}
 
 #: Sections of the configuration that `from_pretrained` reads or sets.
 _FOR_THE_HUB = {
@@ -89,6 +101,7 @@ def upgraded(path: str | Path, state: dict[str, Any], arg_overrides: Any = None)
     if isinstance(state.get("task_state"), dict):
         state["task_state"] = {name: _of_fairseq(value) for name, value in state["task_state"].items()}
     _check_options(path, state)
+    _rename_unknown(path, state)
     try:
         return _upgrade_state_dict(_with_overrides(_with_history(state), arg_overrides))
     except Exception as error:  # fairseq, Hydra and omegaconf have many; the configuration may hold anything
@@ -107,6 +120,37 @@ def _of_fairseq(value: Any) -> Any:
     dictionary = Dictionary.__new__(Dictionary)
     vars(dictionary).update(value.fields)
     return dictionary
+
+
+def _rename_unknown(path: str | Path, state: dict[str, Any]) -> None:
+    """Give a known name to an architecture and a criterion of a plugin that is not here, in place.
+
+    An architecture only sets defaults of options, all of which are recorded. The criterion becomes the usual one of the
+    task, with a warning: the loss is then another.
+    """
+    cfg, args = state.get("cfg") or {}, state.get("args")
+    for options in filter(None, (args, cfg.get("model"))):
+        given = options if isinstance(options, dict) else vars(options)
+        for key in ("arch", "_name"):
+            name = given.get(key)
+            if isinstance(name, str) and name not in ARCH_MODEL_REGISTRY and name not in MODEL_REGISTRY:
+                with suppress(UserError):  # fairseq says that it does not know the model
+                    given[key] = stock_name(path, name)
+    criterion = cfg.get("criterion")
+    if args is not None:
+        args.criterion = _known_criterion(path, getattr(args, "criterion", None), getattr(args, "task", None))
+    elif isinstance(criterion, dict) and isinstance(cfg.get("task"), dict):
+        name = _known_criterion(path, criterion.get("_name"), cfg["task"].get("_name"))
+        cfg["criterion"] = criterion if name == criterion.get("_name") else default_criterion(name)
+
+
+def _known_criterion(path: str | Path, name: Any, task: Any) -> Any:
+    """The criterion's name; where it is unknown, that of the usual criterion of the task, if there is one."""
+    if not isinstance(name, str) or name in CRITERION_REGISTRY or task not in _USUAL_CRITERION:
+        return name
+    usual = _USUAL_CRITERION[task]
+    logger.warning(f"{path}: was trained with --criterion {name}, which is not here; {usual} stands for it")
+    return usual
 
 
 def _check_options(path: str | Path, state: dict[str, Any]) -> None:
@@ -151,13 +195,15 @@ def packed_state(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: was saved without a fairseq configuration; load it with fairseq_quant_noise.load")
     _check_network(path, packed)
     sections = {name: config["cfg"][name] for name in SECTIONS if name in config["cfg"]}
-    return {
+    state = {
         "args": None,
         "cfg": {**_FOR_THE_HUB, **as_fairseq(sections)},
         "model": packed.state_dict(),
         **no_training(),
         "task_state": {"classes": config["classes"]} if config.get("classes") else {},
     }
+    _rename_unknown(path, state)
+    return state
 
 
 def _check_network(path: str | Path, packed: Packed) -> None:

@@ -206,6 +206,23 @@ def test_verbs(roberta, layout, capsys):  # noqa: F811
     torch.testing.assert_close(roberta.load(out)(TOKENS)[0], expected, atol=0.05, rtol=0.05)
 
 
+def test_names_of_a_plugin_that_is_not_here(roberta, caplog):  # noqa: F811
+    """As of the antibody networks of the package sapiens: an architecture and a criterion of their authors."""
+    published, out = Published(roberta), roberta.new("packed.safetensors")
+    args = old_args(max_positions=POSITIONS)
+    args.tokens_per_sample = 32
+    args.arch, args.criterion, args.label_smoothing = "roberta_of_theirs", "smooth_masked_lm", 0.1
+    publish(published.path, published.model.state_dict(), args)
+    main(["quantize", "--path", str(published.path), "--plan", roberta.plan(INT8), "--out", str(out)])
+    losses = [roberta.validate(path)["loss"] for path in (published.path, out)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert "was trained with --criterion smooth_masked_lm, which is not here; masked_lm stands for it" in caplog.text
+    weights = trained_from(roberta, published.path, kind=MASKED, how=RESTORE)
+    assert same(weights, {**published.model.state_dict(), f"{ENCODER}.version": weights[f"{ENCODER}.version"]})
+    hub = QuantNoiseRoberta.from_pretrained(published.folder, bpe=None).eval()
+    assert torch.equal(hub.model(TOKENS)[0], published.logits(TOKENS))
+
+
 @layouts
 def test_from_pretrained(roberta, layout):  # noqa: F811
     published = Published(roberta, layout)
