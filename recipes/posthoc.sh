@@ -113,11 +113,7 @@ binarize() {
     quietly "$OUT/$1-preprocess.log" fairseq-preprocess --only-source --srcdict "$OUT/network/dict.txt" --destdir "$part" \
       --trainpref "$text/train.$column" --validpref "$text/valid.$column" --workers 2
   done
-  case "$1" in
-    mnli) printf '%s 1\n' contradiction neutral entailment >"$text/labels.txt" ;;
-    sst2) printf '%s 1\n' 0 1 >"$text/labels.txt" ;;
-    stsb) mkdir -p "$bin/label" && cp "$text/train.label" "$text/valid.label" "$bin/label/" ;;
-  esac
+  if [ "$1" = stsb ]; then mkdir -p "$bin/label" && cp "$text/train.label" "$text/valid.label" "$bin/label/"; fi
   if [ -f "$text/labels.txt" ]; then
     quietly "$OUT/$1-preprocess.log" fairseq-preprocess --only-source --srcdict "$text/labels.txt" --destdir "$bin/label" \
       --trainpref "$text/train.label" --validpref "$text/valid.label"

@@ -5,7 +5,7 @@
 TASK is mnli, sst2, stsb or residues; NETWORK the folder of dict.txt and of the tokenizer's files, as from-hf writes
 them. DATA is a folder with glue_data/MNLI, sst2 or stsb in it and, for residues, a .csv with a column input_seq, or
 text.
-OUT gets {train,valid}.{input0,input1,label}.
+OUT gets {train,valid}.{input0,input1,label} and, for classes, labels.txt, their dictionary.
 """
 
 import argparse
@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fairseq_quant_noise.checkpoints.hugging_face.word_pieces import UNKNOWN, WordPieces
-from recipes.mnli.pairs import BadTableError, pairs
+from recipes.mnli.pairs import LABELS, BadTableError, pairs
 
 TASKS = {"mnli": 2, "sst2": 1, "stsb": 2, "residues": 1}  # how many sentences a row has
+_CLASSES = {"mnli": LABELS, "sst2": ("0", "1")}
 _SPLITS = {"train": "train", "valid": "dev"}
 _HELD_OUT = 0.1  # share of the chains of residues, or 2,000, that the validation has
 Row = tuple[str, ...]  # sentences, and the label last where there is one
@@ -146,6 +147,8 @@ def main() -> None:
         sys.exit(2)
     args.out.mkdir(parents=True, exist_ok=True)
     most = 142 if args.task == "residues" else args.most
+    if args.task in _CLASSES:
+        (args.out / "labels.txt").write_text("".join(f"{label} 1\n" for label in _CLASSES[args.task]))
     for split, part in found.items():
         taken = part[: args.train] if split == "train" else part
         print(f"{args.task} {split}: {write(args.out, split, TASKS[args.task], taken, encode, most):,} rows")
