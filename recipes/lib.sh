@@ -43,7 +43,7 @@ export REPO PATH
 
 # RECIPE: the command line of the recipe that sources this file, with the settings that its caller gave.
 RECIPE=""
-for name in OUT SIZE METHOD NOISE SHARE KEEP LAYERDROP TEACHER UPDATES IPQ_UPDATES PRETRAIN_UPDATES SEED PLAN IPQ DENSE ONLY WORDS VOCAB_SIZE; do
+for name in OUT SIZE METHOD NOISE SHARE KEEP LAYERDROP TEACHER UPDATES IPQ_UPDATES PRETRAIN_UPDATES SEED PLAN IPQ DENSE ONLY WORDS VOCAB_SIZE TASKS SEEDS NOISES METHODS TRAIN; do
   if [ -n "${!name:-}" ]; then RECIPE+="$name=$(printf '%q' "${!name}") "; fi
 done
 RECIPE+="bash $(printf '%q ' "$0" "$@")"

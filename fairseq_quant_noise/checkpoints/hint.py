@@ -1,5 +1,6 @@
 """Say how a Hugging Face folder becomes a checkpoint, to a user who gives the folder in the place of one."""
 
+import shlex
 from pathlib import Path
 
 CONFIG = "config.json"
@@ -19,4 +20,5 @@ def of_folder(folder: str | Path) -> str:
 
 def command(folder: str | Path) -> str:
     """The command that converts `folder`."""
-    return f"fairseq-quant-noise from-hf {folder} --out {Path(folder).name or 'network'}-fairseq/model.pt"
+    out = f"{Path(folder).resolve().name}-fairseq/model.pt"
+    return f"fairseq-quant-noise from-hf {shlex.quote(str(folder))} --out {shlex.quote(out)}"

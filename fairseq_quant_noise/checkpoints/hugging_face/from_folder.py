@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...errors import DamagedFileError, UserError
 from ...networks.hugging_face import ACTIVATIONS, OUTPUT, POSITIONS, PREFIXES, TOKEN_TYPES, WORDS, renamed, their_names
 from ...networks.registry import PADDING, PREFIX
 from ...networks.roberta_config import FAIRSEQ_EPS
@@ -60,6 +60,17 @@ def from_folder(path: str | Path) -> Converted:
     """
     folder = Path(path)
     config = read_config(folder)
+    try:
+        return _converted(folder, config)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedFileError(f"{folder}: its configuration or tokenizer is damaged ({reason})") from None
+
+
+def _converted(folder: Path, config: Mapping[str, Any]) -> Converted:
+    """As `from_folder`; what a damaged file leads to, may be any error."""
     kind = _kind(folder, config)
     theirs = _without_buffers(read_weights(folder), PREFIXES[kind])
     classes = _classes(config, theirs, kind)
@@ -161,13 +172,15 @@ def _fairseq_weights(
     """The weights under fairseq's names, words still in their order. Raises UserError, naming a tensor."""
     types = theirs.pop(f"{PREFIXES[kind]}{TOKEN_TYPES}", None)
     layers = _whole(folder, config, "num_hidden_layers")
+    if layers > len(theirs):
+        raise UserError(f"{folder}: num_hidden_layers in config.json is {layers}, more than it has tensors; correct it")
     names = their_names(layers, kind, PREFIXES[kind], HEAD if classes else None)
     weights, unknown = renamed(theirs, {theirs: ours for ours, theirs in names.items()})
     if unknown:
         more = f", with {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(f"{folder}: {unknown[0]}{more} has no place in fairseq's RoBERTa; take that head off first")
     positions = weights.get(POSITIONS)
-    if positions is None or positions.dim() != 2:
+    if positions is None or positions.dim() != 2 or len(positions) <= _skipped(folder, config, kind):
         raise UserError(f"{folder}: has no matrix embeddings.position_embeddings.weight; give a whole RoBERTa or BERT")
     weights[POSITIONS] = _positions(positions, _skipped(folder, config, kind), types)
     weights["encoder.sentence_encoder.version"] = torch.tensor([3.0])
@@ -177,7 +190,7 @@ def _fairseq_weights(
 def _skipped(folder: Path, config: Mapping[str, Any], kind: str) -> int:
     """Rows before that of the first position."""
     padding = {"pad_token_id": PADDING} if config.get("pad_token_id") is None else config
-    return 0 if kind == "bert" else _whole(folder, padding, "pad_token_id") + 1
+    return 0 if kind == "bert" else _whole(folder, padding, "pad_token_id", 0) + 1
 
 
 def _positions(theirs: Tensor, skipped: int, types: Tensor | None) -> Tensor:
@@ -277,10 +290,10 @@ def _options(
     )
 
 
-def _whole(folder: Path, config: Mapping[str, Any], name: str) -> int:
+def _whole(folder: Path, config: Mapping[str, Any], name: str, least: int = 1) -> int:
     value = config.get(name)
-    if type(value) is not int or value < 0:
-        raise UserError(f"{folder}: {name} in config.json is {value!r}; give a whole number")
+    if type(value) is not int or value < least:
+        raise UserError(f"{folder}: {name} in config.json is {value!r}; give a whole number from {least} up")
     return value
 
 

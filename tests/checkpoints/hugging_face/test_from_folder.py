@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.checkpoints.hugging_face.from_folder import HEAD
 from fairseq_quant_noise.cli.main import main
-from fairseq_quant_noise.errors import DamagedFileError, UserError
+from fairseq_quant_noise.errors import UserError
 
 KINDS = ("roberta", "xlm-roberta", "bert")
 HEADS = ("words", "classes", None)
@@ -240,6 +240,58 @@ def test_a_damaged_folder_is_refused(tmp_path, capsys, name, content, code, said
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changed", "code", "said"),
+    [
+        (
+            {"num_hidden_layers": 10**9},
+            2,
+            "num_hidden_layers in config.json is 1000000000, more than it has tensors",
+        ),
+        ({"num_attention_heads": 0}, 2, "num_attention_heads in config.json is 0; give a whole number from 1 up"),
+        ({"pad_token_id": 10**9}, 2, "has no matrix embeddings.position_embeddings.weight"),
+        ({"hidden_act": ["gelu"]}, 3, "its configuration or tokenizer is damaged"),
+        ({"hidden_dropout_prob": "much"}, 3, "its configuration or tokenizer is damaged"),
+        ({"layer_norm_eps": {}}, 3, "its configuration or tokenizer is damaged"),
+        ({"model_type": {}}, 3, "its configuration or tokenizer is damaged"),
+        ({"architectures": 5, "id2label": 7}, 0, ""),
+    ],
+)
+def test_values_that_no_configuration_has_end_in_a_line(tmp_path, capsys, changed, code, said):
+    options = config("roberta")
+    folder = write_folder(tmp_path / "folder", options | changed, weights(options, "classes"))
+    if code:
+        with pytest.raises(SystemExit, match=str(code)):
+            convert(folder, tmp_path / "model.pt")
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    else:
+        convert(folder, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [5]}}'),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 0}}, "added_tokens": 7}'),
+        ("special_tokens_map.json", b'{"cls_token": ["<s>"]}'),
+        ("tokenizer_config.json", b"[1]"),
+        ("vocab.json", b"[]"),
+        ("merges.txt", b"\xff\xff"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(tmp_path, capsys, name, content):
+    options = config("roberta")
+    folder = write_folder(
+        tmp_path / "folder", options, weights(options), whole=name.endswith("json") and name != "vocab.json"
+    )
+    (folder / name).write_bytes(content)
+    with pytest.raises(SystemExit, match="3"):
+        convert(folder, tmp_path / "model.pt")
+    assert capsys.readouterr().err.startswith("error: ")
+
+
 def test_a_token_beyond_the_embedding_is_refused(tmp_path, capsys):
     options = config("bert", vocab_size=12)
     folder = write_folder(tmp_path / "folder", options, weights(options))
@@ -268,4 +320,3 @@ def test_a_folder_in_the_place_of_a_checkpoint_says_the_command(tmp_path):
             Checkpoint(path).state  # noqa: B018
     with pytest.raises(UserError, match="is a folder; give the path of a checkpoint"):
         Checkpoint(tmp_path).state  # noqa: B018
-    assert not issubclass(UserError, DamagedFileError)
