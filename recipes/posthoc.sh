@@ -10,7 +10,8 @@
 # terms are CC BY-NC-SA). The result is OUT/table.md: score before and after, bytes, milliseconds a sentence; the files are
 # OUT/TASK/seed-S/noise-P/METHOD.safetensors. After a kill, the same command resumes.
 #     TASKS="mnli sst2 stsb"   SEEDS="1 2 3"   NOISES="0 0.1"   UPDATES, IPQ_UPDATES (by task)   TRAIN=N: the first N rows alone
-#     METHODS: plans; PLAN@once quantizes without training (default: posthoc@once posthoc posthoc_int8@once posthoc_int4 posthoc_ipq_int8)
+#     METHODS: plans. PLAN@once quantizes without training; PLAN@best trains the codes too, all weights together (docs/codes.md).
+#     Default: posthoc@once posthoc posthoc@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8; posthoc_shared for sapiens
 #
 # On one core, MNLI takes about 70 minutes to fine-tune and 60 for each trained method and seed; a residue network 15 in all.
 set -euo pipefail
@@ -19,7 +20,7 @@ set -euo pipefail
 NETWORK="" OUT="" DATA="" TASK=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --data | --task)
       [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/posthoc.sh --help"
       case "$1" in --data) DATA="$2" ;; *) TASK="$2" ;; esac
@@ -36,13 +37,14 @@ done
 need python fairseq-train fairseq-preprocess fairseq-quant-noise
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 SEEDS="${SEEDS:-1 2 3}" NOISES="${NOISES:-0 0.1}"
-METHODS="${METHODS:-posthoc@once posthoc posthoc_int8@once posthoc_int4 posthoc_ipq_int8}"
+case "$NETWORK" in
+  sapiens-v[hl]) PLAN=posthoc_shared ;; # codebooks of their own would weigh as much as the codes
+  *) PLAN=posthoc ;;
+esac
+METHODS="${METHODS:-$PLAN@once $PLAN $PLAN@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8}"
 case "$NETWORK" in
   minilm) TASKS="${TASK:-${TASKS:-mnli sst2 stsb}}" ;;
-  sapiens-v[hl])
-    TASKS=residues
-    METHODS="${METHODS//posthoc@once posthoc /posthoc_shared@once posthoc_shared }" # its own codebooks weigh as much as the codes
-    ;;
+  sapiens-v[hl]) TASKS=residues ;;
   *)
     [ -e "$NETWORK" ] || die "$NETWORK: no such folder or checkpoint, and no network of this name; there are minilm, sapiens-vh, sapiens-vl"
     TASKS="${TASK:-${TASKS:-}}"
@@ -163,13 +165,16 @@ fine_tune() {
 }
 # compress DIR METHOD SEED DENSE: writes DIR/METHOD.safetensors, by the plan in METHOD
 compress() {
-  local plan="${2%@once}" run="$1/$2"
-  if [ "$plan" != "$2" ]; then
+  local plan="${2%@*}" run="$1/$2"
+  if [ "$2" = "$plan@once" ]; then
     quietly "$run.log" fairseq-quant-noise quantize --path "$4" --plan "$plan" --seed "$3" --out "$run.safetensors"
     return
   fi
+  METHOD=paper
+  if [ "$2" = "$plan@best" ]; then METHOD=best; fi
+  method
   finished "$run" "$STAGES_UPDATES" || logged "$run.log" fairseq-train "${COMMON[@]}" --criterion ipq --ipq-criterion "$CRITERION" \
-    --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr 1e-4 --total-num-update "$STAGES_UPDATES" \
+    ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr 1e-4 --total-num-update "$STAGES_UPDATES" \
     --max-update "$STAGES_UPDATES" --finetune-from-model "$4" --save-dir "$run"
   quietly "$run.log" fairseq-quant-noise export --path "$run/checkpoint_last.pt" --out "$run.safetensors"
 }

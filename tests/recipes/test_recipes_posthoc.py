@@ -36,23 +36,24 @@ def test_from_a_folder_to_the_table_and_again(tmp_path):
     write_glue(tmp_path / "data/MNLI", 16, 8)
     (tmp_path / "ipq.yaml").write_text("stages: [{match: '.*fc1', block_size: 4, n_centroids: 8}]\n")
     arguments = ["folder", "out", "--data", "data", "--task", "mnli"]
-    settings = {"SEEDS": "1", "NOISES": "0.1", "UPDATES": "2", "IPQ_UPDATES": "2", "METHODS": "ipq.yaml"}
+    settings = {"SEEDS": "1", "NOISES": "0.1", "UPDATES": "2", "IPQ_UPDATES": "2", "METHODS": "ipq.yaml@best"}
     done = recipe("posthoc.sh", *arguments, cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "out/posthoc.jsonl").read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["dense", "ipq.yaml"]
+    assert [line["method"] for line in lines] == ["dense", "ipq.yaml@best"]
     assert all(line["score"] in [round(100 * n / 24, 2) for n in range(25)] for line in lines)
-    packed = tmp_path / "out/mnli/seed-1/noise-0.1/ipq.yaml.safetensors"
+    packed = tmp_path / "out/mnli/seed-1/noise-0.1/ipq.yaml@best.safetensors"
     assert lines[1]["bytes"] == packed.stat().st_size
     assert {entry.scheme for entry in read(packed).manifest.tensors.values()} == {"pq"}
     table = (tmp_path / "out/table.md").read_text().splitlines()
     assert table[0] == "| task | noise | method | seeds | score | before | file MiB | ratio | ms a sentence |"
-    assert [row.split(" | ")[2] for row in table[2:]] == ["dense", "ipq.yaml"]
+    assert [row.split(" | ")[2] for row in table[2:]] == ["dense", "ipq.yaml@best"]
     again = recipe("posthoc.sh", *arguments, cwd=tmp_path, **settings)
     assert "[step]" not in again.stdout
     assert again.stdout.endswith("\n".join(table) + "\n")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_compressed_as_published(tmp_path):
     """Residues without noise: nothing is fine-tuned before."""
     (tmp_path / "theirs").mkdir()
