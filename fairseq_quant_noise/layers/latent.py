@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..scalar import RANGES, SCHEMES, Affine, bits_of, fake_quantize, fit_affine
 from ..utils.autograd import StraightThrough, in_backward
+from ..weights.access import noise_attribute
 from ..weights.discovery import Weight
 from .parts import AFFINE, AGE, CODES, LATENT, SPEC
 from .quantized import dense_weight, swap_in
@@ -27,24 +28,28 @@ class LatentIntWeight(ScalarWeight):
     for again every HISTOGRAM_REFRESH forwards.
 
     Args:
-        latent: (rows, …), the stored Parameter, which keeps its place in the optimizer.
+        latent: the stored Parameter, (rows, …) or turned, which keeps its place in the optimizer.
         bits: N.
         range_: tensor, channel or histogram.
         name: of the module, for messages.
+        turned: whether `latent` has its inputs first (`weights/blocks.py`).
     """
 
     plan_schemes = SCHEMES
     entries = (SPEC, AFFINE, AGE)  # and the dense weight under its own name, LATENT among the parts
     needs = (LATENT, SPEC, AFFINE)
 
-    def __init__(self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight") -> None:
+    def __init__(
+        self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight", turned: bool = False
+    ) -> None:
         super().__init__()
         self.name = name
         self.latent = latent
-        self.bits, self.range = bits, range_
+        self.bits, self.range, self.turned = bits, range_, turned
         on = latent.device
-        self.register_buffer(SPEC, torch.tensor([bits, RANGES.index(range_)], dtype=torch.uint8, device=on))
-        channels = latent.shape[0] if range_ == "channel" else 1
+        spec = [bits, RANGES.index(range_), *[1] * turned]  # two numbers where nothing is turned, as always
+        self.register_buffer(SPEC, torch.tensor(spec, dtype=torch.uint8, device=on))
+        channels = self.shape[0] if range_ == "channel" else 1
         self.register_buffer(AFFINE, torch.zeros(2, channels, device=on))  # found by the last search in training
         self.register_buffer(AGE, torch.zeros((), dtype=torch.long, device=on))  # training forwards
         self._fitted: tuple[tuple[float, ...], Affine] | None = None
@@ -58,9 +63,14 @@ class LatentIntWeight(ScalarWeight):
         return self.latent.dtype
 
     @property
+    def matrix(self) -> Tensor:
+        """The dense weight as its blocks lie, (rows, …)."""
+        return self.latent.transpose(0, 1) if self.turned else self.latent
+
+    @property
     def shape(self) -> torch.Size:  # type: ignore[override]
-        """The weight's shape."""
-        return self.latent.shape
+        """The weight's shape as its blocks lie."""
+        return self.matrix.shape
 
     def fit(self) -> Affine:
         """The scales and zero points, (1,) or (rows,) each, of the weight as it is.
@@ -72,7 +82,7 @@ class LatentIntWeight(ScalarWeight):
             UserError: the weight holds NaN or infinity.
         """
         if self.range != "histogram":
-            return fit_affine(self.name, self.latent, self.bits, self.range)
+            return fit_affine(self.name, self.matrix, self.bits, self.range)
         low, high = self.latent.detach().aminmax()
         version = (float(self.latent.data_ptr()), float(self.latent._version), float(low), float(high))
         if self._fitted is None or self._fitted[0] != version:
@@ -93,12 +103,12 @@ class LatentIntWeight(ScalarWeight):
             UserError: the weight holds NaN or infinity; in training on a GPU only a histogram's search checks it.
         """
         if not self.training:
-            return fake_quantize(self.latent, self.fit())
-        return StraightThrough.apply(self.latent, fake_quantize(self.latent, self._in_training()))  # type: ignore[no-untyped-call]
+            return fake_quantize(self.matrix, self.fit())
+        return StraightThrough.apply(self.matrix, fake_quantize(self.matrix, self._in_training()))  # type: ignore[no-untyped-call]
 
     def _in_training(self) -> Affine:
         if self.range != "histogram":
-            return fit_affine(self.name, self.latent, self.bits, self.range, check=not self.latent.is_cuda)
+            return fit_affine(self.name, self.matrix, self.bits, self.range, check=not self.latent.is_cuda)
         if not in_backward():  # not a layer that runs again in backward
             count = int(self.age) if self._count is None else self._count
             if count % HISTOGRAM_REFRESH == 0:
@@ -114,7 +124,7 @@ class LatentIntWeight(ScalarWeight):
             UserError: the weight holds NaN or infinity.
         """
         affine = self.fit()
-        return {CODES: affine.codes(self.latent.detach()), AFFINE: affine.to_tensor()}
+        return {CODES: affine.codes(self.matrix.detach()), AFFINE: affine.to_tensor()}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -141,7 +151,7 @@ class LatentIntWeight(ScalarWeight):
         Raises:
             UserError: the weight holds codes, and no dense weight to train.
         """
-        stored, (bits, range_) = weight.stored, spec_of(parts)
+        stored, (bits, range_, _) = weight.stored, spec_of(parts)
         if isinstance(stored, LatentIntWeight):
             if (stored.bits, stored.range) == (bits, range_):
                 return False
@@ -156,13 +166,14 @@ class LatentIntWeight(ScalarWeight):
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weight `parts[LATENT]`, (rows, …), rounded to its codes.
+        """The weight `parts[LATENT]`, of its shape, rounded to its codes.
 
         Raises:
             UserError: the weight holds NaN or infinity.
         """
-        bits, range_ = spec_of(parts)
-        return cls(nn.Parameter(parts[LATENT], requires_grad=False), bits, range_).eval().decode()
+        latent, (bits, range_, turned) = nn.Parameter(parts[LATENT], requires_grad=False), spec_of(parts)
+        seen = cls(latent, bits, range_, turned=turned).eval().decode()
+        return seen.transpose(0, 1) if turned else seen
 
     @classmethod
     def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -190,15 +201,15 @@ class LatentIntWeight(ScalarWeight):
 
 def set_spec(weight: Weight, stored: LatentIntWeight, bits: int, range_: str) -> None:
     """Change N and the range of a weight in this format; its noise stays."""
-    _swap_with_noise(weight, LatentIntWeight(stored.latent, bits, range_, weight.name))
+    _swap_with_noise(weight, LatentIntWeight(stored.latent, bits, range_, weight.name, weight.turned))
 
 
 def _swap_with_noise(weight: Weight, quantized: LatentIntWeight) -> None:
-    kept = [module.__dict__.get("_weight_noise") for _, module in weight.holders]
+    kept = [module.__dict__.get(noise_attribute(key)) for _, module, key in weight.places]
     swap_in(weight, quantized)
-    for (_, module), its in zip(weight.holders, kept, strict=True):
+    for (_, module, key), its in zip(weight.places, kept, strict=True):
         if its is not None:
-            module._weight_noise = its
+            module.__dict__[noise_attribute(key)] = its
 
 
 def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> LatentIntWeight:
@@ -213,6 +224,8 @@ def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> L
     Raises:
         UserError: the weight is quantized already.
     """
-    quantized = LatentIntWeight(dense_weight(weight), bits, range_, weight.name)
+    dense_weight(weight)
+    parameter: Any = weight.parameter
+    quantized = LatentIntWeight(parameter, bits, range_, weight.name, weight.turned)
     (_swap_with_noise if noise else swap_in)(weight, quantized)
     return quantized

@@ -92,7 +92,7 @@ class IntWeight(ScalarWeight):
         Raises:
             UserError: the codes do not fit the weight's shape.
         """
-        codes, (bits, _) = parts[CODES], spec_of(parts)
+        codes, (bits, *_) = parts[CODES], spec_of(parts)
         stored: Any = weight.stored
         if tuple(codes.shape) != weight.shape:
             raise UserError(
@@ -152,7 +152,7 @@ class IntWeight(ScalarWeight):
         return {CODES: codes.view(entry.shape), AFFINE: parts[AFFINE], SPEC: spec}
 
 
-def spec_of(parts: Mapping[str, Tensor]) -> tuple[int, str]:
-    """(N, range) of the entry `scalar`, (2,) uint8, of a state."""
-    bits, index = parts[SPEC].tolist()
-    return bits, RANGES[index]
+def spec_of(parts: Mapping[str, Tensor]) -> tuple[int, str, bool]:
+    """(N, range, turned?) of the entry `scalar` of a state, (2,) or (3,) uint8."""
+    bits, index, *turned = parts[SPEC].tolist()
+    return bits, RANGES[index], bool(turned)

@@ -48,7 +48,7 @@ def quantize_(
     """Quantize the weights of any module in place, all stages of the plan at once, without fine-tuning.
 
     Args:
-        model: any nn.Module; its Linear, Embedding and Conv2d weights are what a plan can name.
+        model: any nn.Module; the weights that `weights/blocks.py` lists are what a plan can name.
         plan: a path, a mapping or a Plan. Its `structure` comes first: layers are shared, then pruned.
         seed: of k-means; the same model, plan, importance and seed give the same codes.
         importance: by a tensor's name, a tensor of its shape: how much the squared error of each number counts in
@@ -77,7 +77,7 @@ def quantize_(
     given = (importance or {}) if plan.centroids.weighted else {}
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
     warn_of_uncovered(model)  # before encoding, while all parameters are dense
-    check_importance(given, {t.weight.tensor_name: t.weight.shape for t in targets})
+    check_importance(given, {t.weight.tensor_name: t.weight.dense_shape for t in targets})
     quantize_targets(targets, seed=seed, importance=given, progress=progress)
     ranks.check_same(quantized_state(model), "after the encoding")
     if plan.activations is not None:
@@ -181,13 +181,14 @@ def quantized_values(
     found = _encode_together(targets, importance or {}, seed, "", progress)
     values = []
     for target, pair in zip(targets, found, strict=True):
-        stored = dense_weight(target.weight)
+        stored, parameter = dense_weight(target.weight), target.weight.parameter
+        assert isinstance(parameter, nn.Parameter)
         if pair is None:
-            values.append((stored, _seen(target, stored)))
+            seen = _seen(target, stored)
         else:
             parts = pair[0].to(stored.device), pair[1].to(stored)
-            made = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval()
-            values.append((stored, made.decode()))
+            seen = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval().decode()
+        values.append((parameter, target.weight.turn(seen)))
     return values
 
 
@@ -280,7 +281,8 @@ def _encode(
     if d is None or k is None:
         error = _error(targets[0])
         return [None], [f"{rule.scheme} range {rule.range} relative error {error:.4f}"]
-    names, counts = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
+    names, given = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
+    counts = [None if g is None else t.weight.turn(g) for t, g in zip(targets, given, strict=True)]
     stored: list[Tensor] = [t.weight.stored for t in targets]  # type: ignore[misc]
     found = encode_together(names, stored, d, k, seed=seed, importance=counts)
     how = "" if None in counts else "weighted, "

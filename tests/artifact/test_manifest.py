@@ -58,7 +58,7 @@ def inputs(**changes):
 
 @pytest.mark.parametrize("version", [0, 1, FORMAT_VERSION + 1, "1", None, 1.5, 3.0, True])
 def test_an_unknown_version_is_refused_with_the_known_one(version):
-    message = rf"format version .* is unknown here \(this package reads 3 and {FORMAT_VERSION}\); update"
+    message = rf"format version .* is unknown here \(this package reads 3 to {FORMAT_VERSION}\); update"
     with refuses(message, DamagedFileError):
         Manifest.from_json(edited(format_version=version))
 

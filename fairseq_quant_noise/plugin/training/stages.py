@@ -157,7 +157,7 @@ class StageController:
 
     def _dense(self) -> dict[str, Tensor]:
         """The weights that k-means will quantize, by name."""
-        stored = {t.weight.tensor_name: t.weight.stored for t in self.targets if t.block_size is not None}
+        stored = {t.weight.tensor_name: t.weight.parameter for t in self.targets if t.block_size is not None}
         return {name: weight for name, weight in stored.items() if isinstance(weight, Tensor)}
 
     def _rebuild_optimizer(self) -> None:
