@@ -121,3 +121,15 @@ def dense_weight(weight: Weight) -> Tensor:
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
     """The quantized weights of `model`, each once, by the name that a plan gives it."""
     return {w.name: w.stored for w in find_weights(model) if isinstance(w.stored, QuantizedWeight)}
+
+
+def code_shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a state does not say of weights that are no plain matrices, by the tensor's name.
+
+    Returns:
+        `shape`, as the codes lie (O, I, k), and `turned`, whether the dense weight has its first two dimensions
+        exchanged; of each weight in codes of blocks.
+    """
+    held = ((w, w.stored) for w in find_weights(model) if w.turned or len(w.shape) > 2)
+    blocks = [w for w, stored in held if isinstance(stored, QuantizedWeight) and stored.has_codebook]
+    return {w.tensor_name: {"shape": [*w.shape], "turned": w.turned} for w in blocks}
