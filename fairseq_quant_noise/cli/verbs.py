@@ -31,6 +31,7 @@ from ..quantization.table import make_table
 from ..quantization.targets import resolve_stages
 from ..report import write_report
 from ..structure.state import stack_sizes
+from ..weights.discovery import warn_of_uncovered
 from .printing import print_inspection, print_table
 
 
@@ -47,6 +48,7 @@ def plan(args: argparse.Namespace) -> None:
     if the_plan.structure is not None:
         apply_structure(model, the_plan.structure)
     table = make_table(model, resolve_stages(the_plan, model), original.dense_bytes)
+    warn_of_uncovered(model, args.strict)
     if args.json:
         print(json.dumps(table.to_dict()))
     else:
@@ -89,6 +91,7 @@ def quantize(args: argparse.Namespace) -> None:
         seed=args.seed,
         importance=importance,
         calibration=calibration,
+        strict=args.strict,
         progress=_progress,
     )
     _write_packed(args.out, checkpoint, the_plan)

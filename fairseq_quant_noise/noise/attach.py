@@ -29,24 +29,27 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     return [model, *(model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts) + 1))]
 
 
-def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
+def attach_rules(model: nn.Module, rules: Sequence[NoiseRule], *, strict: bool = False) -> list[Weight]:
     """Noise the weights of `model` by `rules`, in place; returns the weights that got noise.
 
     A weight that several rules match gets their noises one after the other, in the rules' order.
 
     Raises:
-        UserError: the model has noise already, a rule matches nothing, a block size does not divide, or a noised weight
-            is held where nothing can intercept it (`Weight.check_ties`).
+        UserError: the model has noise already, a rule matches nothing, a block size does not divide, the model has a
+            matrix that no rule can name (with `strict`, else a warning says so), or a noised weight is held where
+            nothing can intercept it (`Weight.check_ties`).
     """
     if any(noises(module) for module in model.modules()):
         raise UserError("the model has noise already; call detach_noise(model) first, or give the noise once")
     weights = find_weights(model)
-    matches = match_rules("noise", rules, [w.name for w in weights])
+    found = match_rules("noise", rules, [w.name for w in weights])
+    matches = [[rule.of_weight(w.name, w.module) for rule in of] for w, of in zip(weights, found, strict=True)]
     for weight, matched in zip(weights, matches, strict=True):
         if matched:
             weight.check_ties()
         for rule in matched:
             check_block_size(weight.name, weight.shape, rule.d)
+    warn_of_uncovered(model, strict)
     draw = ModelNoise(model)
     watched: dict[int, nn.Module] = {}
     noised = [(w, rules_of) for w, rules_of in zip(weights, matches, strict=True) if rules_of]
@@ -60,7 +63,6 @@ def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
     for module in watched.values():
         draw.watch(module)
     CleanStatistics(model, draw)
-    warn_of_uncovered(model)
     _warn_of_zeroed_convolutions(noised)
     model._quant_noise = draw  # type: ignore[assignment]
     return [w for w, _ in noised]

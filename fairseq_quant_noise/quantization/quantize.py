@@ -43,6 +43,7 @@ def quantize_(
     seed: int = 0,
     importance: Mapping[str, Tensor] | None = None,
     calibration: Iterable[Any] | Callable[[nn.Module], object] | None = None,
+    strict: bool = False,
     progress: Callable[[str], None] = logger.info,
 ) -> nn.Module:
     """Quantize the weights of any module in place, all stages of the plan at once, without fine-tuning.
@@ -58,6 +59,7 @@ def quantize_(
             statistics of batch normalisation, which are estimated anew over all of them, then the ranges of
             `activations`, over the first `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of
             them, or a function that runs the model on inputs of its own; such a function may also stand for all.
+        strict: refuse a model with a matrix that no rule can name; else one warning names all of them.
         progress: called with a line for each weight.
 
     Returns:
@@ -76,7 +78,7 @@ def quantize_(
         apply_structure(model, plan.structure)
     given = (importance or {}) if plan.centroids.weighted else {}
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
-    warn_of_uncovered(model)  # before encoding, while all parameters are dense
+    warn_of_uncovered(model, strict)  # before encoding, while all parameters are dense
     check_importance(given, {t.weight.tensor_name: t.weight.dense_shape for t in targets})
     quantize_targets(targets, seed=seed, importance=given, progress=progress)
     ranks.check_same(quantized_state(model), "after the encoding")

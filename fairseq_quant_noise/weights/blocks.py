@@ -95,6 +95,13 @@ def _rule(module: nn.Module, key: str) -> Covered | None:
     return next((c for c in _COVERED if isinstance(module, c.module) and re.fullmatch(c.keys, key)), None)
 
 
+def kinds(module: nn.Module) -> set[str]:
+    """What a plan's settings may call modules like this one: by type (Linear), and by kernel (conv3x3)."""
+    names = {cls.__name__ for cls in type(module).__mro__ if cls not in (object, nn.Module)}
+    kernel = module.kernel_size if isinstance(module, _ConvNd) else ()
+    return names | ({"conv" + "x".join(map(str, kernel))} if kernel else set())
+
+
 def turn(shape: Sequence[int]) -> tuple[int, ...]:
     """`shape` with its first two dimensions exchanged."""
     return shape[1], shape[0], *shape[2:]

@@ -195,14 +195,21 @@ def uncovered(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def warn_of_uncovered(model: nn.Module) -> None:
-    """Log one warning that names the parameters that no rule can name; they stay dense, whatever `match` says."""
+def warn_of_uncovered(model: nn.Module, strict: bool = False) -> None:
+    """Log one warning that names the parameters that no rule can name; they stay dense, whatever `match` says.
+
+    Raises:
+        UserError: there are some, and `strict` is true.
+    """
     left = uncovered(model)
     if left:
         sizes = {name: p.numel() for name, p in model.named_parameters()}
         share = sum(sizes[name] for name in left) / sum(sizes.values())
         some = [f"{name} ({why})" for name, why in [*left.items()][:_NAMED]] + ["…"] * (len(left) > _NAMED)
-        logger.warning(
+        text = (
             f"{len(left)} weights ({share:.1%} of the parameters) stay as they are, since no rule covers modules of "
             f"their type: {', '.join(some)}; fairseq_quant_noise.cover makes a type known"
         )
+        if strict:
+            raise UserError(text)
+        logger.warning(text)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from toys import Tied, Zoo, noised
+from toys import Tied, Zoo, noised, refuses
 
 from fairseq_quant_noise import attach_noise, cover, quantize_
 from fairseq_quant_noise.layers import PQWeight, quantize_weight_
@@ -110,6 +110,18 @@ def test_weights_that_no_rule_can_name_are_said_once(caplog, use):
         f"1 weights ({share:.1%} of the parameters) stay as they are, since no rule covers modules of their type: "
         "0.table (a parameter (8, 8) of Own); fairseq_quant_noise.cover makes a type known"
     )
+
+
+@pytest.mark.parametrize("use", ["noise", "stages"])
+def test_a_strict_caller_is_refused_before_any_work(use):
+    model = nn.Sequential(Own(), nn.Linear(8, 8))
+    with refuses(r"^1 weights .*: 0\.table \(a parameter \(8, 8\) of Own\)"):
+        if use == "noise":
+            attach_noise(model, {"noise": [{"match": ".*", "p": 0.1, "block_size": 8}]}, strict=True)
+        else:
+            quantize_(model, {"stages": [{"match": ".*"}]}, strict=True)
+    assert type(model[1]) is nn.Linear
+    attach_noise(model[1], {"noise": [{"match": ".*", "p": 0.1}]}, strict=True)
 
 
 def test_a_type_of_module_can_be_made_known(monkeypatch):

@@ -116,12 +116,12 @@ def build_model(cfg: Any, task: Any, from_checkpoint: bool = False) -> Any:
     _building = True
     try:
         with exits_on_user_error():
-            return _built(cfg, lambda: _build_model(cfg, task, from_checkpoint))
+            return _built(cfg, lambda: _build_model(cfg, task, from_checkpoint), from_checkpoint)
     finally:
         _building = False
 
 
-def _built(cfg: Any, build: Callable[[], Any]) -> Any:
+def _built(cfg: Any, build: Callable[[], Any], from_checkpoint: bool) -> Any:
     def of_this_package() -> Any:
         with _known_options(cfg):
             model = build()
@@ -132,7 +132,11 @@ def _built(cfg: Any, build: Callable[[], Any]) -> Any:
         return model
 
     _check_sections(cfg)
-    return made_quantizable(of_this_package, cfg)
+    # A checkpoint of this package has noise 0 in its options: this one is of stock fairseq, which had added the layer.
+    has_layer = (
+        from_checkpoint and bool(getattr(cfg, "quant_noise_pq", 0)) and not getattr(cfg, "adaptive_input", False)
+    )
+    return made_quantizable(of_this_package, cfg, has_layer)
 
 
 def _check_sections(cfg: Any, path: str = "model") -> None:

@@ -152,19 +152,20 @@ class Quantizable:
         return super().load_state_dict(taken, strict)  # type: ignore[misc]
 
 
-def made_quantizable(build: Callable[[], Any], options: Any) -> Any:
+def made_quantizable(build: Callable[[], Any], options: Any, embedding_layer: bool = False) -> Any:
     """Build a Quantizable with the noise and the shared layers that `options` ask for, and without fairseq's noise.
 
     Args:
         build: makes the model, fairseq's own or one with fairseq's noise; the options say that there is none.
         options: fairseq's `cfg.model`, changed in place (see `layers_of`).
+        embedding_layer: whether the model has the layer after the embedding, in any case.
 
     Raises:
         UserError: the options contradict each other, or do not fit the model.
     """
     noise_rules(options)  # a mistake stops the run before the model is built
     layers = layers_of(options)
-    embedding_layer = getattr(options, "quant_noise_embedding_layer", False)
+    embedding_layer = embedding_layer or getattr(options, "quant_noise_embedding_layer", False)
     if embedding_layer and getattr(options, "adaptive_input", False):
         raise UserError("--quant-noise-embedding-layer: fairseq has none with --adaptive-input; leave the option out")
     with without_fairseq_noise(options, embedding_layer):
