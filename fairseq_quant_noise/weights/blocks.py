@@ -15,10 +15,11 @@ transformers store the inputs first, (I, O, …). They are *turned*: their block
 two dimensions exchanged, so that they lie along the inputs as well.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -58,6 +59,7 @@ def cover(module: type, keys: str = "weight", *, turned: bool = False) -> None:
     The module's forward must read them as attributes of the module at each call. `turned` as in the table above.
     """
     _COVERED.insert(0, Covered(module, keys, turned))
+    _rule.cache_clear()
 
 
 def is_conv1d(module: type) -> bool:
@@ -74,11 +76,12 @@ def covered(module: nn.Module, parent: nn.Module | None = None) -> dict[str, boo
     """
     if isinstance(module, ParametrizationList):
         key = "original1" if isinstance(module[0], _WeightNorm) else "original"
-        rule = None if parent is None else _rule(parent, "weight")
+        of: Any = type(parent)
+        rule = None if parent is None else _rule(of, "weight")
         return {key: rule.turned} if rule is not None and _stores(module, key) else {}
-    found = {}
+    found, kind = {}, cast(Any, type(module))
     for key in (*module._parameters, *module._modules):
-        rule = _rule(module, "weight" if _NORMED.fullmatch(key) else key)
+        rule = _rule(kind, key)
         if rule is not None and _stores(module, key):
             found[key] = rule.turned
     return found
@@ -89,10 +92,13 @@ def _stores(module: nn.Module, key: str) -> bool:
     return (parameter is not None and parameter.dim() >= 2) or module._modules.get(key) is not None
 
 
-def _rule(module: nn.Module, key: str) -> Covered | None:
-    if is_conv1d(type(module)):
-        return Covered(type(module), "weight", turned=True) if key == "weight" else None
-    return next((c for c in _COVERED if isinstance(module, c.module) and re.fullmatch(c.keys, key)), None)
+@functools.cache
+def _rule(module: Any, key: str) -> Covered | None:
+    """What covers the parameter `key` of modules of a type; found once, for a model has hundreds."""
+    name = "weight" if _NORMED.fullmatch(key) else key
+    if is_conv1d(module):
+        return Covered(module, "weight", turned=True) if name == "weight" else None
+    return next((c for c in _COVERED if issubclass(module, c.module) and re.fullmatch(c.keys, name)), None)
 
 
 def kinds(module: nn.Module) -> set[str]:

@@ -352,7 +352,9 @@ def test_the_first_pattern_that_matches_a_name_gives_its_block_size(name, size):
 def test_a_name_without_a_value_and_without_a_default_is_refused():
     rule = StageRule("fc.*", n_centroids={"fc1": 16})
     assert rule.n_centroids_of("fc1", nn.Linear(8, 8)) == 16
-    with refuses(r"stage 'fc\.\*': n_centroids gives no value for fc2; add a pattern or a type that matches it, or a default"):
+    with refuses(
+        r"stage 'fc\.\*': n_centroids gives no value for fc2; add a pattern or a type that matches it, or a de"
+    ):
         rule.n_centroids_of("fc2", nn.Linear(8, 8))
 
 
