@@ -128,7 +128,7 @@ class Quantizable:
             )
         model: Any = copy.deepcopy(self) if noise_of(self) is not None else copy.copy(self)  # type: ignore[arg-type]
         detach_noise(model)
-        for name in ("quant_noise_layers", "quant_noise_options", "_probed"):
+        for name in ("quant_noise_layers", "quant_noise_options", "quant_noise_stock", "_probed"):
             vars(model).pop(name, None)
         kind = type(self)
         model.__class__ = next(base for base in kind.__mro__[1:] if not issubclass(base, Quantizable))

@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 from lm_fixture import FFN, USER_DIR, both_kinds, fairseqs_own_noise, ipq_flags, one_error, same, split, state_of
-from translation_fixture import BASE, IPQ, LOSS, OWN, SMOOTHING, TranslationLab
+from translation_fixture import BASE, IPQ, LOSS, OWN, SMOOTHING, TranslationLab, verb
 
+from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.noise import noise_of
 from fairseq_quant_noise.weights.discovery import find_weights
@@ -64,7 +65,12 @@ def test_an_architecture_without_options_for_noise_trains_in_stages_from_a_noise
     assert run.valid[-1]["ipq_ratio"] > 1.5
     again = lstm.load(run.path, kind=OWN)
     assert set(quantized_weights(again)) == set(quantized_weights(run.model))
-    assert len(lstm.translate(run.path, kind=OWN)[1]) == 48
+    score, lines = lstm.translate(run.path, kind=OWN)
+    assert len(lines) == 48
+    dense = lstm.new("dense.pt")
+    verb("to-dense", run.path, "--out", dense)
+    with fairseqs_own_noise():
+        assert lstm.translate(dense, kind=OWN)[0] == score
 
 
 def test_its_stages_resume_where_they_were(lstm):
@@ -95,10 +101,14 @@ def test_options_that_contradict_each_other_end_in_a_line(lstm, capsys):
     assert one_error(capsys.readouterr()).startswith("--quant-noise-pq and --quant-noise-scalar: give one")
 
 
-def test_layers_of_a_stock_architecture_can_share_their_weights(lab):
+def test_layers_of_a_stock_architecture_can_share_their_weights_and_be_packed(lab):
     run = lab.train("--share-layers", 2, arch="transformer_lm", kind="plain")
     layers = run.model.decoder.layers
     assert layers[0].fc1.weight is layers[1].fc1.weight
     plan = ["--quantization-config-path", lab.plan({"stages": [FFN]}), "--share-layers", 2]
     ipq = lab.train("--finetune-from-model", run.path, *plan, *ipq_flags("plain"), arch="transformer_lm", kind="plain")
-    assert abs(lab.eval_lm(ipq.path) - ipq.ppl) < 1e-2 * ipq.ppl
+    packed = lab.new("packed.safetensors")
+    verb("export", "--path", ipq.path, "--out", packed)
+    for path in (ipq.path, packed):
+        assert abs(lab.eval_lm(path) - ipq.ppl) < 1e-3 * ipq.ppl
+    assert read(packed).manifest.model["architecture"] == "quant_noise_transformer_lm"
