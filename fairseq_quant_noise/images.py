@@ -1,16 +1,23 @@
 """Prepare images for a network with torchvision: augment them in training, crop them in evaluation, normalise."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from .errors import UserError
 from .networks.vision import import_vision
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 #: Mean and standard deviation of ImageNet's pixels, by channel, from 0 to 1.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Transform = Callable[["Image"], Tensor]  # from a PIL image to a (3, size, size) tensor
 AUGMENTATIONS = ("imagenet", "randaugment", "cifar", "none")
 
 
-def training_transform(size: int, augmentation: str = "imagenet", crop: float = 0.875) -> Any:
+def training_transform(size: int, augmentation: str = "imagenet", crop: float = 0.875) -> Transform:
     """A random transform from a PIL image to a normalised (3, size, size) tensor.
 
     Args:
@@ -36,7 +43,7 @@ def training_transform(size: int, augmentation: str = "imagenet", crop: float = 
     return t.Compose([*steps, t.ToTensor(), t.Normalize(MEAN, STD)])
 
 
-def evaluation_transform(size: int, crop: float = 0.875) -> Any:
+def evaluation_transform(size: int, crop: float = 0.875) -> Transform:
     """A transform from a PIL image to the normalised (3, size, size) tensor of its centre.
 
     Args:

@@ -116,8 +116,8 @@ def flags_of(setting: Setting, out: Path, plan: Path) -> list[str]:
 def train(flags: list[str], power: float) -> float:
     """fairseq-train with this power of the cluster's size; the last validation's loss in bits, NaN if it diverged."""
     program = (
-        "import fairseq_cli.train as train, fairseq_quant_noise, fairseq_quant_noise.layers.pq as pq;"
-        f"fairseq_quant_noise.register(); pq.GRADIENT_POWER = {power}; train.cli_main()"
+        "import fairseq_cli.train as train, fairseq_quant_noise, fairseq_quant_noise.layers.lookup as lookup;"
+        f"fairseq_quant_noise.register(); lookup.GRADIENT_POWER = {power}; train.cli_main()"
     )
     done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
     if "not finite any more" in done.stderr:

@@ -53,7 +53,7 @@ train() {
 
 # pack RUN FILE: makes a packed file. In stages, weights that are still dense keep the noise of the run, which the plan has too.
 pack() {
-  local out="$1/$2.safetensors" dense="$1/dense/checkpoint_best.pt" flags=(${FLAGS[@]+"${FLAGS[@]}"})
+  local out="$1/$2.safetensors" dense="$1/dense/checkpoint_best.pt" tune=lm_ipq flags=(${FLAGS[@]+"${FLAGS[@]}"})
   if [[ " ${STAGED[*]-} " != *" $2 "* ]]; then
     fairseq-quant-noise quantize --path "$dense" --plan "$1/$2.yaml" --out "$out" --seed "$SEED"
     return 0
@@ -61,7 +61,8 @@ pack() {
   if [[ " ${TAUGHT[*]-} " == *" $2 "* ]]; then flags+=(--ipq-teacher "$dense"); fi
   flags+=(--decoder-layerdrop 0) # LayerDrop makes perplexity a quarter higher while centroids are fine-tuned
   if [ -n "$KEEP" ]; then flags+=(--decoder-layers "$(module recipes.n_layers "$dense")"); fi
-  finished "$1/$2" "$IPQ_UPDATES" || lm_ipq "$1/dense" "$1/$2.yaml" "$1/$2" "${flags[@]}"
+  if [[ "$2" == best* ]]; then tune=lm_best; fi
+  finished "$1/$2" "$IPQ_UPDATES" || "$tune" "$1/dense" "$1/$2.yaml" "$1/$2" "${flags[@]}"
   fairseq-quant-noise export --path "$1/$2/checkpoint_last.pt" --out "$out"
 }
 

@@ -43,7 +43,7 @@ export REPO PATH
 
 # RECIPE: the command line of the recipe that sources this file, with the settings that its caller gave.
 RECIPE=""
-for name in OUT SIZE NOISE SHARE KEEP LAYERDROP TEACHER UPDATES IPQ_UPDATES PRETRAIN_UPDATES SEED PLAN IPQ DENSE ONLY WORDS VOCAB_SIZE; do
+for name in OUT SIZE METHOD NOISE SHARE KEEP LAYERDROP TEACHER UPDATES IPQ_UPDATES PRETRAIN_UPDATES SEED PLAN IPQ DENSE ONLY WORDS VOCAB_SIZE; do
   if [ -n "${!name:-}" ]; then RECIPE+="$name=$(printf '%q' "${!name}") "; fi
 done
 RECIPE+="bash $(printf '%q ' "$0" "$@")"
@@ -72,6 +72,17 @@ whole_numbers() {
   for name in "$@"; do
     [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || die "$name is '${!name}'; give a whole number from 1 up"
   done
+}
+
+# method: reads METHOD. `paper`, the default, is the paper's iPQ: one group of weights after the other, with fixed codes.
+# `best` quantizes all weights at once and trains their codes too (docs/codes.md). It sets METHOD_FLAGS for fairseq-train
+# with --criterion ipq, and BEST, which is added to the names of files, so that one folder can hold both.
+method() {
+  case "${METHOD:=paper}" in
+    paper) METHOD_FLAGS=() BEST="" ;;
+    best) METHOD_FLAGS=(--ipq-codes train --ipq-stages joint) BEST=-best ;;
+    *) die "METHOD is $METHOD; give paper or best" ;;
+  esac
 }
 
 # one_set_of NAME...: stops if the runs in OUT were made with other values of these variables.
@@ -232,12 +243,14 @@ lm_train() {
 
 # lm_ipq DENSE PLAN DIR FLAGS...: runs iPQ on the best model in DENSE. Each stage of the plan quantizes its weights by
 # k-means and fine-tunes everything that is quantized so far.
+# lm_best takes the same arguments for METHOD=best, with the dense model as the teacher.
+lm_best() { METHOD=best method && lm_ipq "$@" "${METHOD_FLAGS[@]}" --ipq-teacher "$1/checkpoint_best.pt" --ipq-codes-lr 2 --lr 2e-3 --dropout 0; }
 lm_ipq() {
   local dense="$1" plan="$2" dir="$3"
   shift 3
-  fairseq-train "${LM_FLAGS[@]}" --criterion ipq --ipq-criterion cross_entropy "$@" \
+  fairseq-train "${LM_FLAGS[@]}" --criterion ipq --ipq-criterion cross_entropy --lr 1e-3 "$@" \
     --quantization-config-path "$plan" --finetune-from-model "$dense/checkpoint_best.pt" \
-    --lr 1e-3 --lr-period-updates "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
+    --lr-period-updates "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
     --save-interval-updates 50 --keep-interval-updates 1 --no-epoch-checkpoints --save-dir "$dir"
 }
 

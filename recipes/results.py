@@ -1,8 +1,9 @@
 """The result of one run: perplexities and bytes, from fairseq-eval-lm's logs and the packed file.
 
-    python recipes/results.py RUN_DIR --noise 0.05
+    python recipes/results.py RUN_DIR --noise 0.05 [--method best]
 
 reads RUN_DIR/eval-{dense,one-shot,packed}.log and model.safetensors, prints the line and writes RUN_DIR/result.json.
+With `--method best` they are eval-packed-best.log, model-best.safetensors and result-best.json.
 """
 
 import argparse
@@ -16,6 +17,9 @@ from typing import Any
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.artifact.inspection import inspection
 
+#: What is added to a file's name for each METHOD of a recipe (recipes/lib.sh).
+METHODS = {"paper": "", "best": "-best"}
+
 
 def perplexity(log: Path) -> float:
     """The perplexity that fairseq-eval-lm reports, from its loss in bits, which has more digits."""
@@ -25,14 +29,14 @@ def perplexity(log: Path) -> float:
     return float(found[-1][1])
 
 
-def result(run: Path, noise: float) -> dict[str, Any]:
+def result(run: Path, noise: float, best: str = "") -> dict[str, Any]:
     """The figures of one run: PPL of the dense, one-shot and fine-tuned models, bytes of the file and of the paper."""
-    packed = inspection(run / "model.safetensors", read(run / "model.safetensors"))
+    packed = inspection(run / f"model{best}.safetensors", read(run / f"model{best}.safetensors"))
     return {
         "noise": noise,
         "ppl_dense": perplexity(run / "eval-dense.log"),
         "ppl_one_shot": perplexity(run / "eval-one-shot.log"),
-        "ppl_ipq": perplexity(run / "eval-packed.log"),
+        "ppl_ipq": perplexity(run / f"eval-packed{best}.log"),
         **{key: packed[key] for key in ("dense_bytes", "file_bytes", "paper_bytes", "ratio")},
     }
 
@@ -54,9 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--noise", type=float, required=True)
+    parser.add_argument("--method", choices=METHODS, default="paper")
     args = parser.parse_args()
-    line = json.dumps(result(args.run, args.noise))
-    (args.run / "result.json").write_text(line + "\n")
+    best = METHODS[args.method]
+    line = json.dumps(result(args.run, args.noise, best))
+    (args.run / f"result{best}.json").write_text(line + "\n")
     print(line)
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Table 1 of the Quant-Noise paper, and its table of exact and proxy noise, at the size of the quickstart: twelve small
-# language models on the documentation strings of the Python standard library, about two hours on two cores, no GPU.
+# Repeats Table 1 of the Quant-Noise paper, and its table of exact and proxy noise, at the size of the quickstart: twelve
+# small language models on the documentation strings of the Python standard library. Takes about two hours on two cores,
+# without a GPU.
 #
 #     bash recipes/table1.sh           everything
 #     bash recipes/table1.sh --list    the twelve runs, each with its packed files
@@ -12,6 +13,7 @@
 #     OUT=runs/table1        the folder of all output
 #     ONLY="none int4-qn"    only these runs; the tables show the runs that exist
 #     JOBS=2                 runs side by side, with OMP_NUM_THREADS=1 each
+#     METHOD=paper           best: iPQ trains its codes too (docs/codes.md); its files are called ipq-best, ipq-int8-best
 #     UPDATES=3000  IPQ_UPDATES=300  SEED=1  VOCAB_SIZE=4000    the same values for all runs in one OUT
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -32,7 +34,7 @@ files() {
 
 case "${1:-}" in
   '') ;;
-  -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
   --list) for name in $RUNS; do say "$name: $(files "$name")"; done && exit 0 ;;
   *) die "unknown argument $1; run: bash recipes/table1.sh --help" ;;
 esac
@@ -49,6 +51,7 @@ whole_numbers JOBS UPDATES IPQ_UPDATES SEED VOCAB_SIZE
 for name in $ONLY; do
   [[ " $RUNS " == *" $name "* ]] || die "ONLY names a run '$name'; there are: $RUNS"
 done
+method
 need python fairseq-train fairseq-eval-lm fairseq-quant-noise
 
 # noise_flags NAME: sets NOISE_FLAGS, the noise of a training. QAT is noise on every weight in every forward pass.
@@ -70,10 +73,10 @@ train() {
 
 # ipq NAME FILE: quantizes in stages. Weights that are still dense keep the noise of the run, which the plan has too.
 ipq() {
-  local run="$OUT/$1"
-  finished "$run/$2" "$IPQ_UPDATES" ||
-    quietly "$run/$2.log" lm_ipq "$run/dense" "$run/$2-plan.yaml" "$run/$2" --quant-noise-pq 0
-  quietly "$run/$2.log" fairseq-quant-noise export --path "$run/$2/checkpoint_last.pt" --out "$run/$2.safetensors"
+  local run="$OUT/$1" tune=lm_ipq out="$OUT/$1/$2$BEST"
+  if [ -n "$BEST" ]; then tune=lm_best; fi
+  finished "$out" "$IPQ_UPDATES" || quietly "$out.log" "$tune" "$run/dense" "$run/$2-plan.yaml" "$out" --quant-noise-pq 0
+  quietly "$out.log" fairseq-quant-noise export --path "$out/checkpoint_last.pt" --out "$out.safetensors"
 }
 
 # one_shot NAME FILE PLAN: quantizes without fine-tuning.
@@ -84,19 +87,23 @@ one_shot() {
 
 # run NAME: all steps of a run, from the training to its lines in the tables.
 run() {
-  local name="$1" dir="$OUT/$1" file
+  local name="$1" dir="$OUT/$1" file made
   mkdir -p "$dir"
   step "$name: train, $UPDATES updates" "$dir/.trained" train "$name"
   step "$name: evaluate" "$dir/.eval-dense" lm_evaluate "$dir/dense/checkpoint_best.pt" "$dir/eval-dense.log"
   for file in $(files "$name"); do
+    made="$file"
     case "$file" in
-      ipq*) step "$name: $file, $IPQ_UPDATES updates" "$dir/.$file" ipq "$name" "$file" ;;
+      ipq*)
+        made="$file$BEST"
+        step "$name: $made, $IPQ_UPDATES updates" "$dir/.$made" ipq "$name" "$file"
+        ;;
       *-channel) step "$name: $file" "$dir/.$file" one_shot "$name" "$file" "$OUT/plans/$file.yaml" ;;
       *) step "$name: $file" "$dir/.$file" one_shot "$name" "$file" "$REPO/configs/plans/small_$file.yaml" ;;
     esac
-    step "$name: evaluate $file" "$dir/.eval-$file" lm_evaluate "$dir/$file.safetensors" "$dir/eval-$file.log"
+    step "$name: evaluate $made" "$dir/.eval-$made" lm_evaluate "$dir/$made.safetensors" "$dir/eval-$made.log"
   done
-  python -m recipes.table1.table "$OUT" --run "$name"
+  python -m recipes.table1.table "$OUT" --run "$name" --method "$METHOD"
 }
 
 mkdir -p "$OUT"
@@ -110,4 +117,4 @@ lm_flags
 RUNS_NOW=()
 for name in $ONLY; do RUNS_NOW+=("$name: run $name"); done
 side_by_side "$JOBS" "${RUNS_NOW[@]}"
-python -m recipes.table1.table "$OUT"
+python -m recipes.table1.table "$OUT" --method "$METHOD"

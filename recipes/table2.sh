@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 2 of the Quant-Noise paper, reduced: the effects of sharing (pairs of layers), pruning (every other pair), iPQ and
-# noise. Seven rows for a language model on WikiText-2 and, with --glue, for quant_noise_roberta_small on MNLI.
+# Repeats Table 2 of the Quant-Noise paper at a small size: what sharing (pairs of layers), pruning (every other pair), iPQ
+# and noise do. It has seven rows for a language model on WikiText-2 and, with --glue, for quant_noise_roberta_small on MNLI.
 # Takes two to three hours on one core for the language model and as much again for MNLI (the sum of its parts); less if
 # runs of table3.sh exist.
 #
@@ -11,6 +11,7 @@
 # table2.jsonl. Steps that are done are skipped. After a kill, the same command resumes.
 #     JOBS=2 (runs side by side)   UPDATES=3000  IPQ_UPDATES=300 (language model)   PRETRAIN_UPDATES=6000
 #     MNLI_UPDATES=2000  MNLI_IPQ_UPDATES=450   WORDS=16000  SEED=1   ONLY="lm mnli"
+#     METHOD=paper|best (best trains the codes of iPQ too: docs/codes.md)
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -19,6 +20,8 @@ table_arguments "$0" "$@"
 export SIZE=cpu LAYERDROP="${LAYERDROP:-0.2}" SEED="${SEED:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ONLY="${ONLY:-lm${GLUE:+ mnli}}"
 JOBS="${JOBS:-2}"
+method
+export METHOD
 whole_numbers JOBS
 mkdir -p "$OUT/lm"
 lock "$OUT"
@@ -62,4 +65,4 @@ if [[ " $ONLY " == *" mnli "* ]]; then
     "shared: mnli shared 0 2 0 && mnli shared-pruned 0 2 0 shared" \
     "noise-shared: mnli noise-shared 0.1 2 1 && mnli noise-shared-pruned 0.1 2 1 noise-shared"
 fi
-module recipes.table2.table "$OUT"
+module recipes.table2.table "$OUT" --method "$METHOD"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Table 3 of the Quant-Noise paper for RoBERTa, reduced: iPQ on MNLI without noise, with noise from pre-training on, and
-# with noise in fine-tuning only (post-hoc); and the first two without the teacher. The network is quant_noise_roberta_small,
+# Repeats Table 3 of the Quant-Noise paper for RoBERTa at a small size: iPQ on MNLI without noise, with noise from pre-training
+# on, and with noise in fine-tuning only (post-hoc); and the first two without the teacher. quant_noise_roberta_small is
 # pre-trained on WikiText-2. Takes about three hours on one CPU core, half of that on two (the sum of its parts).
 #
 #     bash recipes/table3.sh OUT_DIR --wikitext DIR --glue DIR [--bpe DIR]
@@ -8,13 +8,15 @@
 # DIRs: wiki.{train,valid}.tokens; GLUE's MNLI folder; GPT-2's byte pairs (default: a download). The results are lines of
 # JSON in OUT_DIR/table3.jsonl. After a kill, the same command resumes.
 #     WORDS=16000 (of the dictionary)   PRETRAIN_UPDATES=6000  LAYERDROP=0.2 (in pre-training)  UPDATES=2000  IPQ_UPDATES=450
-#     SEED=1   JOBS=2 (runs side by side)
+#     SEED=1   JOBS=2 (runs side by side)   METHOD=paper|best (best trains the codes too: docs/codes.md)
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 table_arguments "$0" "$@"
 [ -n "$OUT" ] && [ -n "$WIKITEXT" ] && [ -n "$GLUE" ] || die "give OUT_DIR --wikitext DIR --glue DIR; see --help"
 export SIZE=cpu LAYERDROP="${LAYERDROP:-0.2}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+method
+export METHOD
 mkdir -p "$OUT"
 lock "$OUT"
 
@@ -36,7 +38,7 @@ side_by_side "${JOBS:-2}" \
   "noise: pretrain noise 0.1 && mnli noise noise 0.1 1 && mnli noise noise 0.1 0"
 
 for run in none noise posthoc; do
-  for file in result ipq-alone; do
+  for file in "$([ -z "$BEST" ] && echo result || echo "ipq$BEST")" "ipq-alone$BEST"; do
     [ ! -f "$OUT/$run/$file.json" ] || printf '{"run": "%s", "file": "%s", %s\n' "$run" "$file" "$(cut -c2- "$OUT/$run/$file.json")"
   done
 done | tee "$OUT/table3.jsonl"

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# All that scripts/setup.sh installs, in one folder, for a machine without a network. Run it where a package index is
-# in reach, on the same kind of machine (operating system, processor) and with the same version of Python.
+# Collects in one folder everything that scripts/setup.sh installs, for a machine without a network. Run it where a package
+# index can be reached, on the same kind of machine (operating system, processor) and with the same version of Python.
 #
 #     bash scripts/bundle.sh DIR                 torch for a CPU: about 300 MB
-#     bash scripts/bundle.sh DIR --torch cuda    torch as the index has it, on Linux with CUDA: several gigabytes
+#     bash scripts/bundle.sh DIR --torch cuda    the index's own torch, on Linux with CUDA: several gigabytes
 #     bash scripts/bundle.sh DIR --vision        and what images need
 #     bash scripts/bundle.sh DIR --dev           and what the tests need, images included
 #     PYTHON=python3.12 bash scripts/bundle.sh DIR   for this Python (default: that of .venv, else python3)
 #
 # DIR gets packages/ (wheels, and sources where there is no wheel: fairseq), source.tar.gz (this checkout), bundle.txt
-# (what it is for) and SHA256SUMS. Carry DIR over; then, there, with a C++ compiler and Python's headers:
+# (what it is for) and SHA256SUMS. Copy DIR to the other machine, which needs a C++ compiler and Python's headers, and run
+# there:
 #
 #     mkdir quant-noise && tar xzf DIR/source.tar.gz -C quant-noise && cd quant-noise
 #     bash scripts/setup.sh --bundle DIR
 #
-# The checkout's .venv is used where it fits, to read what fairseq needs; else one is made in DIR and removed again.
+# To read what fairseq needs, it uses the checkout's .venv if that fits, or else makes one in DIR and removes it again.
 set -euo pipefail
 
 REPO="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -22,7 +23,7 @@ die() { printf 'error: %s\n' "$*" >&2 && exit 2; }
 DIR="" TORCH=cpu DEV=0 VISION=0
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --dev) DEV=1 VISION=1 ;;
     --vision) VISION=1 ;;
     --torch) TORCH="${2:-}" && shift $(($# > 1)) ;;

@@ -46,6 +46,11 @@ SECTIONS = (
         "updates and epochs from the stage's start. A length of the scheduler that is --max-update (a cosine's period, "
         "`total_num_update`) becomes the stage's length; other lengths are used as given, for each stage.",
     ),
+    (
+        source.Codes,
+        "`codes`",
+        "`codes: train` is short for `codes: {kind: train}`. What it costs and wins: [how it works](codes.md).",
+    ),
 )
 NAMES = {"start": "from"}  # fields whose key in YAML has another name
 

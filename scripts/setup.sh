@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv in the checkout: torch, the requirements, fairseq, and this package, installed as an editable one.
+# Makes .venv in the checkout, with torch, the requirements, fairseq, and this package (an editable installation).
 #
 #     bash scripts/setup.sh          what the recipes need
 #     bash scripts/setup.sh --vision and what images need (timm, torchvision)
@@ -8,8 +8,8 @@
 #
 #     PYTHON=python3.12 bash scripts/setup.sh    chooses the interpreter (default: python3, else 3.12 or 3.11)
 #
-# Four minutes on two idle cores, most of them fairseq's C++ extensions. A step already done is not done again:
-# it leaves .venv/.stamp-STEP-HASH, where HASH is of what the step depends on. What pip says is in .venv/setup.log.
+# It takes four minutes on two idle cores, mostly for fairseq's C++ extensions. A step that is done is not repeated: it
+# leaves .venv/.stamp-STEP-HASH, where HASH is computed from what the step depends on. pip's output is in .venv/setup.log.
 # A fairseq that the interpreter can already import (git main, say) is left in place and used.
 set -euo pipefail
 

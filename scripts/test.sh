@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything a change must pass: style and format (Python and C++), types, the direction of imports, tests. Sets up .venv
-# first, if need be.
+# Runs everything that a change must pass: style and format (Python and C++), types, the direction of imports, tests.
+# Sets up .venv first if it is missing.
 #
 #     bash scripts/test.sh                    all of it
 #     bash scripts/test.sh tests/pq           the arguments go to pytest

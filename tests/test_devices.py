@@ -13,7 +13,7 @@ from toys import INPUTS_PLAN, INT_PLANS, SHARED_PLAN, TOKENS, ZOO_PLAN, quiet, z
 from fairseq_quant_noise import attach_noise, load, noise_of, quantize_, save, second_moments
 from fairseq_quant_noise.layers import PQWeight, adopt_quantized, calibrating
 from fairseq_quant_noise.layers.batch_statistics import estimating
-from fairseq_quant_noise.layers.pq import _Lookup
+from fairseq_quant_noise.layers.lookup import Lookup
 from fairseq_quant_noise.noise import distortions
 from fairseq_quant_noise.noise.measure import Probe
 from fairseq_quant_noise.plan.plan import Plan
@@ -206,8 +206,8 @@ def test_the_gradient_of_centroids_is_summed_on_the_device(bits):
     weight.decode().backward(upstream)
     with fake_cuda():
         codes, count = cuda(weight.codes.flatten().long()), cuda(weight.count())
-        context = SimpleNamespace(saved_tensors=(codes, count), n_centroids=4)
-        gradient, *_ = _Lookup.backward(context, cuda(upstream.view(-1, 2)))
+        context = SimpleNamespace(saved_tensors=(codes, count), n_centroids=4, latent_shape=None)
+        gradient, *_ = Lookup.backward(context, cuda(upstream.view(-1, 2)))
         assert_same(gradient, weight.centroids.grad)
 
 

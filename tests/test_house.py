@@ -30,6 +30,30 @@ def test_every_module_of_the_core_imports_where_fairseq_is_not_installed():
     assert len(names) > 25
 
 
+#: The rooms that know nothing of fairseq's files, networks and programs; docs/architecture.md says which ones do.
+UNAWARE = (
+    "accounting",
+    "errors",
+    "images",
+    "kernels",
+    "layers",
+    "noise",
+    "pq",
+    "quantization",
+    "scalar",
+    "structure",
+    "utils",
+    "weights",
+)
+
+
+def test_rooms_with_nothing_of_fairseq_s_in_them_do_not_speak_of_it():
+    of_rooms = [path for path in CORE if path.relative_to(PACKAGE).with_suffix("").parts[0] in UNAWARE]
+    assert {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in of_rooms} == {*UNAWARE}
+    name = re.compile(r"fairseq(?![_-]quant[_-]noise)|omegaconf|hydra|--(ddp|max|update)-", re.I)
+    assert [str(path) for path in of_rooms if name.search(path.read_text())] == []
+
+
 def test_no_file_is_over_400_lines():
     assert [str(p) for p in OURS if len(p.read_text().splitlines()) > 400] == []
 

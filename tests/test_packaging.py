@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,18 @@ def test_plan_runs_on_a_checkpoint_with_a_plan_of_the_wheel(env):
     table = json.loads(run(env, env / "bin/fairseq-quant-noise", *command))
     assert table["dense_bytes"] == 4 * sum(p.numel() for p in model.parameters())
     assert {row["scheme"] for row in table["tensors"]} == {"pq", "dense"}
+
+
+def test_a_build_in_the_checkout_leaves_nothing_there_and_takes_nothing_from_an_older_one(built):
+    source = built.parent / "source"
+    old = source / "build/lib/fairseq_quant_noise/old.py"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    run(source, sys.executable, "-c", "from setuptools import build_meta as b; b.build_wheel('wheels')")
+    (wheel,) = source.glob("wheels/*.whl")
+    with zipfile.ZipFile(wheel) as archive, zipfile.ZipFile(built) as other:
+        assert sorted(archive.namelist()) == sorted(other.namelist())
+    assert [path for path in source.rglob("build/**/*") if path.is_file()] == [old]
 
 
 def test_what_needs_fairseq_says_so_in_a_line(env):

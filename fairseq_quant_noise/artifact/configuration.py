@@ -50,9 +50,9 @@ def check_evaluated(options: Mapping[str, Any]) -> None:
             raise DamagedFileError(f"option {name} is {value!r}, which fairseq would run; it must be a list of numbers")
 
 
-def _values(config: Any) -> Iterator[tuple[str, Any]]:
+def _values(config: object) -> Iterator[tuple[str, object]]:
     """Iterate over the options as (name, value); each item of a list comes under the list's name."""
-    left: list[tuple[str, Any, int]] = [("", config, 0)]
+    left: list[tuple[str, object, int]] = [("", config, 0)]
     while left:
         name, value, depth = left.pop()
         if not isinstance(value, dict | list):
@@ -75,7 +75,7 @@ def _wrong_text(name: str, text: str, cfg: Mapping[str, Mapping[str, Any]]) -> s
     return f"{text!r} would run when it is read" if isinstance(target, str) and "${" in target else None
 
 
-def _wrong_number(name: str, value: Any) -> str | None:
+def _wrong_number(name: str, value: object) -> str | None:
     if not isinstance(value, int | float):
         return None
     most = _MOST_LAYERS if name.endswith("layers") else _MOST_POSITIONS if _POSITIONS.fullmatch(name) else _LARGEST

@@ -5,6 +5,7 @@ from collections.abc import Container, Mapping
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..layers.registry import Held, weights_in
 
@@ -24,6 +25,10 @@ def dense_state(
 
     Returns:
         By name, each tensor in its dense shape; without an entry in `shapes` a pq weight is (rows, columns).
+
+    Raises:
+        UserError: a weight in training holds NaN or infinity.
+        DamagedFileError: an entry that says the bits and the range of codes holds something else.
     """
     dense: dict[str, Tensor] = {}
     decoded: dict[tuple[int, ...], Tensor] = {}
@@ -35,7 +40,15 @@ def dense_state(
             continue
         key = tuple(part.data_ptr() for part in stored.parts.values())
         if key not in decoded:
-            decoded[key] = stored.dense()
+            decoded[key] = _decoded(name, stored)
         seen = decoded[key].reshape((shapes or {}).get(name, decoded[key].shape))
         dense[name] = seen.transpose(0, 1) if name in turned else seen
     return dense
+
+
+def _decoded(name: str, stored: Held) -> Tensor:
+    """The dense weight, (rows, …); an error gets the tensor's name."""
+    try:
+        return stored.dense()
+    except UserError as error:
+        raise type(error)(f"{name}: {error}") from None

@@ -25,7 +25,7 @@ these 64 digits zero.
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import DamagedFileError
 from ..layers.registry import QuantizedTensor
@@ -108,14 +108,14 @@ def parse_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=_each_key_once, parse_constant=_no_number, parse_float=_finite)
 
 
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _each_key_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a key twice")
     return content
 
 
-def _no_number(text: str) -> Any:
+def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number")
 
 
@@ -124,7 +124,7 @@ def _finite(text: str) -> float:
     return number if math.isfinite(number) else _no_number(text)
 
 
-def _quantized_tensor(entry: Any) -> QuantizedTensor:
+def _quantized_tensor(entry: dict[str, Any]) -> QuantizedTensor:
     tensor = QuantizedTensor(**(entry | {"shape": tuple(entry["shape"])}))
     tensor.check()
     return tensor
@@ -143,7 +143,7 @@ def _check_codebooks(manifest: Manifest, version: int) -> None:
             raise DamagedFileError(f"tensor {name}: damaged (its codebook {entry.codebook!r} has other centroids)")
 
 
-def _check_types(manifest: Manifest, sha256: Any) -> None:
+def _check_types(manifest: Manifest, sha256: object) -> None:
     mappings = [manifest.model, manifest.plan, manifest.ties, manifest.layers, manifest.inputs]
     mappings += manifest.inputs.values() if isinstance(manifest.inputs, dict) else []
     if not all(isinstance(m, dict) for m in mappings):

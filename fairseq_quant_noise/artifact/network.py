@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import DamagedFileError, UserError
 from ..layers import adopt_quantized
-from ..networks.registry import build
+from ..networks.registry import NoNetworkError, meta_model
 from ..structure.modules import fit_stacks, tie_layers_
 from ..weights.discovery import load_without_copy
 from . import Packed
@@ -74,13 +73,10 @@ def _misfit(path: str | Path, reason: str) -> UserError:
 
 
 def _build(path: str | Path, config: Mapping[str, Any]) -> nn.Module:
-    """Without memory for the weights, which the file brings: a false size in the file then costs nothing."""
+    """The network that the file describes, on the meta device: the file brings the weights."""
     if "architecture" not in config:
         raise UserError(f"{path}: holds a network of your own; build it and call load(path, into=network)")
     try:
-        with torch.device("meta"):
-            return build(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
-    except UserError:
-        raise
-    except Exception as error:  # the configuration came with the file and may hold anything
-        raise DamagedFileError(f"{path}: its configuration is damaged ({type(error).__name__}: {error})") from None
+        return meta_model(config["architecture"], config["cfg"]["model"], config["vocab_size"], config["padding_idx"])
+    except (NoNetworkError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{path}: its configuration is damaged ({error})") from None

@@ -21,7 +21,7 @@ from .limits import check_sizes, longest_header
 from .manifest import METADATA_KEY, ZERO_HASH, Manifest, parse_json
 from .packed import Packed
 
-SUFFIX = ".safetensors"  # fairseq's programs recognise a packed file by it
+SUFFIX = ".safetensors"  # the plugin recognises a packed file by it
 
 _MAX_COPIES = 1_000_000  # tensors that ties and shared layers stand for: a small file must not ask for much memory
 #: What safetensors and torch raise for a file whose header is no sound description of its bytes.

@@ -25,16 +25,16 @@ def with_dictionaries(state: dict[str, Any]) -> dict[str, Any]:
     return {name: [*map(_saved, value)] if isinstance(value, list) else _saved(value) for name, value in state.items()}
 
 
-def _saved(value: Any) -> Any:
+def _saved(value: object) -> object:
     """The SavedDictionary of a placeholder for a Dictionary; any other value as it is. Raises RefusedError."""
     if not isinstance(value, Placeholder) or value.name != _NAME:
         return value
     fields = value.state
 
-    def is_plain(value: Any) -> bool:
+    def is_plain(value: object) -> bool:
         return isinstance(value, str | int | None)
 
-    def is_sound(value: Any) -> bool:
+    def is_sound(value: object) -> bool:
         if isinstance(value, dict):
             return all(map(is_plain, (*value, *value.values())))
         return all(map(is_plain, value)) if isinstance(value, list) else is_plain(value)

@@ -132,7 +132,7 @@ def _plain(args: Namespace) -> dict[str, Any]:
     return {name: _as_json(value) for name, value in options.items() if _is_json(value)}
 
 
-def _is_json(value: Any) -> bool:
+def _is_json(value: object) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
     if isinstance(value, list | tuple):
@@ -140,7 +140,7 @@ def _is_json(value: Any) -> bool:
     return isinstance(value, str | int | float | bool | type(None))
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: object) -> object:
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value

@@ -8,7 +8,7 @@ import functools
 import re
 from argparse import Namespace
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from . import pickled_numbers
 from .pickled_numbers import NumberType, PickledArray, RefusedError
@@ -35,14 +35,14 @@ class Placeholder:
     name = ""  # the global it stands for
     state: Any = None  # what the pickle says of the instance
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: object) -> None:
         """Accept any arguments and ignore them."""
 
-    def __new__(cls, *args: Any) -> "Placeholder":
+    def __new__(cls, *args: object) -> "Placeholder":
         """Accept any arguments, as `__init__` does."""
         return object.__new__(cls)
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         self.state = state
 
 
@@ -52,7 +52,7 @@ def placeholder(name: str) -> type[Placeholder]:
     return type("Placeholder", (Placeholder,), {"name": name})
 
 
-def _empty_dict(*_: Any) -> dict[Any, Any]:
+def _empty_dict(*_: object) -> dict[object, object]:
     return {}
 
 
@@ -63,7 +63,7 @@ def allowed() -> list[tuple[Any, str]]:
     return [*((placeholder(name), name) for name in names), *pickled_numbers.allowed(), *others]
 
 
-def plain_config(config: Any) -> Any:
+def plain_config(config: object) -> Any:
     """Convert a configuration to dicts, lists, Namespaces and plain values, and resolve references between options.
 
     Args:
@@ -82,7 +82,7 @@ class _Reader:
     def __init__(self) -> None:
         self.left = _ITEMS
 
-    def plain(self, value: Any) -> Any:
+    def plain(self, value: object) -> Any:
         """`value` in dicts, lists, tuples, sets, Namespaces and plain values, with placeholders replaced.
 
         Raises:
@@ -106,7 +106,7 @@ class _Reader:
             raise RefusedError("its configuration holds an array or a type of numpy, which is no value")
         return self._content(value) if _is_placeholder(value) else value
 
-    def _content(self, node: Any) -> Any:
+    def _content(self, node: Placeholder) -> Any:
         key = "_content" if node.name in _MAPPINGS_AND_LISTS else "_val"
         if not node.name.startswith("omegaconf.") or not isinstance(node.state, dict) or key not in node.state:
             raise RefusedError(f"its configuration holds {node.name}, which is no value")
@@ -119,7 +119,7 @@ def _check_text(text: str | bytes) -> None:
         raise RefusedError(f"its configuration says {found[0]}...}}, which would run when it is read")
 
 
-def _followed(value: Any, root: Any) -> Any:
+def _followed(value: object, root: object) -> object:
     if isinstance(value, dict):
         return {key: _followed(item, root) for key, item in value.items()}
     if isinstance(value, list):
@@ -127,7 +127,7 @@ def _followed(value: Any, root: Any) -> Any:
     return _target(value, root)
 
 
-def _target(value: Any, root: Any) -> Any:
+def _target(value: object, root: object) -> object:
     """The plain value that the text ${section.option} refers to; omegaconf reports a reference to nothing."""
     target, seen = value, set()
     while isinstance(target, str) and (found := _REFERENCE.fullmatch(target)) and target not in seen:
@@ -138,11 +138,11 @@ def _target(value: Any, root: Any) -> Any:
     return value if isinstance(target, dict | list) else target
 
 
-def _is_placeholder(value: Any) -> bool:
+def _is_placeholder(value: object) -> TypeGuard[Placeholder]:
     return isinstance(value, Placeholder) or (isinstance(value, type) and issubclass(value, Placeholder))
 
 
-def check_no_placeholder(values: Iterable[Any]) -> None:
+def check_no_placeholder(values: Iterable[object]) -> None:
     """Refuse placeholders outside of a configuration, the only place where their classes are allowed.
 
     Args:

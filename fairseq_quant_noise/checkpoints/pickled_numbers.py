@@ -73,7 +73,7 @@ class PickledArray:
             raise RefusedError(f"its pickle holds an array of numpy that is none ({error})") from None
 
 
-def _empty_array(*_: Any) -> PickledArray:
+def _empty_array(*_: object) -> PickledArray:
     """Stand in for numpy's `_reconstruct`, after which the pickle sets the array's state."""
     return PickledArray()
 

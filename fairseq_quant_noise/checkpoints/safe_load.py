@@ -135,7 +135,7 @@ def _check_zip(path: str | Path) -> None:
             )
 
 
-def _check_weights(model: Any) -> None:
+def _check_weights(model: object) -> None:
     """Check that the model is dense tensors by name, each backed by storage: an expanded view could need terabytes."""
     if not isinstance(model, dict):
         raise RefusedError(f"its 'model' is a {type(model).__name__}, not weights by name")

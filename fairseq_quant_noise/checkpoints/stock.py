@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..artifact import dense_state, read
 from ..artifact.reader import is_packed
 from ..networks.registry import OF_IMAGES, PREFIX, stock_name
@@ -45,7 +47,9 @@ def stock_checkpoint(path: str | Path) -> Checkpoint:
     return _checkpoint(path, copy.deepcopy(given.state.get("cfg")), given.state.get("args"), dense)
 
 
-def _checkpoint(path: str | Path, cfg: Any, args: Any, model: Mapping[str, Any]) -> Checkpoint:
+def _checkpoint(
+    path: str | Path, cfg: dict[str, Any] | None, args: Namespace | None, model: Mapping[str, Tensor]
+) -> Checkpoint:
     if cfg and cfg.get("model"):
         options = vars(cfg["model"]) if isinstance(cfg["model"], Namespace) else cfg["model"]
         options.update({k: _name(path, options[k]) for k in ("_name", "arch") if isinstance(options.get(k), str)})

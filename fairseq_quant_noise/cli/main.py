@@ -74,7 +74,7 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _PLAN,
             _OUT,
             _STRICT,
-            _option("--seed", type=int, default=0, help="of k-means (default 0)"),
+            _option("--seed", type=int, default=0, help="the seed of k-means (default 0)"),
             _option(
                 "--calibration-data",
                 metavar="DATA",
@@ -138,7 +138,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
         "fairseq-quant-noise bench noise --threads 2 --json",
         [
             _option("claim", choices=CLAIMS, help="what is measured"),
-            _option("options", nargs=argparse.REMAINDER, help="of the benchmark; --help lists them"),
+            _option(
+                "options", nargs=argparse.REMAINDER, help="options of the benchmark; `bench CLAIM --help` lists them"
+            ),
         ],
     ),
     "to-dense": (

@@ -1,9 +1,8 @@
 """Print the results of the verbs: a table for people, JSON for programs."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..accounting import MIB
 from ..artifact import Packed
@@ -27,6 +26,11 @@ def print_table(table: Table) -> None:
         print(
             f"{info['original_bytes'] / MIB:.2f} MiB dense before layers were shared or pruned "
             f"(x{info['original_ratio']:.2f})"
+        )
+    if table.latent_bytes:
+        print(
+            f"codes: train keeps {table.latent_bytes / MIB:.2f} MiB of latent weights while the network is tuned, and "
+            f"the optimizer its state of them (Adam's is {2 * table.latent_bytes / MIB:.2f} MiB); the file is unchanged"
         )
 
 
@@ -64,7 +68,7 @@ def _tie(tied_to: str | None) -> str:
     return f"tied to {tied_to}" if tied_to else ""
 
 
-def format_rows(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+def format_rows(header: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     """Format rows as columns of text, each as wide as its widest entry."""
     lines = [tuple("" if cell is None else str(cell) for cell in row) for row in [header, *rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

@@ -41,13 +41,14 @@ def user_dir(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Dry run: a row a tensor, the totals, nothing computed."""
+    """Show what a plan would do to each tensor, and the totals; nothing is computed."""
     model = _network(args)
     the_plan = Plan.of(args.plan)
     original = make_table(model)
     if the_plan.structure is not None:
         apply_structure(model, the_plan.structure)
-    table = make_table(model, resolve_stages(the_plan, model), original.dense_bytes)
+    targets = resolve_stages(the_plan, model)
+    table = make_table(model, targets, original.dense_bytes, the_plan.codes.train)
     warn_of_uncovered(model, args.strict)
     if args.json:
         print(json.dumps(table.to_dict()))
@@ -73,7 +74,7 @@ def _network(args: argparse.Namespace) -> nn.Module:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    """One-shot quantization of a checkpoint, without training, into a packed file."""
+    """Quantize a checkpoint at once, without training, and write a packed file."""
     the_plan = Plan.of(args.plan)
     _check_stages(args, the_plan)
     _check_out(args.out, args.path, args.plan, packed=True)
@@ -125,7 +126,7 @@ def _importance(args: argparse.Namespace, checkpoint: Checkpoint) -> Mapping[str
 
 
 def export(args: argparse.Namespace) -> None:
-    """A checkpoint that was trained with the stages, into the packed file."""
+    """Write the packed file of a checkpoint that was trained with the stages."""
     _check_out(args.out, args.path, packed=True)
     checkpoint = Checkpoint(args.path)
     if not quantized_weights(checkpoint.network):
@@ -147,7 +148,7 @@ def _write_packed(out: str, checkpoint: Checkpoint, the_plan: Plan | None) -> No
 
 
 def prune(args: argparse.Namespace) -> None:
-    """Take layers out of a checkpoint that was trained with LayerDrop; the result trains, evaluates and quantizes."""
+    """Write a checkpoint without some of its layers, for networks that were trained with LayerDrop."""
     _check_out(args.out, args.path)
     checkpoint = pruned(Checkpoint(args.path), _keep(args.keep), "--keep")
     checkpoint.write(args.out)
@@ -155,7 +156,7 @@ def prune(args: argparse.Namespace) -> None:
 
 
 def share(args: argparse.Namespace) -> None:
-    """Give adjacent layers of a dense checkpoint one set of weights; training goes on with them shared."""
+    """Write a checkpoint whose adjacent layers share one set of weights; training goes on with them shared."""
     _check_out(args.out, args.path)
     if args.share_layers < 2:
         raise UserError(f"--share-layers is {args.share_layers}; give how many adjacent layers share, 2 or more")
@@ -180,26 +181,26 @@ def _stacks(checkpoint: Checkpoint) -> str:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """What is in a packed file, and its bytes."""
+    """Show what a packed file holds, and its bytes."""
     print_inspection(args.file, read(args.file), as_json=args.json)
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Whether a packed file is whole: its hash, its header and every code."""
+    """Check that a packed file is whole: its hash, its header and every code."""
     packed = read(args.file)
     result = {"file": args.file, "whole": True, "tensors": len(packed.tensors)}
     print(json.dumps(result) if args.json else f"{args.file}: whole, {len(packed.tensors)} tensors")
 
 
 def to_dense(args: argparse.Namespace) -> None:
-    """A packed file or a checkpoint, into a stock fairseq checkpoint that needs no plugin."""
+    """Turn a packed file or a checkpoint into a stock fairseq checkpoint that needs no plugin."""
     _check_out(args.out, args.file)
     stock_checkpoint(args.file).write(args.out)
     print(f"{args.out}: a stock fairseq checkpoint")
 
 
 def report(args: argparse.Namespace) -> None:
-    """Finished runs as one HTML page with tables and pictures."""
+    """Show finished runs on one HTML page with tables and pictures."""
     runs = write_report(args.folders, args.out)
     summary = {"page": str(Path(args.out) / "index.html"), "runs": runs.names, "missing": runs.notes}
     if args.json:
@@ -211,7 +212,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """A performance claim, measured here and now beside fairseq's own code; what follows goes to the benchmark."""
+    """Measure a performance claim on this machine, beside fairseq's own code."""
     program = Path(__file__).parents[2] / "benchmarks" / f"{args.claim}.py"
     if not program.exists():
         raise UserError(f"bench {args.claim}: {program} is not there; run it in a checkout of the repository")

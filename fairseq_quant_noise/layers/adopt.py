@@ -23,6 +23,7 @@ def adopt_quantized(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     Raises:
         UserError: the codes do not fit the weight's shape, the state trains a weight that the model has in codes alone,
             or weights with one codebook number differ in their codebook's shape or bits.
+        DamagedFileError: an entry that says the bits and the range of codes holds something else.
     """
     changed = []
     for weight in find_weights(model):

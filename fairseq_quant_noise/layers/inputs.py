@@ -4,15 +4,15 @@ A module that holds a quantized weight and multiplies by it (any holder but an E
 `input_quantizer`, which its state holds as `….fc1.input_quantizer.range`. In eval mode the input is rounded to the
 codes of that range. The range is the mean over calibration forwards of each one's range:
 
-- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320); `fairseq-train` does so
-  before each validation and checkpoint (`plugin/training/input_ranges.py`);
+- `calibrating(model)`: the forwards inside, in eval mode, before evaluation (arXiv 2004.07320); in training with the
+  plugin, before each validation and checkpoint (`plugin/training/input_ranges.py`);
 - in training, the first `batches` forwards, and one in a hundred from then on, so that it follows the weights.
 
 Until the first of them, the range is that of the input itself.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -25,8 +25,10 @@ from ..scalar import INPUT_RANGES, RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
 from ..utils.autograd import in_backward
 from ..weights.discovery import find_weights
+from .parts import numbers_in
 
 NAME = "input_quantizer"
+FAST_PATH_OFF = "skip_embed_dim_check"  # an attention's attribute; true keeps it from torch's fast path
 SPARSE = 100  # in training, one forward in so many is looked at after the first ones
 
 
@@ -89,13 +91,15 @@ class InputQuantizer(nn.Module):
         self.seen.zero_()
         self._count = 0
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "InputQuantizer":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InputQuantizer":
         kept = self.range
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.range = kept.to(self.range.device)  # float32, whatever the model's dtype
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: object, strict: bool, *lists: list[str]
+    ) -> None:
         missing: list[str] = lists[0]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         missing[:] = [name for name in missing if not name.startswith(prefix)]  # a checkpoint from before
@@ -110,7 +114,9 @@ def quantize_input_(module: nn.Module, bits: int, range_: str, batches: int) -> 
         module.register_forward_pre_hook(_quantize_input, with_kwargs=True)
 
 
-def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _quantize_input(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[object, dict[str, object]]:
     """Round the first argument."""
     quantizer: Any = module._modules[NAME]
     if args:
@@ -122,7 +128,8 @@ def _quantize_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: str, batches: int) -> None:
     """Quantize the inputs of every module that multiplies by one of the weights `names` (owners' module names).
 
-    fairseq's attention is kept from its fast path, which reads the projections' weights and calls none of them.
+    An attention that can do without its fast path, which reads the projections' weights and calls none of them, is kept
+    from it.
     """
     wanted = set(names)
     for weight in find_weights(model):
@@ -131,8 +138,8 @@ def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: 
                 if key == "weight" and _is_product(module):
                     quantize_input_(module, bits, range_, batches)
     for module in model.modules():
-        if "skip_embed_dim_check" in module.__dict__:
-            module.__dict__["skip_embed_dim_check"] = True
+        if FAST_PATH_OFF in module.__dict__:
+            module.__dict__[FAST_PATH_OFF] = True
 
 
 def _is_product(module: nn.Module) -> bool:
@@ -153,6 +160,9 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
     Args:
         model: any.
         state: by name; of each input quantizer `range` (2,), `seen` () and `spec` (3,).
+
+    Raises:
+        DamagedFileError: a `spec` holds something else.
     """
     ours = dict(model.named_modules())
     changed = False
@@ -160,7 +170,7 @@ def adopt_input_quantizers(model: nn.Module, state: Mapping[str, Tensor]) -> Non
         path, _, last = f".{key}".rpartition(f".{NAME}.")
         module = ours.get(path.removeprefix("."))
         if last == "spec" and module is not None:
-            bits, index, batches = spec.tolist()
+            bits, index, batches = numbers_in(key, spec, 3, RANGES)
             there = module._modules.get(NAME)
             if isinstance(there, InputQuantizer) and not torch.equal(there.spec.cpu(), spec.cpu()):
                 module._modules[NAME] = InputQuantizer(bits, RANGES[index], batches).to(there.range.device)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..scalar import RANGES, SCHEMES, Affine, bits_of, fake_quantize, fit_affine
+from ..scalar import LEARNED_RANGES, SCHEMES, STAGE_RANGES, Affine, bits_of, by_channel, fake_quantize, fit_affine
 from ..utils.autograd import StraightThrough, in_backward
 from ..weights.access import noise_attribute
 from ..weights.discovery import Weight
-from .parts import AFFINE, AGE, CODES, LATENT, SPEC
+from .parts import AFFINE, AGE, CODES, LATENT, LOG_SCALE, SPEC
 from .quantized import dense_weight, swap_in
 from .registry import register
 from .scalar import ScalarWeight, spec_of
@@ -30,14 +30,14 @@ class LatentIntWeight(ScalarWeight):
     Args:
         latent: the stored Parameter, (rows, …) or turned, which keeps its place in the optimizer.
         bits: N.
-        range_: tensor, channel or histogram.
+        range_: one of `scalar.STAGE_RANGES`.
         name: of the module, for messages.
         turned: whether `latent` has its inputs first (`weights/blocks.py`).
     """
 
-    plan_schemes = SCHEMES
-    entries = (SPEC, AFFINE, AGE)  # and the dense weight under its own name, LATENT among the parts
-    needs = (LATENT, SPEC, AFFINE)
+    plan_schemes: tuple[str, ...] = SCHEMES
+    entries: tuple[str, ...] = (SPEC, AFFINE, AGE)  # and the dense weight under its own name, LATENT among the parts
+    needs: tuple[str, ...] = (LATENT, SPEC, AFFINE)
 
     def __init__(
         self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight", turned: bool = False
@@ -47,9 +47,9 @@ class LatentIntWeight(ScalarWeight):
         self.latent = latent
         self.bits, self.range, self.turned = bits, range_, turned
         on = latent.device
-        spec = [bits, RANGES.index(range_), *[1] * turned]  # two numbers where nothing is turned, as always
+        spec = [bits, STAGE_RANGES.index(range_), *[1] * turned]  # two numbers where nothing is turned, as always
         self.register_buffer(SPEC, torch.tensor(spec, dtype=torch.uint8, device=on))
-        channels = self.shape[0] if range_ == "channel" else 1
+        channels = self.shape[0] if by_channel(range_) else 1
         self.register_buffer(AFFINE, torch.zeros(2, channels, device=on))  # found by the last search in training
         self.register_buffer(AGE, torch.zeros((), dtype=torch.long, device=on))  # training forwards
         self._fitted: tuple[tuple[float, ...], Affine] | None = None
@@ -87,7 +87,7 @@ class LatentIntWeight(ScalarWeight):
         version = (float(self.latent.data_ptr()), float(self.latent._version), float(low), float(high))
         if self._fitted is None or self._fitted[0] != version:
             with torch.inference_mode(False):  # what is kept is used outside of that mode too
-                self._fitted = (version, fit_affine(self.name, self.latent.detach(), self.bits, self.range))
+                self._fitted = (version, fit_affine(self.name, self.matrix.detach(), self.bits, self.range))
         return self._fitted[1]
 
     def train(self, mode: bool = True) -> "LatentIntWeight":
@@ -112,7 +112,7 @@ class LatentIntWeight(ScalarWeight):
         if not in_backward():  # not a layer that runs again in backward
             count = int(self.age) if self._count is None else self._count
             if count % HISTOGRAM_REFRESH == 0:
-                self.affine.copy_(fit_affine(self.name, self.latent, self.bits, self.range).to_tensor())
+                self.affine.copy_(fit_affine(self.name, self.matrix, self.bits, self.range).to_tensor())
             self.age += 1
             self._count = count + 1
         return Affine.of_tensor(self.affine, self.bits)
@@ -126,11 +126,13 @@ class LatentIntWeight(ScalarWeight):
         affine = self.fit()
         return {CODES: affine.codes(self.matrix.detach()), AFFINE: affine.to_tensor()}
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix[:-1]] = destination.pop(prefix + LATENT)  # under the dense weight's own name
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: object, strict: bool, *lists: list[str]
+    ) -> None:
         missing: list[str] = lists[0]
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         missing[:] = [name for name in missing if name not in (prefix + SPEC, prefix + AFFINE, prefix + AGE)]
@@ -150,8 +152,9 @@ class LatentIntWeight(ScalarWeight):
 
         Raises:
             UserError: the weight holds codes, and no dense weight to train.
+            DamagedFileError: the entry SPEC holds no N and range.
         """
-        stored, (bits, range_, _) = weight.stored, spec_of(parts)
+        stored, (bits, range_, _) = weight.stored, spec_of(parts, weight.tensor_name)
         if isinstance(stored, LatentIntWeight):
             if (stored.bits, stored.range) == (bits, range_):
                 return False
@@ -170,6 +173,7 @@ class LatentIntWeight(ScalarWeight):
 
         Raises:
             UserError: the weight holds NaN or infinity.
+            DamagedFileError: the entry SPEC holds no N and range.
         """
         latent, (bits, range_, turned) = nn.Parameter(parts[LATENT], requires_grad=False), spec_of(parts)
         seen = cls(latent, bits, range_, turned=turned).eval().decode()
@@ -199,9 +203,85 @@ class LatentIntWeight(ScalarWeight):
         return fake_quantize(dense.detach(), fit_affine(name, dense, bits_of(scheme) or 8, range_))
 
 
+class _Scaled(torch.autograd.Function):
+    """phi_intN with a scale that learns (LSQ, arXiv 1902.08153): s = s_0 exp(t), with a fixed zero point."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, log_scale: Tensor, affine: Affine) -> Tensor:
+        """The weight (rows, …) rounded to the codes of `affine`, whose scales `log_scale`, (1,) or (rows,), moves."""
+        shape = (-1, *[1] * (latent.dim() - 1))
+        scale, zero = affine.scale.view(shape), affine.zero_point.float().view(shape)
+        exact = latent.float() * (1 / scale)  # (rows, …); as in `Affine.rounded`, so that the codes are the same
+        whole = exact.round() + zero
+        codes = whole.clamp(0, 2**affine.bits - 1)
+        inside = whole == codes
+        ctx.save_for_backward(inside, torch.where(inside, exact.round() - exact, codes - zero) * scale)
+        ctx.channels, ctx.dtype = log_scale.numel(), log_scale.dtype
+        ctx.weight = (latent.numel() / ctx.channels * (2**affine.bits - 1)) ** -0.5
+        return ((codes - zero) * scale).to(latent.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """To the weight straight through, but where it is clipped; to the scale weighted by 1 / sqrt(n (2^N - 1))."""
+        inside, slope = ctx.saved_tensors
+        per_number = gradients[0].float() * slope  # (rows, …)
+        of_scale = per_number.reshape(ctx.channels, -1).sum(1) * ctx.weight
+        return gradients[0] * inside, of_scale.to(ctx.dtype), None
+
+
+@register("intN learned")
+class LearnedIntWeight(LatentIntWeight):
+    """A weight in training whose scales are Parameters too: what trained codes are to product quantization.
+
+    `affine` holds where the scales started, and the zero points, which stay; `log_scale`, (1,) or (rows,), is what the
+    optimizer moves.
+    """
+
+    plan_schemes = ()  # LatentIntWeight makes it, by the range
+    entries = (*LatentIntWeight.entries, LOG_SCALE)
+    needs = (*LatentIntWeight.needs, LOG_SCALE)
+
+    def __init__(
+        self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight", turned: bool = False
+    ) -> None:
+        super().__init__(latent, bits, range_, name, turned)
+        self.log_scale = nn.Parameter(torch.zeros(self.affine.shape[1], dtype=latent.dtype, device=latent.device))
+
+    def start(self) -> None:
+        """Let scales and zero points start from those of least squared error.
+
+        Raises:
+            UserError: the weight holds NaN or infinity.
+        """
+        self.affine.copy_(fit_affine(self.name, self.matrix, self.bits, self.range).to_tensor())
+
+    def fit(self) -> Affine:
+        """The scales as they are now, and the zero points: (1,) or (rows,) each."""
+        scale, zero_point = self.affine
+        return Affine(scale * self.log_scale.detach().float().exp(), zero_point.int(), self.bits)
+
+    def decode(self) -> Tensor:
+        """The weight rounded to its codes, of its shape (rows, …)."""
+        if not self.training:
+            return fake_quantize(self.matrix, self.fit())
+        return _Scaled.apply(self.matrix, self.log_scale, self.fit())  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weight `parts[LATENT]`, of its shape, rounded to its codes."""
+        bits, range_, turned = spec_of(parts)
+        made = cls(nn.Parameter(parts[LATENT], requires_grad=False), bits, range_, turned=turned).eval()
+        made.affine, made.log_scale = parts[AFFINE], nn.Parameter(parts[LOG_SCALE], requires_grad=False)
+        return made.decode().transpose(0, 1) if turned else made.decode()
+
+
+def _kind(range_: str) -> type[LatentIntWeight]:
+    return LearnedIntWeight if range_ in LEARNED_RANGES else LatentIntWeight
+
+
 def set_spec(weight: Weight, stored: LatentIntWeight, bits: int, range_: str) -> None:
     """Change N and the range of a weight in this format; its noise stays."""
-    _swap_with_noise(weight, LatentIntWeight(stored.latent, bits, range_, weight.name, weight.turned))
+    _swap_with_noise(weight, _kind(range_)(stored.latent, bits, range_, weight.name, weight.turned))
 
 
 def _swap_with_noise(weight: Weight, quantized: LatentIntWeight) -> None:
@@ -218,14 +298,16 @@ def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> L
     Args:
         weight: a weight of the model, not quantized yet.
         bits: N.
-        range_: tensor, channel or histogram.
+        range_: one of `scalar.STAGE_RANGES`.
         noise: keep the noise on it: training then sees the noise's share of codes, evaluation all of them.
 
     Raises:
-        UserError: the weight is quantized already.
+        UserError: the weight is quantized already, or a learned range starts from NaN or infinity.
     """
     dense_weight(weight)
     parameter: Any = weight.parameter
-    quantized = LatentIntWeight(parameter, bits, range_, weight.name, weight.turned)
+    quantized = _kind(range_)(parameter, bits, range_, weight.name, weight.turned)
+    if isinstance(quantized, LearnedIntWeight):
+        quantized.start()
     (_swap_with_noise if noise else swap_in)(weight, quantized)
     return quantized

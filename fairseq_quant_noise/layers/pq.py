@@ -5,7 +5,7 @@ Several weights may share one codebook: they hold the same Parameter, and in a s
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,33 +16,10 @@ from ..kernels import SETTLED, decode, linear, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine, is_affine
 from ..utils.bits import code_bits, largest_code, unpack_bits
 from ..weights.discovery import Weight
-from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE
+from .lookup import Lookup
+from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, LATENT_WEIGHT
 from .quantized import QuantizedWeight, dense_weight, swap_in
 from .registry import QuantizedTensor, register
-
-#: A centroid's gradient is the sum over its n blocks, divided by n to this power. 0 is the sum, as in fairseq's
-#: PQLinear and PQEmbedding, 1 the mean, as in kill-the-bits (arXiv 1907.05686, section 3.4). In between, fairseq's
-#: published rate is the best of those tried for clusters of 10 to 8,000 blocks (docs/how_it_works.md).
-GRADIENT_POWER = 0.5
-
-
-class _Lookup(torch.autograd.Function):
-    """centroids[codes], with the gradient of a centroid scaled by the number of blocks that use it, in all weights."""
-
-    @staticmethod
-    def forward(ctx: Any, centroids: Tensor, seen: Tensor, codes: Tensor, count: Tensor) -> Tensor:
-        """The rows (n, d) of `seen` (K, d), the centroids or their 8-bit rounding, at codes (n,); `count` is (K, 1)."""
-        ctx.save_for_backward(codes, count)
-        ctx.n_centroids = centroids.shape[0]
-        return seen.index_select(0, codes)  # (n, d)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient (K, d) of the centroids, from that of the rows (n, d)."""
-        codes, count = ctx.saved_tensors
-        gradient = gradients[0].float()  # sums over thousands of blocks overflow or drown in half precision
-        total = gradient.new_zeros(ctx.n_centroids, gradient.shape[1]).index_add_(0, codes, gradient)  # (K, d)
-        return (total / count**GRADIENT_POWER).to(gradients[0].dtype), None, None, None
 
 
 @register("pq")
@@ -61,12 +38,13 @@ class PQWeight(QuantizedWeight):
     """
 
     scheme = "pq"
-    plan_schemes = file_schemes = (scheme,)
-    entries = (CODES, CENTROIDS, CENTROID_BITS, CODEBOOK, FILE_AFFINE)
-    needs = (CODES, CENTROIDS)
+    plan_schemes: tuple[str, ...] = (scheme,)
+    file_schemes: tuple[str, ...] = (scheme,)
+    entries: tuple[str, ...] = (CODES, CENTROIDS, CENTROID_BITS, CODEBOOK, FILE_AFFINE)
+    needs: tuple[str, ...] = (CODES, CENTROIDS)
     file_parts = (CODES, CENTROIDS, AFFINE)
     has_codebook = True
-    full_precision = (FILE_AFFINE,)
+    full_precision: tuple[str, ...] = (FILE_AFFINE,)
 
     def __init__(
         self,
@@ -157,7 +135,8 @@ class PQWeight(QuantizedWeight):
         if self.training:
             seen = self.centroids.detach() if self.bits == 16 else self.stored_centroids()
             count = torch.stack([user.count() for user in self.users]).sum(0).clamp_(min=1)  # (K, 1)
-            return _Lookup.apply(self.centroids, seen, codes, count).view(self.shape)  # type: ignore[no-untyped-call]
+            latent = self._parameters.get(LATENT_WEIGHT)
+            return Lookup.apply(self.centroids, seen, codes, count, latent).view(self.shape)  # type: ignore[no-untyped-call]
         return self.stored_centroids().index_select(0, codes).view(self.shape)
 
     def count(self) -> Tensor:
@@ -223,12 +202,14 @@ class PQWeight(QuantizedWeight):
         """The centroids'."""
         return self.centroids.dtype
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any) -> None:
-        codes, centroids = state_dict.get(prefix + CODES), state_dict.get(prefix + CENTROIDS)
-        known = codes is not None and centroids is not None and codes.numel() and codes.device.type != "meta"
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: object, strict: bool, *lists: list[str]
+    ) -> None:
+        found: Any = state_dict  # a mapping from names to tensors, which may lack these
+        codes, centroids = found.get(prefix + CODES), found.get(prefix + CENTROIDS)
+        known = codes is not None and codes.numel() > 0 and codes.device.type != "meta" and centroids is not None
         if known and len(centroids) < 256 and int(codes.max()) >= len(centroids):
-            errors: list[str] = lists[2]
-            errors.append(f"{prefix}{CODES}: a code beyond its {len(centroids)} centroids")
+            lists[2].append(f"{prefix}{CODES}: a code beyond its {len(centroids)} centroids")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         self.codes = self._laid_out(self.codes)  # with `assign` they are those of the state
 
@@ -249,24 +230,31 @@ class PQWeight(QuantizedWeight):
                 f"{weight.name}: codes of shape {tuple(codes.shape)} and centroids of shape {tuple(centroids.shape)} "
                 f"do not fit a weight of shape {weight.shape}; the file is of another architecture or dictionary"
             )
-        bits, affine = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)
-        codebook = int(parts[CODEBOOK]) if CODEBOOK in parts else None
         stored: Any = weight.stored
-        if isinstance(stored, PQWeight):
-            there = stored.bits, stored.file_affine is None, stored.codebook_number
-            if there == (bits, affine is None, codebook):
-                return False
+        if type(stored) is cls and stored.takes(parts):
+            return False
+        affine = parts.get(FILE_AFFINE)
         new = cls(
             torch.empty_like(codes, device=stored.device),
             torch.empty_like(centroids, dtype=stored.dtype, device=stored.device),
             weight.shape,
-            bits,
+            int(parts.get(CENTROID_BITS, 16)),
             None if affine is None else torch.empty_like(affine, device=stored.device),
-            codebook,
+            int(parts[CODEBOOK]) if CODEBOOK in parts else None,
             is_multiplied(weight),
         )
+        new.prepare(parts)
         swap_in(weight, new)
         return True
+
+    def takes(self, parts: Mapping[str, Tensor]) -> bool:
+        """Whether it has a place for each of the `parts` of a state, such as codes (rows, blocks a row)."""
+        codebook = int(parts[CODEBOOK]) if CODEBOOK in parts else None
+        there = self.bits, self.file_affine is None, self.codebook_number
+        return there == (int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE) is None, codebook)
+
+    def prepare(self, parts: Mapping[str, Tensor]) -> None:
+        """Make room for what a format derived from this one has besides; called before `parts` are loaded."""
 
     @classmethod
     def join(cls, weights: "Sequence[PQWeight]") -> None:
@@ -292,7 +280,7 @@ class PQWeight(QuantizedWeight):
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
         """The weight as a matrix (rows, row length), from the centroids as the file holds them."""
         bits, affine = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)
-        return cls(parts[CODES], parts[CENTROIDS], cls.dense_shape(parts), bits, affine).eval().decode()
+        return PQWeight(parts[CODES], parts[CENTROIDS], cls.dense_shape(parts), bits, affine).eval().decode()
 
     @classmethod
     def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -359,6 +347,9 @@ class PQWeight(QuantizedWeight):
         }
 
 
+P = TypeVar("P", bound=PQWeight)
+
+
 def row_major(state: MutableMapping[str, Tensor]) -> None:
     """Make the codes (rows, blocks a row) in a model's state contiguous, in place; tied ones stay one tensor."""
     laid_out: dict[int, Tensor] = {}
@@ -373,8 +364,13 @@ def is_multiplied(weight: Weight) -> bool:
 
 
 def quantize_weight_(
-    weight: Weight, codes: Tensor, centroids: Tensor, centroid_bits: int = 16, codebook: int | None = None
-) -> PQWeight:
+    weight: Weight,
+    codes: Tensor,
+    centroids: Tensor,
+    centroid_bits: int = 16,
+    codebook: int | None = None,
+    kind: type[P] = PQWeight,  # type: ignore[assignment]
+) -> P:
     """Put codes and centroids in the place of a stored weight, for its owner and every alias; returns the new weight.
 
     Args:
@@ -383,12 +379,13 @@ def quantize_weight_(
         centroids: (K, d), taken in the dtype of the stored weight.
         centroid_bits: 16 (fp16) or 8 (int8).
         codebook: the number of a shared one.
+        kind: the class of the new weight.
 
     Raises:
         UserError: the weight is quantized already.
     """
     stored = dense_weight(weight)
     parts = codes.to(stored.device), centroids.to(stored)
-    quantized = PQWeight(*parts, tuple(stored.shape), centroid_bits, None, codebook, is_multiplied(weight))
+    quantized = kind(*parts, tuple(stored.shape), centroid_bits, None, codebook, is_multiplied(weight))
     swap_in(weight, quantized)
     return quantized

@@ -4,6 +4,7 @@ It is a module of the Parameter's name, so a checkpoint holds `….fc1.weight.co
 weight holds the same module: quantized once, stored once, fine-tuned once. `registry.py` lists the formats.
 """
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -85,7 +86,7 @@ class QuantizedWeight(Format, nn.Module):
         """Where it is."""
         return next(chain(self.parameters(), self.buffers())).device
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedWeight":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         kept = {name: self._buffers[name] for name in self.full_precision}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():

@@ -1,8 +1,10 @@
 """The formats of quantized weights: each is a class registered under its name, which the rest of the package asks.
 
-    pq            codes and centroids                              pq.py      PQWeight
-    intN latent   a dense weight in training, seen through codes   latent.py  LatentIntWeight
-    intN          N-bit codes, scales and zero points              scalar.py  IntWeight
+    pq             codes and centroids                                 pq.py         PQWeight
+    pq latent      the same, and a dense weight that moves the codes   pq_latent.py  LatentPQWeight
+    intN latent    a dense weight in training, seen through codes      latent.py     LatentIntWeight
+    intN learned   the same, with scales that learn                    latent.py     LearnedIntWeight
+    intN           N-bit codes, scales and zero points                 scalar.py     IntWeight
 
 A scheme (pq, int2 ... int8) is what plans and packed files call a format. `plan_schemes` are those whose stages make
 weights of the format, `file_schemes` those whose packed tensors become weights of it: intN is trained in one format and

@@ -1,6 +1,6 @@
 """A weight in N-bit codes (`scalar/affine.py`), as a packed file holds it; while it is trained, see `latent.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..accounting import int_bytes
 from ..errors import UserError
-from ..scalar import RANGES, SCHEMES, Affine, bits_of, is_affine
+from ..scalar import SCHEMES, STAGE_RANGES, Affine, bits_of, is_affine
 from ..utils.bits import unpack_bits
 from ..weights.discovery import Weight
-from .parts import AFFINE, CODES, SPEC
+from .parts import AFFINE, CODES, SPEC, numbers_in
 from .quantized import QuantizedWeight, swap_in
 from .registry import QuantizedTensor, register
 
@@ -76,7 +76,7 @@ class IntWeight(ScalarWeight):
         """Codes (rows, …) uint8; scales and zero points (2, 1) or (2, rows)."""
         return {CODES: self.codes, AFFINE: self.affine}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "IntWeight":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "IntWeight":
         super()._apply(fn, recurse)
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return self
@@ -91,8 +91,9 @@ class IntWeight(ScalarWeight):
 
         Raises:
             UserError: the codes do not fit the weight's shape.
+            DamagedFileError: the entry SPEC holds no N and range.
         """
-        codes, (bits, *_) = parts[CODES], spec_of(parts)
+        codes, (bits, *_) = parts[CODES], spec_of(parts, weight.tensor_name)
         stored: Any = weight.stored
         if tuple(codes.shape) != weight.shape:
             raise UserError(
@@ -107,7 +108,11 @@ class IntWeight(ScalarWeight):
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The decoded weight, (rows, …) float32."""
+        """The decoded weight, (rows, …) float32.
+
+        Raises:
+            DamagedFileError: the entry SPEC holds no N and range.
+        """
         return cls(parts[CODES], parts[AFFINE], spec_of(parts)[0]).decode()
 
     @classmethod
@@ -152,7 +157,12 @@ class IntWeight(ScalarWeight):
         return {CODES: codes.view(entry.shape), AFFINE: parts[AFFINE], SPEC: spec}
 
 
-def spec_of(parts: Mapping[str, Tensor]) -> tuple[int, str, bool]:
-    """(N, range, turned?) of the entry `scalar` of a state, (2,) or (3,) uint8."""
-    bits, index, *turned = parts[SPEC].tolist()
-    return bits, RANGES[index], bool(turned)
+def spec_of(parts: Mapping[str, Tensor], name: str = "") -> tuple[int, str, bool]:
+    """(N, range, turned?) of the entry SPEC of a state, (2,) or (3,) uint8; `name` is the weight's, for messages.
+
+    Raises:
+        DamagedFileError: the entry holds something else.
+    """
+    turned = tuple(parts[SPEC].shape) == (3,) and int(parts[SPEC][2]) == 1
+    bits, index, *_ = numbers_in(f"{name}.{SPEC}".removeprefix("."), parts[SPEC], 2 + turned, STAGE_RANGES)
+    return bits, STAGE_RANGES[index], turned

@@ -1,6 +1,6 @@
 """Read and check those of fairseq's options that several networks share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError
@@ -105,7 +105,7 @@ def check_heads(side: str, dim: int, n_heads: int) -> None:
         )
 
 
-def integers(name: str, value: Any) -> tuple[int, ...]:
+def integers(name: str, value: str | int | Iterable[str | int] | None) -> tuple[int, ...]:
     """Parse '20000,60000', a list, one number or None as a tuple, without fairseq's eval() of the string.
 
     Raises:

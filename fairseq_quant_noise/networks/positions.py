@@ -7,7 +7,6 @@ Shapes: B batch, T tokens, C channels, P positions.
 
 import math
 from collections.abc import MutableMapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +64,7 @@ class SinusoidalPositions(nn.Module):
             self._table = sinusoids(needed, self.dim, self.padding_idx).to(positions.device)
         return F.embedding(positions, self._table)
 
-    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str, *args: object) -> None:
         """Drop the buffers that other versions of fairseq store here (0.12.2, git main)."""
         for name in ("weights", "_float_tensor"):
             state_dict.pop(prefix + name, None)

@@ -26,6 +26,10 @@ OF_IMAGES = ("efficientnet",)  # the models for images: fairseq does not have th
 PADDING = 1  # fairseq's index of the padding word
 
 
+class NoNetworkError(UserError):
+    """Options from which no network can be built."""
+
+
 def stock_name(path: str | Path, name: str) -> str:
     """fairseq's own name of the model behind a model's or an architecture's name.
 
@@ -48,18 +52,28 @@ def has_words(architecture: str) -> bool:
 
 
 def meta_model(architecture: str, options: Mapping[str, Any], vocab_size: int, padding_idx: int = PADDING) -> nn.Module:
-    """Build the network of an architecture on the meta device, without memory for its weights, to know its sizes.
+    """Build the network of an architecture on the meta device, without memory for its weights.
+
+    The options may come with a file and hold anything; a false size costs nothing here.
+
+    Args:
+        architecture: the name, as `build` takes it.
+        options: as for `build`.
+        vocab_size: as for `build`.
+        padding_idx: as for `build`.
 
     Raises:
-        UserError: the options do not make a network.
+        NoNetworkError: the options do not make a network.
+        UserError: the network, or one of its options, is not implemented without fairseq.
     """
     try:
         with torch.device("meta"):
             return build(architecture, options, vocab_size, padding_idx)
     except UserError:
         raise
-    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{architecture}: these options make no network ({error}); change one of them") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise NoNetworkError(f"{architecture}: these options make no network ({reason}); change one of them") from None
 
 
 def _transformer_lm(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:

@@ -1,15 +1,15 @@
 """When J is drawn: what "one forward" means.
 
 - calling the model draws; everything until the next call sees the same J, so that a tied weight has the same noise
-  in the embedding, in the adaptive softmax (which fairseq's criterion calls after the model), and in a layer that
+  in the embedding, in the adaptive softmax (which a criterion may call after the model), and in a layer that
   activation checkpointing runs again during backward;
 - calling a part of the model directly (`model.decoder(...)`) draws too, once the last draw's backward has run.
 
 A layer that runs again during backward gets the J of its own forward, even when another forward came between: the
 checkpoint restores the random state, and that tells the draw.
 
-The seed of a draw comes from torch's global generator, which fairseq seeds at every update, so that runs repeat and
-resume exactly. It does so alike on all ranks, so the rank is mixed in (`ranks.seed_of_rank`): the gradient of an update
+The seed of a draw comes from torch's global generator, which training seeds at every update, so that runs repeat and
+resume exactly. All ranks have the same seed, so the rank is mixed in (`ranks.seed_of_rank`): the gradient of an update
 averages over an independent J of each rank. Each weight then has its own generator: its noise does not depend on the
 order in which layers run, or on LayerDrop. Outside a forward, and in eval mode, `module.weight` is the stored
 Parameter.
@@ -27,7 +27,7 @@ _MAX_SEEDS = 1_000  # cap on remembered seeds: a forward without a backward neve
 
 
 def _random_state() -> int:
-    """A hash of torch's random state on the CPU, which fairseq's and torch's checkpointing put back before a rerun."""
+    """A hash of torch's random state on the CPU, which activation checkpointing puts back before a rerun."""
     return hash(bytes(torch.get_rng_state().numpy()))
 
 
@@ -63,7 +63,7 @@ class NoiseDraw:
         self.handles.append(module.register_forward_pre_hook(self._enter))
         self.handles.append(module.register_forward_hook(self._leave, always_call=True))
 
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
+    def _enter(self, module: nn.Module, inputs: object) -> None:
         if in_backward():
             if self.depth == 0:
                 self.latest = self.seed, self.at
@@ -89,7 +89,7 @@ class NoiseDraw:
         if self.seed is not None and module.training:
             self.seeds[_random_state()] = self.seed, self.at
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
         self.depth = max(self.depth - 1, 0)
         if self.depth == 0 and self.latest is not None:
             (self.seed, self.at), self.latest = self.latest, None

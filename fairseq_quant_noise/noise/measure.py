@@ -58,7 +58,7 @@ class Probe:
 
     Layers are run twice more, on their own input and the same random numbers, so that the forward itself, its gradient
     and the random state stay what they would have been. A layer whose weights are read without calling the modules that
-    hold them (fairseq's attention) is measured as a whole.
+    hold them (an attention, say) is measured as a whole.
     """
 
     def __init__(self, model: nn.Module, report: Callable[[dict[str, MeasuredDistortion]], None]) -> None:
@@ -68,7 +68,7 @@ class Probe:
         self.handles: list[Any] = []  # hooks for this forward
         self.start = model.register_forward_pre_hook(self._begin)
 
-    def _begin(self, model: nn.Module, inputs: Any) -> None:
+    def _begin(self, model: nn.Module, inputs: object) -> None:
         """The draw has been made, the layers have not run yet."""
         self._remove()  # hooks that a failed forward left
         self.found: dict[str, MeasuredDistortion] = {}
@@ -99,7 +99,7 @@ class Probe:
                     stored = _latent(module, key)
                     _add(self._of(name).weight, noise(module, stored), stored)
 
-    def _outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _outputs(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         if self.busy or not module.training:
             return
         self.called.add(module)
@@ -118,7 +118,9 @@ class Probe:
         if noised is not None and clean is not None:
             _add(self._of(name).output, noised, clean)
 
-    def _run(self, module: nn.Module, args: Any, kwargs: Any, muted: bool) -> Tensor | None:
+    def _run(
+        self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], muted: bool
+    ) -> Tensor | None:
         assert self.draw is not None
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
@@ -130,7 +132,7 @@ class Probe:
         first = output[0] if isinstance(output, tuple | list) else output
         return first if isinstance(first, Tensor) and first.is_floating_point() else None
 
-    def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
+    def _end(self, model: nn.Module, inputs: object, output: object) -> None:
         self._remove()
         self.start.remove()
         if model.training and self.found:

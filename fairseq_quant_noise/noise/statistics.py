@@ -7,8 +7,6 @@ running statistics alone, and a forward of the same batch without noise and grad
 each of the first FIRST forwards, then before one of EVERY, which costs about a third of a step.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -31,7 +29,7 @@ class CleanStatistics:
             draw.handles.append(model.register_forward_pre_hook(self._before, with_kwargs=True))
             draw.handles.append(model.register_forward_hook(self._after, always_call=True))
 
-    def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+    def _before(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         noised = any(noises(module) for module in self.draw.noised)
         if not model.training or in_backward() or not noised:
             return
@@ -43,7 +41,7 @@ class CleanStatistics:
             norm.momentum = 0.0
 
     @torch.no_grad()
-    def _clean_forward(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+    def _clean_forward(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         muted, depth = self.draw.muted, self.draw.depth
         self.draw.muted, self.draw.depth = True, depth + 1  # within a forward: no layer draws by itself
         try:
@@ -51,7 +49,7 @@ class CleanStatistics:
         finally:
             self.draw.muted, self.draw.depth = muted, depth
 
-    def _after(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _after(self, model: nn.Module, args: object, output: object) -> None:
         for norm, momentum in zip(self.norms, self.momenta or (), strict=False):
             norm.momentum = momentum
         self.momenta = None

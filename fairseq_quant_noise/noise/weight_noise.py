@@ -64,7 +64,7 @@ class RuleNoise:
         clusters = self.clusters.state() if self.clusters is not None else {}
         return {"rule": self._measures(), "fitted": self.fitted, "phi": self.phi.state(), "clusters": clusters}
 
-    def _measures(self) -> list[Any]:
+    def _measures(self) -> list[object]:
         """The fields of the rule that decide what is measured."""
         rule = self.rule
         return [list(rule.kinds), rule.d, rule.choice, rule.n_centroids, rule.range]

@@ -10,7 +10,7 @@ import yaml
 from ..errors import UserError, is_about_a_file
 
 
-def check_keys(where: str, source: Mapping[str, Any], known: Sequence[str]) -> None:
+def check_keys(where: str, source: Mapping[str, object], known: Sequence[str]) -> None:
     """Check that all keys are known.
 
     Raises:
@@ -21,7 +21,7 @@ def check_keys(where: str, source: Mapping[str, Any], known: Sequence[str]) -> N
         raise UserError(f"{where}: unknown key '{unknown[0]}'; known keys: {', '.join(known)}")
 
 
-def check_setting(where: str, value: Any) -> None:
+def check_setting(where: str, value: object) -> None:
     """Check a setting: a whole number from 1 up, or a mapping from regular expressions to such numbers.
 
     Raises:
@@ -32,12 +32,22 @@ def check_setting(where: str, value: Any) -> None:
         return
     for pattern, number in value.items():
         if isinstance(number, Mapping):
-            continue  # fairseq's form, checked by setting_by_feature
+            continue  # the form by type of module, checked by setting_by_feature
         check_regex(where, str(pattern))
         check_positive(f"{where}: '{pattern}'", number)
 
 
-def check_positive(where: str, value: Any) -> None:
+def check_one_of(where: str, name: str, value: object, known: Sequence[str]) -> None:
+    """Check the word that the key `name` has.
+
+    Raises:
+        UserError: `value` is not in `known`.
+    """
+    if value not in known:
+        raise UserError(f"{where}: unknown {name} {value!r}; known: {', '.join(known)}")
+
+
+def check_positive(where: str, value: object) -> None:
     """Check a whole number from 1 up.
 
     Raises:
@@ -47,7 +57,7 @@ def check_positive(where: str, value: Any) -> None:
         raise UserError(f"{where} is {value!r}; give a whole number from 1 up")
 
 
-def check_probability(where: str, value: Any) -> None:
+def check_probability(where: str, value: object) -> None:
     """Check a probability.
 
     Raises:
@@ -57,7 +67,7 @@ def check_probability(where: str, value: Any) -> None:
         raise UserError(f"{where} is {value!r}; give a probability from 0 to 1")
 
 
-def check_regex(where: str, pattern: Any) -> None:
+def check_regex(where: str, pattern: str) -> None:
     """Check a regular expression.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Represent a whole plan: noise, stages, centroids, activations, structure and tuning."""
+"""Represent a whole plan: noise, stages, centroids, activations, structure, tuning and codes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ..errors import UserError
 from .checks import check_keys, check_setting, read_yaml
 from .fairseq_yaml import is_fairseq_format, stages_of
-from .rules import Activations, Centroids, NoiseRule, StageRule, Structure, Tuning, given
+from .rules import Activations, Centroids, Codes, NoiseRule, StageRule, Structure, Tuning, given
 from .shipped import plan_path
 
 D = TypeVar("D")
@@ -24,6 +24,7 @@ class Plan:
     activations: Activations | None = None  # left as they are without it
     structure: Structure | None = None  # left as it is without it
     tuning: Tuning = field(default_factory=Tuning)
+    codes: Codes = field(default_factory=Codes)
 
     @property
     def weighs(self) -> bool:
@@ -51,6 +52,7 @@ class Plan:
             activations=_given_or_none(Activations, "activations", source),
             structure=_given_or_none(Structure, "structure", source),
             tuning=_build(Tuning, "tuning", source.get("tuning") or {}),
+            codes=_codes(source.get("codes") or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Plan:
             "activations": None if self.activations is None else asdict(self.activations),
             **({} if self.structure is None else {"structure": given(self.structure)}),
             **({} if self.tuning == Tuning() else {"tuning": given(self.tuning)}),
+            **({} if self.codes == Codes() else {"codes": given(self.codes)}),
         }
 
 
@@ -71,13 +74,18 @@ def _given_or_none(cls: type[D], where: str, source: Mapping[str, Any]) -> D | N
     return None if given is None else _build(cls, where, given)
 
 
-def _rules(cls: type[D], where: str, source: Any) -> tuple[D, ...]:
+def _codes(source: object) -> Codes:
+    """`codes: train` stands for `codes: {kind: train}`."""
+    return _build(Codes, "codes", {"kind": source} if isinstance(source, str) else source)
+
+
+def _rules(cls: type[D], where: str, source: object) -> tuple[D, ...]:
     if not isinstance(source, Sequence) or isinstance(source, str):
         raise UserError(f"plan: {where} must be a list of rules, not {type(source).__name__}")
     return tuple(_build(cls, f"{where}[{i}]", rule) for i, rule in enumerate(source))
 
 
-def _build(cls: type[D], where: str, source: Any) -> D:
+def _build(cls: type[D], where: str, source: object) -> D:
     if not isinstance(source, Mapping):
         raise UserError(f"plan: {where} must be a mapping of keys to values, not {type(source).__name__}")
     wanted = fields(cls)  # type: ignore[arg-type]

@@ -9,13 +9,15 @@ r"""Define a plan's rules: which weights get noise in training, which are quanti
     centroids: {dtype: fp16}
     activations: {bits: 8, range: histogram, calibration_batches: 8}
     structure: {share_layers: 2, keep_layers: every-other}
-    tuning: {schedule: restart}
+    tuning: {schedule: restart}            # or {stages: joint}
+    codes: {kind: train, every: 1}
 
 A plan is one YAML file, checked before any work. `match` is a regular expression that must match a whole module name.
 A rule that matches nothing, a weight that two stages match and an unknown key are errors. fairseq's own quantization
 YAML is a plan too (`fairseq_yaml.py`).
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -25,12 +27,25 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers.registry import Format, plan_formats
-from ..scalar import BITS, INPUT_RANGES, RANGES, bits_of
+from ..scalar import BITS, INPUT_RANGES, RANGES, STAGE_RANGES, bits_of
 from ..structure.layer_map import START, parse_keep
 from ..weights.blocks import kinds
-from .checks import check_keys, check_positive, check_probability, check_regex
+from .checks import check_keys, check_one_of, check_positive, check_probability, check_regex
 from .fairseq_yaml import setting_by_feature
-from .vocabulary import CENTROID_BITS, CHOICES, CODEBOOKS, CONTINUE, EPOCH, KINDS, RESTART, SCHEDULES
+from .vocabulary import (
+    CENTROID_BITS,
+    CHOICES,
+    CODEBOOKS,
+    CONTINUE,
+    EPOCH,
+    FIXED,
+    IN_TURN,
+    JOINT,
+    KINDS,
+    RESTART,
+    SCHEDULES,
+    TRAIN,
+)
 
 #: One number for all, a number per name (`default` and regular expressions), or fairseq's per module type.
 Setting = int | Mapping[str, Any]
@@ -142,8 +157,8 @@ class StageRule:
     block_size: Setting = 8  # d, pq only
     n_centroids: Setting = 256  # K, pq only; at most 256, because a code is a byte
     codebook: str = "own"  # pq only. own: one per weight; shared: one per stage for weights of equal d and K
-    range: str = "tensor"  # intN only: tensor, channel, histogram (scalar/ranges.py)
-    updates: int | None = None  # length of this stage; default: the stages share --max-update equally
+    range: str = "tensor"  # intN only: tensor, channel, histogram; or learned, learned-channel (scalar/ranges.py)
+    updates: int | None = None  # length of this stage; default: an equal share of the training's updates
 
     def __post_init__(self) -> None:
         check_regex("stage", self.match)
@@ -152,7 +167,7 @@ class StageRule:
             raise UserError(
                 f"stage '{self.match}': unknown scheme {self.scheme!r}; known schemes: {', '.join(schemes)}"
             )
-        for name, value, known in (("range", self.range, RANGES), ("codebook", self.codebook, CODEBOOKS)):
+        for name, value, known in (("range", self.range, STAGE_RANGES), ("codebook", self.codebook, CODEBOOKS)):
             if value not in known:
                 raise UserError(f"stage '{self.match}': unknown {name} {value!r}; known: {', '.join(known)}")
         if self.updates is not None:
@@ -243,18 +258,48 @@ class Tuning:
     """How the network is trained in the stages, on what the training's own options leave open."""
 
     schedule: str = CONTINUE  # learning-rate schedule. continue: one over all stages; restart: a new one in each
+    stages: str = IN_TURN  # in-turn: one after the other, the paper's; joint: all at once, then tuned together
 
     def __post_init__(self) -> None:
-        if self.schedule not in (CONTINUE, RESTART):
-            raise UserError(f"tuning: unknown schedule {self.schedule!r}; known: {CONTINUE}, {RESTART}")
+        check_one_of("tuning", "schedule", self.schedule, (CONTINUE, RESTART))
+        check_one_of("tuning", "stages", self.stages, (IN_TURN, JOINT))
 
     @property
     def restarts(self) -> bool:
         """Whether each stage has a learning-rate schedule of its own."""
         return self.schedule == RESTART
 
+    @property
+    def joint(self) -> bool:
+        """Whether all stages begin together."""
+        return self.stages == JOINT
 
-def given(rule: Any) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class Codes:
+    """Whether the codes of product quantization change while the network is tuned (`layers/pq_latent.py`)."""
+
+    kind: str = FIXED  # fixed: as k-means found them, the paper's; train: found anew while a dense weight trains
+    every: int = 1  # train only: updates between two encodings
+    share: float = 1.0  # train only: share of the blocks in each encoding, those that moved away most
+    learning_rate: float = 1.0  # train only: learning rate of the dense weights, as a factor of the training's
+
+    def __post_init__(self) -> None:
+        check_one_of("codes", "kind", self.kind, (FIXED, TRAIN))
+        check_positive("codes: every", self.every)
+        check_probability("codes: share", self.share)
+        for name in ("share", "learning_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise UserError(f"codes: {name} is {value!r}; give a number above 0")
+
+    @property
+    def train(self) -> bool:
+        """Whether codes are found anew."""
+        return self.kind == TRAIN
+
+
+def given(rule: "NoiseRule | StageRule | Centroids | Structure | Tuning | Codes") -> dict[str, Any]:
     """The fields of a rule that are not the default."""
     return {f.name: value for f in fields(rule) if (value := getattr(rule, f.name)) != f.default}
 
@@ -273,7 +318,7 @@ def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
     return value
 
 
-def _schedule(where: str, source: Any) -> Schedule:
+def _schedule(where: str, source: object) -> Schedule:
     """A schedule from its keys in YAML, where `start` is called `from`."""
     if not isinstance(source, Mapping):
         raise UserError(f"{where}: schedule must be a mapping such as {{kind: linear, from: 0.0, updates: 1000}}")

@@ -17,3 +17,7 @@ CODEBOOKS = ("own", "shared")
 CENTROID_BITS = {"fp16": 16, "int8": 8}
 #: The learning rate's schedule, as a stage begins.
 CONTINUE, RESTART = "continue", "restart"
+#: Stages that follow one another, or begin together.
+IN_TURN, JOINT = "in-turn", "joint"
+#: Codes of product quantization that stay as k-means found them, or are found anew while a dense weight trains.
+FIXED, TRAIN = "fixed", "train"

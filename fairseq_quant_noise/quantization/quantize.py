@@ -13,16 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers import calibrating, join_, quantize_inputs_, quantize_weight_, quantized_weights
+from ..layers import (
+    calibrating,
+    join_,
+    quantize_inputs_,
+    quantize_weight_,
+    quantize_with_latent_,
+    quantized_weights,
+)
 from ..layers.batch_statistics import batch_norms, estimating
 from ..layers.pq import PQWeight
 from ..layers.quantized import QuantizedWeight, dense_weight
 from ..plan.plan import Plan
-from ..plan.rules import Activations
+from ..plan.rules import Activations, Codes
 from ..pq.encode import encode_together
 from ..utils import ranks
 from ..utils.progress import watched
 from ..weights.discovery import warn_of_uncovered
+from .code_training import encode_in_training
 from .importance import check_importance
 from .structure import apply_structure
 from .targets import Target, resolve_stages
@@ -47,6 +55,9 @@ def quantize_(
     progress: Callable[[str], None] = logger.info,
 ) -> nn.Module:
     """Quantize the weights of any module in place, all stages of the plan at once, without fine-tuning.
+
+    Train the model afterwards as always, with an optimizer over its new `parameters()`: centroids learn, and with
+    `codes: train` in the plan the codes are found anew before every so many training forwards of the model.
 
     Args:
         model: any nn.Module; the weights that `weights/blocks.py` lists are what a plan can name.
@@ -80,7 +91,9 @@ def quantize_(
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
     warn_of_uncovered(model, strict)  # before encoding, while all parameters are dense
     check_importance(given, {t.weight.tensor_name: t.weight.dense_shape for t in targets})
-    quantize_targets(targets, seed=seed, importance=given, progress=progress)
+    quantize_targets(targets, seed=seed, importance=given, codes=plan.codes, progress=progress)
+    if plan.codes.train:
+        encode_in_training(model, plan.codes)
     ranks.check_same(quantized_state(model), "after the encoding")
     if plan.activations is not None:
         quantize_inputs(model, plan.activations, targets)
@@ -130,6 +143,7 @@ def quantize_targets(
     *,
     seed: int,
     importance: Mapping[str, Tensor] | None = None,
+    codes: Codes | None = None,
     where: str = "",
     progress: Callable[[str], None] = logger.info,
 ) -> None:
@@ -137,7 +151,8 @@ def quantize_targets(
 
     Weights whose format has a codebook (pq) go through k-means; in a distributed run each rank encodes its share of
     them and sends the result to the others. The other formats quantize their weights themselves. `importance` is as in
-    `quantize_`: by the tensor's name, of the weight's shape, such as (out, in).
+    `quantize_`: by the tensor's name, of the weight's shape, such as (out, in). With `codes` that train, the dense
+    weights go on as latent ones (`layers/pq_latent.py`).
 
     Raises:
         UserError: a weight is quantized already, not finite, or not the same on every rank; on all ranks alike.
@@ -151,7 +166,11 @@ def quantize_targets(
     found = _encode_together(targets, importance or {}, seed, where, progress)
     quantized: list[QuantizedWeight] = []
     for target, pair in zip(targets, found, strict=True):
-        if pair is not None:
+        if pair is not None and codes is not None and codes.train:
+            parts = *pair, target.centroid_bits, target.codebook
+            factor, share = codes.learning_rate, codes.share
+            quantized.append(quantize_with_latent_(target.weight, *parts, factor=factor, share=share))
+        elif pair is not None:
             quantized.append(quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook))
         else:
             quantized.append(target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range))

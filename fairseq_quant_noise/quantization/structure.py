@@ -1,18 +1,17 @@
 """Share and prune the layers of a model as a plan says."""
 
-from typing import Any
-
 from torch import nn
 
+from ..plan.rules import Structure
 from ..structure.modules import keep_layers_, require_stacks, set_layerdrop, share_layers_, shared_chunk
 
 
-def apply_structure(model: nn.Module, structure: Any) -> dict[str, list[int]]:
+def apply_structure(model: nn.Module, structure: Structure) -> dict[str, list[int]]:
     """Share, then prune, then set LayerDrop, as a plan's `structure` says, in place.
 
     Args:
         model: any network with a ModuleList `layers`.
-        structure: a `plan.Structure`.
+        structure: the plan's.
 
     Returns:
         By stack, the layers that stayed, where some were to go.

@@ -47,6 +47,7 @@ class Table:
 
     rows: list[Row]
     original_bytes: int | None = None  # dense bytes before layers were shared or pruned
+    latent_bytes: int = 0  # of the latent weights in fp32, that tuning keeps where codes train
 
     @property
     def parameters(self) -> int:
@@ -76,17 +77,21 @@ class Table:
             "ratio": self.ratio_of(self.dense_bytes),
             "original_bytes": self.original_bytes or self.dense_bytes,
             "original_ratio": self.ratio_of(self.original_bytes or self.dense_bytes),
+            "latent_bytes": self.latent_bytes,
             "tensors": [row.to_dict() for row in self.rows],
         }
 
 
-def make_table(model: nn.Module, targets: Sequence[Target] = (), original_bytes: int | None = None) -> Table:
+def make_table(
+    model: nn.Module, targets: Sequence[Target] = (), original_bytes: int | None = None, codes_train: bool = False
+) -> Table:
     """A row for each parameter of `model` (tied copies included), quantized as `targets` say, dense elsewhere.
 
     Args:
         model: any network, on the meta device too.
         targets: as `resolve_stages` returns them.
         original_bytes: size of the dense model before its layers were shared or pruned.
+        codes_train: whether the plan says `codes: train`.
     """
     by_name = {t.weight.tensor_name: t for t in targets}
     first = {id(t.weight.parameter): t.weight.tensor_name for t in targets}  # the owner, whichever holder comes first
@@ -103,7 +108,8 @@ def make_table(model: nn.Module, targets: Sequence[Target] = (), original_bytes:
             d, k = target.block_size, target.n_centroids
             row = Row(name, target.rule.scheme, shape, d, k, target.paper_bytes, None)
         rows.append(row if owner == name else _tied(row, owner))
-    return Table(rows, original_bytes)
+    latent = [math.prod(t.weight.shape) for t in targets if codes_train and t.rule.format.has_codebook]
+    return Table(rows, original_bytes, 4 * sum(latent))
 
 
 def _tied(row: Row, owner: str) -> Row:

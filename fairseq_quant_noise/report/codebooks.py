@@ -17,7 +17,7 @@ from ..utils.bits import unpack_bits
 
 @dataclass(frozen=True)
 class CodebookUse:
-    """The codes of one tensor."""
+    """Say how the codes of one tensor use its codebook."""
 
     tensor: str
     scheme: str
@@ -29,7 +29,7 @@ class CodebookUse:
 
 
 def codebook_use(packed: Packed) -> list[CodebookUse]:
-    """One entry for each tensor of the file that is in codes."""
+    """Measure each tensor of the file that is in codes."""
     found = []
     for name, entry in packed.manifest.tensors.items():
         packed_codes = packed.parts_of(name).get(CODES)
@@ -45,6 +45,6 @@ def codebook_use(packed: Packed) -> list[CodebookUse]:
 
 
 def entropy(counts: Tensor) -> float:
-    """Entropy in bits per code, from the (K,) counts of the codes."""
+    """Compute the entropy in bits per code, from the (K,) counts of the codes."""
     p = counts[counts > 0].double() / counts.sum()
     return float(-(p * p.log2()).sum()) + 0.0

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 _STAGE = re.compile(r"stage (\d{1,6}) of (\d{1,6}): quantizing \d{1,9} weights, '(.*)'")
 _ENCODED = re.compile(r"(?:stage (\d{1,6}) of \d+ )?\[\d+/\d+\] (\S+) \([\d, ]+\) (.*?)relative error (\d+(?:\.\d+)?)")
@@ -19,11 +18,13 @@ _DONE = re.compile(r"done training in (\d+(?:\.\d+)?) seconds")
 _WORD = re.compile(r"\b([A-Za-z_]\w*)[= ](-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?=[,| ]|$)")
 _JSON = re.compile(r"\| (train_inner|train|valid) \| (\{.*\})\s*$")
 _DISTORTION = re.compile(r"distortion_(\w+)_(weight|output)")
+_LINE_OF_UPDATES = "| train_inner |"  # its figures are of the updates since the last one
+CODES_CHANGED, LATENT_ERROR = "ipq_codes_changed", "ipq_distortion"  # while codes train
 
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation: after how many updates, in which stage (0 before the first), and the figures."""
+    """Hold the figures of a validation, its update, and its stage (0 before the first)."""
 
     update: int
     stage: int
@@ -33,7 +34,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A weight as it was quantized: ||W - W_hat|| / ||W||."""
+    """Hold the relative error of a weight's encoding: ||W - W_hat|| / ||W||."""
 
     tensor: str
     how: str
@@ -43,7 +44,7 @@ class Encoded:
 
 @dataclass
 class Log:
-    """The content of one log file."""
+    """Hold the content of one log file."""
 
     path: Path
     validations: list[Validation] = field(default_factory=list)
@@ -51,13 +52,15 @@ class Log:
     n_stages: int = 0
     encoded: dict[str, Encoded] = field(default_factory=dict)  # by tensor, the last time
     distortion: dict[tuple[str, str], list[tuple[int, float]]] = field(default_factory=dict)  # (kind, weight | output)
+    codes_changed: list[tuple[int, float]] = field(default_factory=list)  # (update, per cent of all, by one encoding)
+    latent_error: list[tuple[int, float]] = field(default_factory=list)  # (update, ||W_hat - latent|| / ||latent||)
     seconds: float | None = None  # sum over all trainings that ended
     update: int = 0
     stage: int = 0
 
 
 def read_log(path: Path) -> Log:
-    """The log at `path`."""
+    """Read the log at `path`."""
     log = Log(path)
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -78,10 +81,14 @@ def _take(log: Log, line: str) -> None:
     else:
         for kind, subset, values in _figures(line):
             _take_figures(log, kind, subset, values)
+            if _LINE_OF_UPDATES in line:
+                for name, series in ((CODES_CHANGED, log.codes_changed), (LATENT_ERROR, log.latent_error)):
+                    if name in values:
+                        series.append((log.update, values[name]))
 
 
 def _figures(line: str) -> Iterator[tuple[str, str, dict[str, float]]]:
-    """(train or valid, subset, figures) of a line of progress, in fairseq's log format simple or json."""
+    """Read (train or valid, subset, figures) from a line of progress, in fairseq's log format simple or json."""
     if found := _JSON.search(line):
         try:
             content = json.loads(found[2])
@@ -98,15 +105,15 @@ def _figures(line: str) -> Iterator[tuple[str, str, dict[str, float]]]:
         yield "train", "train", _finite(_WORD.findall(found[1]))
 
 
-def _finite(pairs: Iterable[tuple[str, Any]]) -> dict[str, float]:
-    """Those that are numbers (None is logged where there is no figure)."""
+def _finite(pairs: Iterable[tuple[str, object]]) -> dict[str, float]:
+    """Keep the pairs whose value is a number (None is logged where there is no figure)."""
     return {name: number for name, value in pairs if (number := finite(value)) is not None}
 
 
-def finite(value: Any) -> float | None:
-    """`value` as a number, if it is one and finite."""
+def finite(value: object) -> float | None:
+    """Convert `value` to a number; None if it is none, or not finite."""
     try:
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None

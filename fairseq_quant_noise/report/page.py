@@ -14,6 +14,7 @@ from .scores import METRICS, pareto
 SECTIONS = {
     "score": "Score against size",
     "stages": "Score over the stages",
+    "codes": "Codes that train",
     "distortion": "Distortion by layer",
     "codebooks": "Codebook use and code entropy",
     "time": "Time by step",
@@ -25,6 +26,8 @@ _TEXT = {
     "on the test data as fairseq's programs report it. On the Pareto front nothing is both smaller and better. The "
     "paper's networks are larger and its data are others: compare the order of its points with ours, not the numbers.",
     "stages": "The validations while iPQ quantizes one group of weights after the other and fine-tunes the centroids.",
+    "codes": "Runs with `codes: train`: how many codes each encoding changes, a mean over the updates since the last "
+    "line of the log, and how far the network's weights are from the latent ones that their codes stand for.",
     "distortion": "||W - Ŵ|| / ||W|| of each weight at the moment it was quantized, before any fine-tuning; and, "
     "where a training logs it, of weights and outputs under its noise.",
     "codebooks": "Read from the codes in the packed files. Used: centroids that at least one code names. Entropy: "
@@ -40,10 +43,11 @@ Rows = Sequence[Sequence[Cell]]
 
 
 def page(runs: Runs, drawn: Sequence[Picture]) -> str:
-    """The HTML text of the report."""
+    """Make the HTML text of the report."""
     tables = {
         "score": _score_tables(runs),
         "stages": _stage_tables(runs),
+        "codes": _codes_table(runs),
         "distortion": _distortion_tables(runs),
         "codebooks": _codebook_tables(runs),
         "time": _time_table(runs),
@@ -89,7 +93,7 @@ def _figure(picture: Picture) -> str:
 def table(
     header: Sequence[str], rows: Rows, caption: str = "", best: Iterable[int] = (), text: Iterable[int] = ()
 ) -> str:
-    """An HTML table, everything in it escaped.
+    """Make an HTML table, with everything in it escaped.
 
     Args:
         header: of the columns; numbers in them are set to the right.
@@ -170,6 +174,17 @@ def _stage_tables(runs: Runs) -> list[str]:
         header = ("update", "stage", "split", METRICS.get(metric, metric), "MiB, paper's accounting")
         tables.append(_folded(f"{run}: {log.path.name}", table(header, rows, f"Stages: {rules}.{undone}")))
     return tables
+
+
+def _codes_table(runs: Runs) -> list[str]:
+    rows = []
+    for run, log in runs.logs:
+        changed, error = log.codes_changed, log.latent_error
+        if changed:
+            ends = (changed[0][1], changed[-1][1], *((error[0][1], error[-1][1]) if error else (None, None)))
+            rows.append((f"{run}: {log.path.name}", changed[0][0], changed[-1][0], *ends))
+    header = ("run", "first line, update", "last", "changed, %, first", "last", "relative error, first", "last")
+    return [table(header, rows)] if rows else []
 
 
 def _distortion_tables(runs: Runs) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PaperPoint:
-    """A score and a size of the paper."""
+    """Hold a score and a size from the paper."""
 
     name: str
     megabytes: float

@@ -24,7 +24,7 @@ _SEED = re.compile(r"^seed-\d+/")
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG and what it shows."""
+    """Hold a PNG and what it shows."""
 
     section: str  # the page's section it belongs to
     name: str  # the file's name
@@ -33,7 +33,7 @@ class Picture:
 
 
 def pictures(runs: Runs) -> list[Picture]:
-    """All pictures for which there are figures.
+    """Draw every picture for which there are figures.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -49,7 +49,7 @@ def pictures(runs: Runs) -> list[Picture]:
         "text.parse_math": False,
     }
     with matplotlib.rc_context(settings):
-        return [*_scores(runs), *_stages(runs), *_by_layer(runs), *_time(runs)]
+        return [*_scores(runs), *_stages(runs), *_codes(runs), *_by_layer(runs), *_time(runs)]
 
 
 def _figure(height: float = _SIZE[1]) -> tuple[Any, Any]:
@@ -68,7 +68,7 @@ def _png(figure: Any) -> bytes:
 
 
 def short(text: str, most: int = 28) -> str:
-    """`text`, cut in the middle where it is long, without what a font cannot draw."""
+    """Cut `text` in the middle where it is long, and leave out what a font cannot draw."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     text = f" {text}" if text.startswith("_") else text  # which a legend would leave out
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
@@ -81,7 +81,7 @@ def _legend(figure: Any, axes: Any, columns: int = 2) -> None:
 
 
 def groups(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
-    """Points that may be compared, by metric and data set."""
+    """Group points that may be compared, by metric and data set."""
     found: dict[tuple[str, str], list[Point]] = {}
     for p in points:
         found.setdefault((p.metric, p.data), []).append(p)
@@ -154,12 +154,12 @@ def _paper(metric: str) -> Picture:
 
 
 def staged(runs: Runs) -> list[tuple[str, Log]]:
-    """The logs of trainings with stages that have a validation."""
+    """Select the logs of trainings with stages that have a validation."""
     return [(run, log) for run, log in runs.logs if log.stages and log.validations]
 
 
 def metric_of(log: Log) -> str | None:
-    """The figure of a log's validations that is drawn over the stages."""
+    """Choose the figure of a log's validations that is drawn over the stages."""
     names = {name for v in log.validations for name in v.values}
     return next((name for name in ("accuracy", "top1", "bleu", "ppl", "loss") if name in names), None)
 
@@ -188,8 +188,30 @@ def _stages(runs: Runs) -> Iterable[Picture]:
         yield Picture("stages", f"stages-{metric}", f"{METRICS.get(metric, metric)} over the stages", _png(figure))
 
 
+def _codes(runs: Runs) -> Iterable[Picture]:
+    logs = [(run, log) for run, log in runs.logs if log.codes_changed]
+    pairs = (
+        ("codes", "Codes that change", "per cent of all codes, an encoding", [log.codes_changed for _, log in logs]),
+        ("latent", "Distance to the latent weights", "||Ŵ - latent|| / ||latent||", [g.latent_error for _, g in logs]),
+    )
+    for name, title, what, drawn in pairs:
+        if not any(drawn):
+            continue
+        figure, axes = _figure()
+        for i, ((run, log), series) in enumerate(zip(logs, drawn, strict=True)):
+            if series:
+                color = COLORS[i % len(COLORS)]
+                axes.plot(*zip(*series, strict=True), "-", color=color, label=short(f"{run}: {log.path.stem}"))
+        axes.set_xlabel("updates of fine-tuning")
+        axes.set_ylabel(what)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+        _legend(figure, axes)
+        yield Picture("codes", name, title, _png(figure))
+
+
 def layer_of(tensor: str) -> tuple[str, int | None]:
-    """(kind, layer) of a tensor: `decoder.layers.3.fc1.weight` -> (`fc1`, 3); outside of layers (name, None)."""
+    """Read (kind, layer) of a tensor: `decoder.layers.3.fc1.weight` -> (`fc1`, 3); outside of layers (name, None)."""
     found = _IN_LAYER.fullmatch(tensor)
     if not found:
         return tensor.removesuffix(".weight").removeprefix("decoder."), None
@@ -216,7 +238,7 @@ def _codebook_picture(i: int, file: File) -> Picture:
 def _layers(
     section: str, name: str, title: str, values: list[tuple[str, float]], what: str, lines: Iterable[float] = ()
 ) -> Picture:
-    """A line for each kind of weight over the layers; weights outside of layers stand left of them, as layer `-`."""
+    """Draw a line for each kind of weight over the layers; weights outside layers stand at the left, as layer `-`."""
     kinds: dict[str, list[tuple[int, float]]] = {}
     for tensor, value in values:
         kind, layer = layer_of(tensor)
@@ -239,7 +261,7 @@ def _layers(
 
 
 def times(runs: Runs) -> list[tuple[str, float]]:
-    """(what, seconds): of the recipes' steps; of a run without steps what its training logs say."""
+    """List (what, seconds) for each step of the recipes, or from the training logs of a run without steps."""
     with_steps = {step.run for step in runs.steps}
     found = [(f"{s.name}" if s.name.startswith(f"{s.run}:") else f"{s.run}: {s.name}", s.seconds) for s in runs.steps]
     for run, log in runs.logs:

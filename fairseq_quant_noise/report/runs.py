@@ -25,7 +25,7 @@ STEPS = "steps.jsonl"
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a recipe."""
+    """Hold a step of a recipe."""
 
     run: str
     name: str
@@ -36,7 +36,7 @@ class Step:
 
 @dataclass
 class File:
-    """A packed file."""
+    """Hold what is known about a packed file."""
 
     run: str
     label: str
@@ -47,7 +47,7 @@ class File:
 
 @dataclass
 class Runs:
-    """All that the page shows."""
+    """Hold all that the page shows."""
 
     folders: list[str]
     names: list[str] = field(default_factory=list)  # the runs' names
@@ -59,7 +59,7 @@ class Runs:
 
 
 def find_runs(folders: Iterable[str | Path]) -> Runs:
-    """What is in `folders` and below.
+    """Find everything in `folders` and below.
 
     Raises:
         UserError: a folder does not exist, or no folder holds a result.
@@ -178,13 +178,13 @@ def _read_tables(runs: Runs, name: str, folder: Path, root: Path) -> None:
 
 
 def _data_of_run(runs: Runs, run: str, root: str) -> str:
-    """The data set that a run was evaluated on, by its logs or else all logs, if they agree; else `root`."""
+    """Find the data set that a run was evaluated on, by its logs or else all logs, if they agree; else `root`."""
     own = {p.data for p in runs.points if p.run == run} or {p.data for p in runs.points}
     return own.pop() if len(own) == 1 else root
 
 
 def _run_named(name: str, root: Path, folder: Path, record: Mapping[str, Any]) -> str:
-    """The folder that a line of a table names, as the page calls it."""
+    """Name the folder of a line of a table, as the page calls it."""
     run = record.get("run")
     if not isinstance(run, str):
         return name

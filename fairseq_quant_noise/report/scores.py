@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .logs import finite
 
@@ -26,7 +25,7 @@ _LABELS = {"model": "ipq", "one_shot": "one-shot", "packed": "ipq"}
 
 @dataclass(frozen=True)
 class Point:
-    """A network of a run, dense or as a packed file, with its score and its bytes."""
+    """Hold the score and the bytes of a network of a run, dense or as a packed file."""
 
     run: str
     label: str  # dense, ipq, one-shot, int4 ...
@@ -38,17 +37,17 @@ class Point:
 
     @property
     def mib(self) -> float:
-        """Bytes / 2^20."""
+        """Convert the bytes to MiB, bytes / 2^20."""
         return self.bytes / 2**20
 
 
 def label_of(stem: str) -> str:
-    """The label of a network by its file's name; files named `model` and `packed` come from iPQ."""
+    """Make the label of a network from its file's name; files named `model` and `packed` come from iPQ."""
     return _LABELS.get(stem, stem)
 
 
 def scores_in(log: Path) -> dict[str, float]:
-    """The figures in a log of fairseq-eval-lm, fairseq-validate or fairseq-generate; of the subset `valid` first."""
+    """Read the figures in a log of fairseq-eval-lm, -validate or -generate, preferably of the subset `valid`."""
     text = log.read_text(encoding="utf-8", errors="replace")
     if found := _PPL.findall(text):
         return {"ppl": float(found[-1])}
@@ -65,13 +64,13 @@ def scores_in(log: Path) -> dict[str, float]:
 
 
 def data_of(log: Path) -> str | None:
-    """The data set that the log names."""
+    """Read the data set that the log names."""
     found = _DATA.search(log.read_text(encoding="utf-8", errors="replace"))
     return found[1] if found else None
 
 
-def read_json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    """The objects in a file of JSON lines (or of one object); lines of another kind are passed over."""
+def read_json_lines(path: Path) -> Iterator[Mapping[str, object]]:
+    """Read the objects in a file of JSON lines (or of one object); lines of another kind are passed over."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
@@ -81,8 +80,8 @@ def read_json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
             yield record
 
 
-def points_of_result(record: Mapping[str, Any], run: str, source: str, data: str) -> Iterator[Point]:
-    """The points of result.json: `ppl_dense`, `ppl_ipq` ... with `dense_bytes`, `file_bytes`."""
+def points_of_result(record: Mapping[str, object], run: str, source: str, data: str) -> Iterator[Point]:
+    """Read the points of result.json: `ppl_dense`, `ppl_ipq` ... with `dense_bytes`, `file_bytes`."""
     for key, value in record.items():
         if found := _STAGED.fullmatch(str(key)):
             size = record.get("dense_bytes" if found[2] == "dense" else "file_bytes")
@@ -90,8 +89,8 @@ def points_of_result(record: Mapping[str, Any], run: str, source: str, data: str
             yield from _point(run, label_of(found[2]), found[1], value, size, source, data)
 
 
-def points_of_row(record: Mapping[str, Any], run: str, source: str, data: str) -> Iterator[Point]:
-    """The points of a line of a table: `ppl` ... or `score`, with `file_bytes` or `bytes`; or as in result.json."""
+def points_of_row(record: Mapping[str, object], run: str, source: str, data: str) -> Iterator[Point]:
+    """Read the points of a table's line: `ppl` ... or `score`, with `file_bytes` or `bytes`; or as in result.json."""
     yield from points_of_result(record, run, source, data)
     size = record.get("file_bytes", record.get("bytes"))
     label = str(record.get("scheme") or record.get("row") or record.get("file") or "").strip()
@@ -105,14 +104,14 @@ def points_of_row(record: Mapping[str, Any], run: str, source: str, data: str) -
         yield from _point(run, label or "?", metric, record["score"], size, source, data)
 
 
-def _point(run: str, label: str, metric: str, score: Any, size: Any, source: str, data: str) -> Iterator[Point]:
+def _point(run: str, label: str, metric: str, score: object, size: object, source: str, data: str) -> Iterator[Point]:
     value, size = finite(score), finite(size)
     if value is not None and size is not None and size > 0:
         yield Point(run, label, metric, value, size, source, data)
 
 
 def distinct(points: list[Point]) -> list[Point]:
-    """Each figure once: the first of those with the same run, score and bytes."""
+    """Keep each figure once: the first of those with the same run, score and bytes."""
     seen: dict[tuple[str, str, float, float], Point] = {}
     for p in points:
         seen.setdefault((p.run, p.metric, round(p.score, 2), p.bytes), p)
@@ -120,7 +119,7 @@ def distinct(points: list[Point]) -> list[Point]:
 
 
 def pareto(points: list[Point]) -> list[Point]:
-    """The points that no other point beats in both score and bytes (the Pareto front), by growing size."""
+    """Select the points that no other beats in both score and bytes (the Pareto front), by growing size."""
     front: list[Point] = []
     for p in sorted(points, key=lambda p: (p.bytes, _cost(p))):
         if not front or _cost(p) < _cost(front[-1]):

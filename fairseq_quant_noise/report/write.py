@@ -43,7 +43,7 @@ def write_report(folders: Iterable[str | Path], out: str | Path) -> Runs:
 
 
 def numbers(runs: Runs) -> dict[str, Any]:
-    """The figures of the page as plain values."""
+    """Convert the figures of the page to plain values."""
     return {
         "folders": runs.folders,
         "points": [asdict(p) for p in runs.points],
@@ -53,6 +53,11 @@ def numbers(runs: Runs) -> dict[str, Any]:
         ],
         "validations": [
             {"run": run, "log": log.path.name, **asdict(v)} for run, log in runs.logs for v in log.validations
+        ],
+        "codes": [
+            {"run": run, "log": log.path.name, "changed": log.codes_changed, "latent_error": log.latent_error}
+            for run, log in runs.logs
+            if log.codes_changed
         ],
         "steps": [asdict(step) for step in runs.steps],
         "notes": runs.notes,

@@ -5,7 +5,7 @@ input range. All uses hold the same Parameters or quantized weights, so that noi
 weight (`weights/discovery.py`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class LayerStack(nn.ModuleList):
         p: the probability of leaving a chunk out, anew in each iteration over the stack.
     """
 
-    def __init__(self, layers: Any = None, chunk: int = 1, p: float = 0.0) -> None:
+    def __init__(self, layers: Iterable[nn.Module] | None = None, chunk: int = 1, p: float = 0.0) -> None:
         super().__init__(layers)
         self.chunk, self.p = chunk, p
 
@@ -216,7 +216,7 @@ def keep_by_stack(where: str, keep: object, stacks: Sequence[str]) -> dict[str, 
 
 
 def remove_layers(model: nn.Module, name: str, keep: Sequence[int]) -> None:
-    """Remove all layers but `keep` from the stack `name`, and update fairseq's count of them (`num_layers`)."""
+    """Remove all layers but `keep` from the stack `name`, and update their owner's count of them (`num_layers`)."""
     stack: Any = model.get_submodule(name)
     for i in reversed(range(len(stack))):
         if i not in keep:

@@ -25,7 +25,7 @@ def replace_file(path: str | Path, content: bytes | bytearray) -> None:
     except OSError as error:
         if not is_about_a_file(error):
             raise
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another place for --out") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place") from None
     finally:
         beside.unlink(missing_ok=True)  # where it has not taken the name
 

@@ -75,7 +75,7 @@ def check_same(tensors: Mapping[str, Tensor], when: str) -> None:
         if others:
             raise UserError(
                 f"{name}: {when}, rank {', '.join(others)} holds other numbers than rank 0; start every rank again "
-                "from the last checkpoint with the same command and software; --ddp-backend legacy_ddp is the safest"
+                "from the last checkpoint with the same command and software"
             )
 
 

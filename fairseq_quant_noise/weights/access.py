@@ -1,6 +1,6 @@
 """Intercept reads of a module's weights: there noise and quantization act.
 
-fairseq's attention hands `q_proj.weight` straight to a functional and its adaptive softmax ties its weights to the
+An attention may hand `q_proj.weight` straight to a functional, and an adaptive softmax may tie its weights to the
 embedding, so a hook on `forward` misses both. Here the module's class is replaced by a subclass of the same name in
 which each such weight (KEY: `weight`, `in_proj_weight`, ...) is a property. What is stored stays where it was
 (`_parameters[KEY]`, so names, `state_dict`, optimizers and DDP see no difference); what is read may be noised, or
@@ -28,7 +28,7 @@ class WeightAccess:
     _parameters: dict[str, Any]
     _modules: dict[str, Any]
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
         """A quantized weight that is still dense in store is saved under the dense weight's own name."""
         for key in self._turned:
             quantized, name = self._modules.get(key), prefix + key

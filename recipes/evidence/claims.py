@@ -1,4 +1,4 @@
-"""The claims of the paper that recipes/evidence.sh tests, each as a comparison of perplexities, and the verdict.
+"""List the claims that recipes/evidence.sh tests, each a comparison of perplexities, and find the verdicts.
 
 A run is `NETWORK/FILE` of recipes/evidence/grid.py; `NETWORK/dense` is the network before it is quantized. Comparisons
 are paired by seed: x_s = PPL_ours / PPL_other - 1 for each seed s, with the mean's 95 % interval by Student's t.
@@ -17,10 +17,10 @@ Scores = Mapping[tuple[str, int], float]  # run and seed -> perplexity
 
 @dataclass(frozen=True)
 class Claim:
-    """`ours` has a lower perplexity than `other`; with `within`, one that is higher by at most that share."""
+    """State that `ours` has a lower perplexity than `other` or, with `within`, one higher by at most that share."""
 
     claim: str
-    paper: str  # its figures, "r" where recalled
+    paper: str  # its figures; "r" marks one that was quoted from memory
     ours: str
     other: str
     within: float | None = None
@@ -40,7 +40,7 @@ CLAIMS = (
     Claim("int8 is nearly free (3 %)", "18.7 r / 18.3 r", "int8-0.5/int8", "none/dense", 0.03),
     Claim("int8 is nearly free without noise too (3 %)", "19.6 r / 18.3 r", "none/int8", "none/dense", 0.03),
     Claim("int8: Quant-Noise beats QAT", "18.7 r / 21.0 r", "int8-0.5/int8", "int8-1/int8"),
-    Claim("iPQ + int8 is iPQ (2 %)", "21.1 / 20.7", "proxy-0.05/ipq-int8", "proxy-0.05/ipq", 0.02),
+    Claim("iPQ + int8 is as good as iPQ (2 %)", "21.1 / 20.7", "proxy-0.05/ipq-int8", "proxy-0.05/ipq", 0.02),
     Claim("the proxy is as good as exact noise (2 %)", "21.0 r / 21.1 r", "proxy-0.05/ipq", "pq-0.05/ipq", 0.02),
     Claim("K 64: the proxy is as good (2 %)", "21.0 r / 21.1 r", "proxy-0.05/ipq-k64", "pq-0.05/ipq-k64", 0.02),
     Claim("a p near .1 beats a large one", "", "proxy-0.1/ipq", "proxy-0.5/ipq"),
@@ -50,25 +50,31 @@ CLAIMS = (
     Claim(
         "K 64: post-hoc noise is nearly as good (2 %)", "20.9 r / 20.7", "posthoc/ipq-k64", "proxy-0.05/ipq-k64", 0.02
     ),
-    Claim("K 64: post-hoc noise beats as long without", "20.9 r / 25.2", "posthoc/ipq-k64", "longer/ipq-k64"),
+    Claim(
+        "K 64: post-hoc noise beats as long a training without", "20.9 r / 25.2", "posthoc/ipq-k64", "longer/ipq-k64"
+    ),
     Claim("sharing costs at most a tenth", "22.0 r / 20.7", "shared/ipq", "proxy-0.05/ipq", 0.1),
     Claim("sharing and pruning cost at most a quarter", "24.7 / 20.7", "shared-pruned/ipq", "proxy-0.05/ipq", 0.25),
-    Claim("int4: a range a channel beats one a tensor", "21.2 r / 39.4 r", "none/int4-channel", "none/int4"),
-    Claim("int4 a channel: noise beats none", "19.5 r / 21.2 r", "int4-channel-0.5/int4-channel", "none/int4-channel"),
+    Claim("int4: a range per channel beats one per tensor", "21.2 r / 39.4 r", "none/int4-channel", "none/int4"),
+    Claim(
+        "int4 per channel: noise beats none", "19.5 r / 21.2 r", "int4-channel-0.5/int4-channel", "none/int4-channel"
+    ),
     Claim("distillation helps, without noise", "", "none/ipq-teacher", "none/ipq"),
     Claim("distillation helps, with noise", "", "proxy-0.05/ipq-teacher", "proxy-0.05/ipq"),
     Claim("a p that grows from 0 to .1 beats constant .1", "", "proxy-schedule/ipq", "proxy-0.1/ipq"),
-    Claim("one-shot, no noise: weighed errors beat all alike", "", "none/one-shot-weighted", "none/one-shot"),
-    Claim("one-shot, noise: weighed errors beat all alike", "", "proxy-0.05/one-shot-weighted", "proxy-0.05/one-shot"),
-    Claim("iPQ, no noise: weighed errors beat all alike", "", "none/ipq-weighted", "none/ipq"),
-    Claim("iPQ, noise: weighed errors beat all alike", "", "proxy-0.05/ipq-weighted", "proxy-0.05/ipq"),
+    Claim("one-shot, no noise: weighted errors beat unweighted", "", "none/one-shot-weighted", "none/one-shot"),
+    Claim(
+        "one-shot, noise: weighted errors beat unweighted", "", "proxy-0.05/one-shot-weighted", "proxy-0.05/one-shot"
+    ),
+    Claim("iPQ, no noise: weighted errors beat unweighted", "", "none/ipq-weighted", "none/ipq"),
+    Claim("iPQ, noise: weighted errors beat unweighted", "", "proxy-0.05/ipq-weighted", "proxy-0.05/ipq"),
     Claim("one-shot, no noise: shared codebooks beat own ones", "", "none/one-shot-shared", "none/one-shot"),
     Claim("iPQ, no noise: shared codebooks beat own ones", "", "none/ipq-shared", "none/ipq"),
     Claim("iPQ, noise: shared codebooks beat own ones", "", "proxy-0.05/ipq-shared", "proxy-0.05/ipq"),
-    Claim("iPQ, no noise, shared: weighed errors beat all alike", "", "none/ipq-shared-weighted", "none/ipq-shared"),
-    Claim("iPQ, no noise: shared and weighed beat the paper's way", "", "none/ipq-shared-weighted", "none/ipq"),
+    Claim("iPQ, no noise, shared: weighted errors beat unweighted", "", "none/ipq-shared-weighted", "none/ipq-shared"),
+    Claim("iPQ, no noise: shared and weighted beat the paper's way", "", "none/ipq-shared-weighted", "none/ipq"),
     Claim(
-        "iPQ, noise: shared and weighed beat the paper's way", "", "proxy-0.05/ipq-shared-weighted", "proxy-0.05/ipq"
+        "iPQ, noise: shared and weighted beat the paper's way", "", "proxy-0.05/ipq-shared-weighted", "proxy-0.05/ipq"
     ),
     Claim("attention last beats attention first", "", "none/ipq", "none/ipq-attention-first"),
     Claim("feed-forward first beats embedding first", "", "none/ipq", "none/ipq-embedding-first"),
@@ -77,7 +83,7 @@ CLAIMS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What the seeds say of a claim; shares of the other's perplexity."""
+    """Hold the perplexities that decide a claim, by seed."""
 
     claim: Claim
     ours: list[float]
@@ -85,12 +91,12 @@ class Finding:
 
     @property
     def differences(self) -> list[float]:
-        """x_s."""
+        """Compute x_s for each seed."""
         return [a / b - 1 for a, b in zip(self.ours, self.other, strict=True)]
 
     @property
     def margin(self) -> float:
-        """Half the 95 % interval of the mean difference; infinite with one seed."""
+        """Compute half the 95 % interval of the mean difference; infinite with one seed."""
         x = self.differences
         if len(x) < 2:
             return math.inf
@@ -99,7 +105,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """By the interval; undecided with fewer than three seeds, or where the bound is inside it."""
+        """Decide by the interval; undecided with fewer than three seeds, or where the bound is inside it."""
         x, bound = self.differences, self.claim.within or 0.0
         if len(x) < 3:
             return UNDECIDED
@@ -108,6 +114,6 @@ class Finding:
 
 
 def find(claim: Claim, scores: Scores) -> Finding:
-    """The seeds that have both runs of a claim."""
+    """Find the seeds that have both runs of a claim."""
     seeds = sorted(seed for run, seed in scores if run == claim.ours and (claim.other, seed) in scores)
     return Finding(claim, [scores[claim.ours, s] for s in seeds], [scores[claim.other, s] for s in seeds])

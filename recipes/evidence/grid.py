@@ -33,6 +33,11 @@ def stages(
     return {"stages": rules, "centroids": {"weighted": False, **centroids}}
 
 
+def trained(plan: dict[str, Any]) -> dict[str, Any]:
+    """The same weights and bytes, all quantized at once, with codes that train (docs/codes.md)."""
+    return plan | {"codes": "train", "tuning": {"stages": "joint"}}
+
+
 def rounded(scheme: str, by: str = "tensor") -> dict[str, Any]:
     """A plan that rounds every weight, with a range a tensor or a channel."""
     return {"stages": [{"match": weights, "scheme": scheme, "range": by} for weights in WEIGHTS]}
@@ -69,6 +74,9 @@ FILES = {
     "ipq-d16": File(stages((16, 16, 8))),
     "ipq-k64": File(stages(k=64)),
     "ipq-k16": File(stages(k=16)),
+    "best": File(trained(stages(weighted=True))),
+    "best-d16": File(trained(stages((16, 16, 8), weighted=True))),
+    "best-k64": File(trained(stages(k=64, weighted=True))),
     "int4": File(rounded("int4"), staged=False),
     "int8": File(rounded("int8"), staged=False),
     "int4-channel": File(rounded("int4", "channel"), staged=False),
@@ -79,7 +87,7 @@ IPQ = (
     "ipq",
     "ipq-k64",
 )  # the last one is as extreme as the paper's files: a twentieth of the dense network
-OURS = ("one-shot-weighted", "ipq-weighted", "one-shot-shared", "ipq-shared", "ipq-shared-weighted")
+OURS = ("one-shot-weighted", "ipq-weighted", "one-shot-shared", "ipq-shared", "ipq-shared-weighted", "best", "best-k64")
 SMALLEST = ("ipq-k16", "ipq-shared-weighted")
 CURVES = ("ipq-d4", "ipq-d16", "ipq-k16")
 

@@ -1,10 +1,10 @@
-"""The page of recipes/evidence.sh: every claim with its verdict, every run over its seeds, and the curves.
+"""Write the page of recipes/evidence.sh: each claim with its verdict, each run over its seeds, and the curves.
 
     python -m recipes.evidence.page runs/evidence                     from the runs: evidence.{jsonl,md,png} there
     python -m recipes.evidence.page docs --from docs/evidence.jsonl   from the lines alone: the page in docs/
 
-A line of evidence.jsonl is a run and a seed: `{"run", "seed", "ppl", "bytes"}`, of a packed file the bytes on disk, of
-a dense network 4 a number.
+Each line of evidence.jsonl describes one run with one seed: `{"run", "seed", "ppl", "bytes"}`. The bytes of a packed
+file are those on disk; those of a dense network are 4 for each number.
 """
 
 import argparse
@@ -26,14 +26,16 @@ Line = dict[str, Any]
 CLAIM_HEADER = ("claim", "paper, PPL", "ours, PPL", "the other, PPL", "difference", "seeds", "verdict")
 RUN_HEADER = ("network", "file", "PPL", "bytes", "seeds")
 NOTE = """\
-PPL: test perplexity by fairseq-eval-lm, mean and standard deviation over the seeds. Difference: of ours to the other,
-paired by seed, with the 95 % interval of its mean (Student's t). A claim holds, or does not, where the interval is on
-one side of its bound, with three seeds or more. The paper's figures are of WikiText-103 and 247 M parameters, "r":
-recalled, not looked up."""
+"PPL" is the test perplexity that fairseq-eval-lm reports: mean and standard deviation over the seeds. "Difference" is
+ours relative to the other: the mean over pairs of runs with the same seed, and its 95 % confidence interval (Student's
+t). It must stay below 0, unless the claim names another bound, such as "(3 %)" or "a tenth". A claim holds if the whole
+interval is below its bound, and does not hold if the whole interval is above it. Otherwise, and with fewer than three
+seeds, it is undecided. The paper's figures are for WikiText-103 and a network of 247 M parameters; "r" marks figures
+quoted from memory that were not looked up."""
 
 
 def collect(out: Path) -> list[Line]:
-    """A line for each run of each seed that is there."""
+    """Collect a line for each finished run of each seed."""
     lines = []
     for folder in sorted(out.glob("seed-*")):
         seed = int(folder.name.removeprefix("seed-"))
@@ -51,18 +53,18 @@ def collect(out: Path) -> list[Line]:
 
 
 def line(run: str, seed: int, log: Path, n_bytes: int) -> Line:
-    """A line of evidence.jsonl."""
+    """Make a line of evidence.jsonl."""
     return {"run": run, "seed": seed, "ppl": perplexity(log), "bytes": n_bytes}
 
 
 def spread(values: list[float], form: str = ".1f") -> str:
-    """Mean and standard deviation."""
+    """Format the mean and the standard deviation."""
     deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{deviation}"
 
 
 def claim_row(found: Finding) -> tuple[str, ...]:
-    """A claim under CLAIM_HEADER."""
+    """Format a claim as a row under CLAIM_HEADER."""
     percent = [100 * x for x in found.differences]
     error = f" ± {100 * found.margin:.1f}" if len(percent) > 1 else ""
     difference = f"{statistics.mean(percent):+.1f}{error} %"
@@ -71,7 +73,7 @@ def claim_row(found: Finding) -> tuple[str, ...]:
 
 
 def by_run(lines: list[Line]) -> dict[str, list[Line]]:
-    """The lines of each run."""
+    """Group the lines by run."""
     runs = defaultdict(list)
     for entry in lines:
         runs[entry["run"]].append(entry)
@@ -79,7 +81,7 @@ def by_run(lines: list[Line]) -> dict[str, list[Line]]:
 
 
 def text(lines: list[Line]) -> str:
-    """The tables."""
+    """Make the text of the page."""
     scores = {(entry["run"], entry["seed"]): entry["ppl"] for entry in lines}
     findings = [found for claim in CLAIMS if (found := find(claim, scores)).ours]
     rows = [
@@ -102,7 +104,7 @@ def text(lines: list[Line]) -> str:
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """Perplexity against p, and against bytes."""
+    """Draw perplexity against p, and against bytes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,13 +133,13 @@ def draw(lines: list[Line], path: Path) -> None:
 
 
 def noise_p(run: str, file: str) -> float | None:
-    """p of a run with constant proxy noise or none, if it is of `file`."""
+    """Return p of a run of `file` with constant proxy noise, or with none; None for any other run."""
     found = re.fullmatch(r"(?:none|proxy-([\d.]+))/" + re.escape(file), run)
     return None if found is None else float(found[1] or 0)
 
 
 def errors(axis: Any, points: list[tuple[float, list[float]]], label: str, line: str = "o-") -> None:
-    """Means with standard deviations."""
+    """Draw means with standard deviations."""
     if points:
         xs, means = [x for x, _ in points], [statistics.mean(y) for _, y in points]
         deviations = [statistics.stdev(y) if len(y) > 1 else 0.0 for _, y in points]
@@ -148,7 +150,7 @@ def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--from", dest="source", type=Path, help="a file of lines, in the place of the runs")
+    parser.add_argument("--from", dest="source", type=Path, help="read the lines of this file instead of the runs")
     args = parser.parse_args()
     if args.source is None:
         lines = collect(args.out)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 MIB = 2**20
-NETWORKS = ("dense", "int4", "one-shot", "ipq")
+NETWORKS = ("dense", "int4", "one-shot", "ipq", "ipq-best")
 
 
 def top(log: Path, k: int) -> float | None:

@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
-# EfficientNet with Quant-Noise and iPQ, from a tree of images to packed files and their accuracies.
+# Trains EfficientNet with Quant-Noise and quantizes it by iPQ, from a tree of images to packed files and accuracies.
 #
 #     bash recipes/imagenet/run.sh DATA OUT              EfficientNet-B3 on ImageNet
 #     SIZE=cpu bash recipes/imagenet/run.sh DATA OUT     a narrow network on a subset of CIFAR-10, on one core
 #
-#     NOISE=none|pq|int4    none; on PQ's blocks (p NOISE_P, default .1); or int4 noise (p .5). One OUT for each:
+#     NOISE=none|pq|int4    no noise; noise on PQ's blocks (p NOISE_P, default .1); int4 noise (p .5). One OUT for each:
 #     for noise in none pq int4; do NOISE=$noise SIZE=cpu bash recipes/imagenet/run.sh DATA runs/cifar10/$noise; done
+#     METHOD=paper|best     best: iPQ that trains its codes too, in OUT/ipq-best
 #     WEIGHTS=FILE          start from timm's weights instead of random ones: post-hoc
 #     SEED=1 UPDATES=N IPQ_UPDATES=N
 #
 # The paper's setting, as far as it is known: EfficientNet-B3 at 300 pixels, noise .1, iPQ with the classifier last and the
 # dense network as the teacher. EfficientNet was first trained with RMSProp, which fairseq does not have; this recipe uses
-# nag with a cosine, and its own epochs and rates. ImageNet takes days on 8 GPUs; this size has not been run yet.
+# nag with a cosine, and its own epochs and rates. ImageNet takes days on 8 GPUs and has not been run with it yet.
 # DATA comes from recipes/imagenet/prepare.sh. Steps that are done are skipped.
 set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
-case "${1:-}" in -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,17s/^# \{0,1\}//p' "$0" && exit 0 ;; esac
 if [ $# -lt 2 ]; then die "give DATA and OUT; see: bash recipes/imagenet/run.sh --help"; fi
 need fairseq-train fairseq-quant-noise
 DATA="$1" OUT="$2" NOISE="${NOISE:-pq}" SEED="${SEED:-1}"
+method
 [ -d "$DATA/train" ] || die "$DATA has no folder train; make one with recipes/imagenet/prepare.sh"
 
 case "$NOISE" in
@@ -59,11 +61,11 @@ one_shot() {
 }
 # Weights that are still dense keep their noise while the stages run.
 ipq() {
-  finished "$OUT/ipq" "$IPQ_UPDATES" || quietly "$OUT/ipq.log" fairseq-train "${COMMON[@]}" "${TUNE[@]}" \
-    ${NOISE_FLAGS[@]+"${NOISE_FLAGS[@]}"} --criterion ipq --ipq-criterion cross_entropy \
+  finished "$OUT/ipq$BEST" "$IPQ_UPDATES" || quietly "$OUT/ipq$BEST.log" fairseq-train "${COMMON[@]}" "${TUNE[@]}" \
+    ${NOISE_FLAGS[@]+"${NOISE_FLAGS[@]}"} --criterion ipq --ipq-criterion cross_entropy ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} \
     --ipq-teacher "$OUT/dense/checkpoint_last.pt" --quantization-config-path "$PLAN" \
-    --finetune-from-model "$OUT/dense/checkpoint_last.pt" --max-update "$IPQ_UPDATES" --save-dir "$OUT/ipq"
-  quietly "$OUT/ipq.log" fairseq-quant-noise export --path "$OUT/ipq/checkpoint_last.pt" --out "$OUT/ipq.safetensors"
+    --finetune-from-model "$OUT/dense/checkpoint_last.pt" --max-update "$IPQ_UPDATES" --save-dir "$OUT/ipq$BEST"
+  quietly "$OUT/ipq$BEST.log" fairseq-quant-noise export --path "$OUT/ipq$BEST/checkpoint_last.pt" --out "$OUT/ipq$BEST.safetensors"
 }
 # evaluate MODEL LOG: measures accuracy on the validation images
 evaluate() {
@@ -89,7 +91,7 @@ fi
 if [ "$NOISE" != int4 ]; then
   step "$NOISE: iPQ at one go" "$OUT/.one-shot" one_shot one-shot "$PLAN" "$SETTING, statistics"
   step "$NOISE: evaluate it" "$OUT/.eval-one-shot" evaluate "$OUT/one-shot.safetensors" one-shot "$SETTING, statistics"
-  step "$NOISE: iPQ in three stages, $IPQ_UPDATES updates" "$OUT/.ipq" ipq "$IPQ_SETTING"
-  step "$NOISE: evaluate iPQ" "$OUT/.eval-ipq" evaluate "$OUT/ipq.safetensors" ipq "$IPQ_SETTING"
+  step "$NOISE: iPQ, $METHOD method, $IPQ_UPDATES updates" "$OUT/.ipq$BEST" ipq "$IPQ_SETTING"
+  step "$NOISE: evaluate iPQ" "$OUT/.eval-ipq$BEST" evaluate "$OUT/ipq$BEST.safetensors" "ipq$BEST" "$IPQ_SETTING"
 fi
 module recipes.imagenet.result "$OUT"

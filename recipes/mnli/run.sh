@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# RoBERTa on MNLI with Quant-Noise, end to end: fine-tune a pre-trained checkpoint, quantize it in three stages with
-# the fine-tuned network as the teacher, export, evaluate. After recipes/mnli/prepare.sh.
+# Trains RoBERTa on MNLI with Quant-Noise: fine-tunes a pre-trained checkpoint, quantizes it in three stages with the
+# fine-tuned network as the teacher, exports and evaluates it. Run recipes/mnli/prepare.sh first.
 #
 #     bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt            the paper's setting: base, one GPU
 #     SIZE=cpu bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt   quant_noise_roberta_small on one CPU core
 #     NOISE=0 bash recipes/mnli/run.sh ...                               without noise, for comparison
 #     TEACHER=0 bash recipes/mnli/run.sh ...                             iPQ without distillation, in OUT_DIR/ipq-alone
+#     METHOD=best bash recipes/mnli/run.sh ...                           iPQ that trains its codes too, in OUT_DIR/ipq-best
 #     SHARE=2 bash recipes/mnli/run.sh ...                               pairs of layers share their weights
 #     KEEP=every-other bash recipes/mnli/run.sh ...                      the checkpoint is pruned, then fine-tuned
 #
@@ -19,7 +20,7 @@ set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
 case "${1:-}" in
-  -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0" && exit 0 ;;
   '' | -*) die "no data given; run: bash recipes/mnli/run.sh DATA_BIN OUT_DIR PRETRAINED.pt" ;;
 esac
 DATA="$1"
@@ -53,9 +54,10 @@ case "${SIZE:-paper}" in
 esac
 SUBSETS=valid
 if [ -f "$DATA/label/valid1.bin" ]; then SUBSETS=valid,valid1; fi
+method
 case "${TEACHER:-1}" in
-  1) FILE=ipq TEACHER_FLAGS=(--ipq-teacher "$OUT/dense/checkpoint_best.pt") ;;
-  0) FILE=ipq-alone TEACHER_FLAGS=() ;;
+  1) FILE="ipq$BEST" TEACHER_FLAGS=(--ipq-teacher "$OUT/dense/checkpoint_best.pt") ;;
+  0) FILE="ipq-alone$BEST" TEACHER_FLAGS=() ;;
   *) die "TEACHER is $TEACHER; give 1 or 0" ;;
 esac
 COMMON=("$DATA" --user-dir "$PLUGIN" --task sentence_prediction "${MODEL[@]}"
@@ -82,6 +84,7 @@ train() {
 quantize_in_stages() {
   finished "$OUT/$FILE" "$IPQ_UPDATES" || logged "$OUT/$FILE.log" fairseq-train "${COMMON[@]}" "${TUNE[@]}" $(layers "$OUT/dense/checkpoint_best.pt") \
     --criterion ipq --ipq-criterion sentence_prediction ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} \
+    ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} \
     --quantization-config-path "$PLAN" --total-num-update "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
     --save-interval-updates $((IPQ_UPDATES / 3)) --finetune-from-model "$OUT/dense/checkpoint_best.pt" --save-dir "$OUT/$FILE"
 }
@@ -106,7 +109,7 @@ IPQ_SETTING="$SETTING $IPQ_UPDATES $PLAN"
 step "fine-tune, noise $NOISE" "$OUT/.trained" train "$SETTING"
 step "evaluate dense" "$OUT/.eval-dense" evaluate "$OUT/dense/checkpoint_best.pt" "$OUT/eval-dense.log" "$SETTING"
 if [ "${IPQ:-1}" = 0 ]; then exit 0; fi
-step "quantize in three stages ($FILE)" "$OUT/.$FILE" quantize_in_stages "$IPQ_SETTING"
+step "iPQ ($FILE)" "$OUT/.$FILE" quantize_in_stages "$IPQ_SETTING"
 step "write the packed file" "$OUT/.$FILE-exported" export_packed "$IPQ_SETTING"
 step "one-shot iPQ, to compare" "$OUT/.one-shot" quantize_one_shot "$IPQ_SETTING"
 step "evaluate one-shot" "$OUT/.eval-one-shot" evaluate "$OUT/one-shot.safetensors" "$OUT/eval-one-shot.log" "$IPQ_SETTING"

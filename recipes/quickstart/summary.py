@@ -2,7 +2,7 @@
 
     python recipes/quickstart/summary.py runs/quickstart
 
-reads the result of both runs and writes table.md and picture.png beside them.
+reads the results of the three runs and writes table.md and picture.png beside them.
 """
 
 import argparse
@@ -16,7 +16,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MIB = 2**20
-HEADER = ("run", "dense PPL", "PPL one-shot iPQ", "PPL iPQ", "dense MiB", "file MiB", "ratio")
+RUNS = {"no-noise": "iPQ, as in the paper", "quant-noise": "+ Quant-Noise", "ours": "ours: codes that train"}
+COLORS = ("#c9793f", "#5f6b75", "#1e6fb3")
+HEADER = ("run", "dense PPL", "one-shot PPL", "PPL", "dense MiB", "file MiB", "ratio")
 
 
 def row(name: str, run: dict[str, Any]) -> tuple[str, ...]:
@@ -43,17 +45,16 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def picture(runs: dict[str, dict[str, Any]], path: Path) -> None:
-    """Perplexity of each run, dense and in the packed file, before and after the fine-tuning of the centroids."""
+    """Perplexity of each run, dense and quantized, before and after fine-tuning."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     keys = ("ppl_dense", "ppl_one_shot", "ppl_ipq")
-    for i, ((name, run), color) in enumerate(zip(runs.items(), ("#c9793f", "#1e6fb3"), strict=True)):
-        bars = axes.bar(
-            [k + (i - 0.5) * 0.38 for k in range(3)], [run[key] for key in keys], 0.36, color=color, label=name
-        )
-        axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
-    run = runs["quant-noise"]
+    for i, ((name, run), color) in enumerate(zip(runs.items(), COLORS, strict=True)):
+        places = [k + (i - 1) * 0.27 for k in range(3)]
+        bars = axes.bar(places, [run[key] for key in keys], 0.25, color=color, label=RUNS[name])
+        axes.bar_label(bars, fmt="%.0f", fontsize=9, padding=2)
+    run = runs["ours"]
     dense, packed = f"{run['dense_bytes'] / MIB:.2f} MiB", f"{run['file_bytes'] / MIB:.2f} MiB"
-    labels = (f"dense\n{dense}", f"iPQ, one-shot\n{packed}", f"iPQ, fine-tuned\n{packed}")
+    labels = (f"dense\n{dense}", f"quantized, one-shot\n{packed}", f"quantized, fine-tuned\n{packed}")
     axes.set_xticks(range(3), labels)
     axes.set_ylabel("test perplexity (lower is better)")
     axes.set_title(f"A file {run['ratio']:.0f} times smaller, and what it costs")
@@ -68,8 +69,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     out: Path = parser.parse_args().out
-    runs = {name: json.loads((out / name / "result.json").read_text()) for name in ("no-noise", "quant-noise")}
-    text = table([row(name, run) for name, run in runs.items()])
+    runs = {name: json.loads((out / name / "result.json").read_text()) for name in RUNS}
+    text = table([row(RUNS[name], run) for name, run in runs.items()])
     (out / "table.md").write_text(text + "\n")
     picture(runs, out / "picture.png")
     print(f"\n{text}\n\ntable: {out / 'table.md'}\npicture: {out / 'picture.png'}")

@@ -2,6 +2,7 @@
 
     python -m recipes.table1.table runs/table1              all tables; writes table.md and table.jsonl there
     python -m recipes.table1.table runs/table1 --run none   only the lines of one run
+    python -m recipes.table1.table runs/table1 --method best   with the files of METHOD=best; writes table-best.md, …
 
 A line is there once its run is: it needs RUN/eval-dense.log, RUN/eval-FILE.log and RUN/FILE.safetensors.
 """
@@ -15,7 +16,7 @@ from typing import Any
 
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.artifact.inspection import inspection
-from recipes.results import perplexity
+from recipes.results import METHODS, perplexity
 
 TABLE1, CHANNEL, EXACT = "table 1", "ranges per channel", "exact or proxy noise"
 HEADERS = {
@@ -78,10 +79,10 @@ def sizes(path: Path) -> dict[str, Any]:
     return inspection(path, read(path))
 
 
-def result(out: Path, line: Line) -> dict[str, Any] | None:
+def result(out: Path, line: Line, best: str = "") -> dict[str, Any] | None:
     """The figures of a line, ours and the paper's; None while one of its files is missing."""
-    run = out / line.run
-    dense, packed, file = run / "eval-dense.log", run / f"eval-{line.file}.log", run / f"{line.file}.safetensors"
+    run, name = out / line.run, line.file + (best if line.file.startswith("ipq") else "")
+    dense, packed, file = run / "eval-dense.log", run / f"eval-{name}.log", run / f"{name}.safetensors"
     if not all(path.exists() for path in (dense, packed, file)):
         return None
     info = sizes(file)
@@ -143,17 +144,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--run", choices=sorted({line.run for line in LINES}))
+    parser.add_argument("--method", choices=METHODS, default="paper")
     args = parser.parse_args()
-    out: Path = args.out
+    out, best = args.out, METHODS[args.method]
     lines = [line for line in LINES if args.run in (None, line.run)]
-    found = [record for line in lines if (record := result(out, line)) is not None]
+    found = [record for line in lines if (record := result(out, line, best)) is not None]
     if args.run is not None:
         print("\n".join(summary(record) for record in found))
         return
     text = tables(found)
-    (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    (out / "table.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
-    print(f"\n{text}\n\ntable: {out / 'table.md'}\nas JSON lines: {out / 'table.jsonl'}")
+    (out / f"table{best}.md").write_text(text + "\n", encoding="utf-8")
+    (out / f"table{best}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
+    print(f"\n{text}\n\ntable: {out / f'table{best}.md'}\nas JSON lines: {out / f'table{best}.jsonl'}")
     if len(found) < len(lines):
         print(f"{len(lines) - len(found)} of {len(lines)} lines are not there yet: their runs were not done")
 

@@ -1,8 +1,8 @@
 """The tables of recipes/table2.sh: score and size as sharing, pruning, iPQ and noise come together, beside the paper's.
 
-    python -m recipes.table2.table OUT_DIR
+    python -m recipes.table2.table OUT_DIR [--method best]
 
-prints them and writes OUT_DIR/table2.md and table2.jsonl. A row is there once its run is.
+prints them and writes OUT_DIR/table2.md and table2.jsonl (table2-best.md, …). A row is there once its run is.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from fairseq_quant_noise.accounting import MIB
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.quantization.table import model_bytes
 from recipes.mnli.result import accuracies
-from recipes.results import perplexity
+from recipes.results import METHODS, perplexity
 from recipes.table1.table import markdown
 
 LM, MNLI = "language model, WikiText-2, PPL", "RoBERTa small, MNLI, accuracy in percent"
@@ -55,11 +55,12 @@ def dense_checkpoint(run: Path) -> Path:
     return trained if trained.exists() else pruned
 
 
-def result(model: str, folder: Path, line: Line) -> dict[str, Any] | None:
+def result(model: str, folder: Path, line: Line, best: str = "") -> dict[str, Any] | None:
     """The figures of a row, ours and the paper's; None while its run is not there."""
     run = folder / line.run
-    file = run / ("model.safetensors" if model == LM else "ipq.safetensors")
-    log = run / ("eval-dense.log" if not line.quantized else "eval-packed.log" if model == LM else "eval-ipq.log")
+    file = run / f"{'model' if model == LM else 'ipq'}{best}.safetensors"
+    packed = f"eval-{'packed' if model == LM else 'ipq'}{best}.log"
+    log = run / (packed if line.quantized else "eval-dense.log")
     if not log.exists() or not (folder / "none/eval-dense.log").exists():
         return None
     original = dense_bytes(folder / "none")
@@ -94,17 +95,19 @@ def main() -> None:
     """Print and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    out: Path = parser.parse_args().out
+    parser.add_argument("--method", choices=METHODS, default="paper")
+    args = parser.parse_args()
+    out, best = args.out, METHODS[args.method]
     parts, records = [], []
     for model, folder in ((LM, out / "lm"), (MNLI, out)):
-        found = [record for line in LINES if (record := result(model, folder, line)) is not None]
+        found = [record for line in LINES if (record := result(model, folder, line, best)) is not None]
         records += found
         if found:
             parts.append("\n".join([f"## {model}", "", *markdown(HEADER, [cells(record) for record in found])]))
     text = "\n\n".join([*parts, NOTE])
-    (out / "table2.md").write_text(text + "\n", encoding="utf-8")
-    (out / "table2.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    print(f"\n{text}\n\nas JSON lines: {out / 'table2.jsonl'}")
+    (out / f"table2{best}.md").write_text(text + "\n", encoding="utf-8")
+    (out / f"table2{best}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    print(f"\n{text}\n\nas JSON lines: {out / f'table2{best}.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Translation with Quant-Noise, end to end: train, quantize in three stages with the trained network as the teacher, export,
-# translate. Run recipes/translation/prepare.sh first.
+# Trains a translation model with Quant-Noise, quantizes it in three stages with the trained network as the teacher,
+# exports it, and translates. Run recipes/translation/prepare.sh first.
 #
 #     bash recipes/translation/run.sh DATA_BIN OUT_DIR            IWSLT'14's usual network and training, on one GPU
 #     SIZE=cpu bash recipes/translation/run.sh DATA_BIN OUT_DIR   quant_noise_transformer_small on one CPU core
 #     NOISE=0 bash recipes/translation/run.sh ...                 without noise, for comparison
 #     TEACHER=0 bash recipes/translation/run.sh ...               iPQ without distillation, in OUT_DIR/ipq-alone
+#     METHOD=best bash recipes/translation/run.sh ...             iPQ that trains its codes too, in OUT_DIR/ipq-best
 #     SHARE=2 bash recipes/translation/run.sh ...                 pairs of layers share their weights, on both sides
 #     KEEP=every-other bash recipes/translation/run.sh ...        both sides are pruned after training, before iPQ
 #
@@ -19,7 +20,7 @@ set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
 case "${1:-}" in
-  -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0" && exit 0 ;;
   '' | -*) die "no data given; run: bash recipes/translation/run.sh DATA_BIN OUT_DIR" ;;
 esac
 DATA="$1"
@@ -51,8 +52,9 @@ case "$SIZE" in
   *) die "SIZE is $SIZE; give paper or cpu" ;;
 esac
 case "${TEACHER:-1}" in 0 | 1) ;; *) die "TEACHER is $TEACHER; give 1 or 0" ;; esac
-FILE=ipq
-if [ "${TEACHER:-1}" = 0 ]; then FILE=ipq-alone; fi
+method
+FILE="ipq$BEST"
+if [ "${TEACHER:-1}" = 0 ]; then FILE="ipq-alone$BEST"; fi
 COMMON=("$DATA" --user-dir "$REPO/fairseq_quant_noise" --task translation "${MODEL[@]}" --share-all-embeddings
   --optimizer adam --adam-betas "(0.9, 0.98)" --quant-noise-pq "$NOISE" --quant-noise-pq-block-size 8 --share-layers "$SHARE"
   --ddp-backend legacy_ddp --seed "$SEED" --required-batch-size-multiple 1 --no-progress-bar --log-interval 100
@@ -71,12 +73,12 @@ prune() { fairseq-quant-noise prune --path "$TRAINED" --keep "$KEEP" --out "$OUT
 
 # LayerDrop is only for the dense training. A pruned network has the layers of its checkpoint.
 quantize_in_stages() {
-  local options=(--encoder-layerdrop 0 --decoder-layerdrop 0) counts
+  local options=(--encoder-layerdrop 0 --decoder-layerdrop 0 ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"}) counts
   if [ -n "$KEEP" ]; then
     read -r -a counts <<<"$(module recipes.n_layers "$DENSE")"
     options+=(--encoder-layers "${counts[0]}" --decoder-layers "${counts[1]}")
   fi
-  if [ "$FILE" = ipq ]; then options+=(--ipq-teacher "$DENSE"); fi
+  if [ "${TEACHER:-1}" = 1 ]; then options+=(--ipq-teacher "$DENSE"); fi
   finished "$OUT/$FILE" "$IPQ_UPDATES" || fairseq-train "${COMMON[@]}" "${TUNE[@]}" "${options[@]}" \
     --lr-scheduler cosine --lr-period-updates "$IPQ_UPDATES" --max-update "$IPQ_UPDATES" \
     --criterion ipq --ipq-criterion label_smoothed_cross_entropy --ipq-criterion-options '{"label_smoothing": 0.1}' \
@@ -108,7 +110,7 @@ TRANSLATED="$SUBSET beam $BEAM"
 step "translate, dense" "$OUT/.eval-dense" translate "$DENSE" "$OUT/eval-dense.log" "$SETTING $TRANSLATED"
 if [ "${IPQ:-1}" = 0 ]; then exit 0; fi
 SETTING="$SETTING $IPQ_UPDATES $PLAN"
-step "quantize in three stages ($FILE)" "$OUT/.$FILE" quantize_in_stages "$SETTING"
+step "iPQ ($FILE)" "$OUT/.$FILE" quantize_in_stages "$SETTING"
 step "write the packed file" "$OUT/.$FILE-exported" export_packed "$SETTING"
 step "one-shot iPQ, to compare" "$OUT/.one-shot" quantize_one_shot "$SETTING"
 step "translate, one-shot" "$OUT/.eval-one-shot" translate "$OUT/one-shot.safetensors" "$OUT/eval-one-shot.log" "$SETTING $TRANSLATED"

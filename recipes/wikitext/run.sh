@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# WikiText-103 with Quant-Noise, end to end: train, quantize in stages, export, evaluate. First: recipes/wikitext/prepare.sh.
+# Trains on WikiText-103 with Quant-Noise, quantizes in stages, exports and evaluates. Run recipes/wikitext/prepare.sh first.
 #
 #     bash recipes/wikitext/run.sh DATA_BIN OUT_DIR                  the paper's setting: 8 GPUs of 32 GB, days
 #     SIZE=cpu bash recipes/wikitext/run.sh DATA_BIN OUT_DIR         4 layers, d 256, on one CPU core: about an hour
 #     NOISE=0 bash recipes/wikitext/run.sh DATA_BIN OUT_DIR          the same without noise, for comparison
 #     SHARE=2 bash recipes/wikitext/run.sh DATA_BIN OUT_DIR          pairs of layers share their weights
 #     KEEP=every-other bash recipes/wikitext/run.sh DATA_BIN OUT_DIR   pruned after training, before iPQ
+#     METHOD=best bash recipes/wikitext/run.sh DATA_BIN OUT_DIR      iPQ that trains its codes too, not the paper's
 #
 # It ends with a line of OUT_DIR/result.json: perplexity dense, after one-shot iPQ and after fine-tuning, and bytes.
+# METHOD=best leaves result-best.json and model-best.safetensors, beside those of METHOD=paper if OUT_DIR has them.
 # Steps that are done are skipped. After a kill, the same command resumes. The caller may set GPUS and OMP_NUM_THREADS.
 #     NOISE=0.05   SHARE=1   KEEP= (all)   LAYERDROP=0.2 (paper; 0 for cpu)   UPDATES=286000 (3000)   IPQ_UPDATES=13500 (300)
 #     SEED=1   PLAN=configs/plans/wikitext103.yaml   IPQ=0: only train and evaluate   DENSE=CKPT: quantize this one
@@ -15,12 +17,13 @@ set -euo pipefail
 . "$(dirname "$0")/../lib.sh"
 
 case "${1:-}" in
-  -h | --help) sed -n '2,14s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0" && exit 0 ;;
   '' | -*) die "no data given; run: bash recipes/wikitext/run.sh DATA_BIN OUT_DIR" ;;
 esac
 DATA="$1"
 OUT="${2:?error: no output folder given; run: bash recipes/wikitext/run.sh DATA_BIN OUT_DIR}"
 SIZE="${SIZE:-paper}"
+method
 NOISE="${NOISE:-0.05}" # the paper's p for this model, in blocks of 8
 SHARE="${SHARE:-1}" KEEP="${KEEP:-}" SEED="${SEED:-1}"
 PLAN="${PLAN:-$REPO/configs/plans/wikitext103.yaml}"
@@ -77,16 +80,18 @@ train() {
 }
 prune() { fairseq-quant-noise prune --path "$TRAINED" --keep "$KEEP" --out "$OUT/pruned.pt"; }
 
-# The teacher and --ipq-distillation-weight would go here; the paper's language model is fine-tuned on the text alone.
+# The paper's language model is fine-tuned on the text alone; METHOD=best has the dense network for a teacher besides.
 # LayerDrop is only for the dense training: while centroids are fine-tuned, it makes perplexity a quarter higher. A pruned
 # network has the layers of its checkpoint.
 quantize_in_stages() {
   local layers=(--decoder-layerdrop 0)
   if [ -n "$KEEP" ]; then layers+=(--decoder-layers "$(module recipes.n_layers "$DENSE")"); fi
-  finished "$OUT/ipq" "$IPQ_UPDATES" || logged "$OUT/ipq.log" fairseq-train "${COMMON[@]}" "${TUNE[@]}" "${layers[@]}" \
-    --criterion ipq --ipq-criterion adaptive_loss --quantization-config-path "$PLAN" --finetune-from-model "$DENSE" --save-dir "$OUT/ipq"
+  if [ -n "$BEST" ]; then METHOD_FLAGS+=(--ipq-teacher "$DENSE"); fi
+  finished "$OUT/ipq$BEST" "$IPQ_UPDATES" || logged "$OUT/ipq$BEST.log" fairseq-train "${COMMON[@]}" "${TUNE[@]}" "${layers[@]}" \
+    --criterion ipq --ipq-criterion adaptive_loss ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} \
+    --quantization-config-path "$PLAN" --finetune-from-model "$DENSE" --save-dir "$OUT/ipq$BEST"
 }
-export_packed() { fairseq-quant-noise export --path "$OUT/ipq/checkpoint_last.pt" --out "$OUT/model.safetensors"; }
+export_packed() { fairseq-quant-noise export --path "$OUT/ipq$BEST/checkpoint_last.pt" --out "$OUT/model$BEST.safetensors"; }
 quantize_one_shot() {
   logged "$OUT/one-shot.log" fairseq-quant-noise quantize --path "$DENSE" --plan "$PLAN" --out "$OUT/one-shot.safetensors"
 }
@@ -110,9 +115,9 @@ if [ -n "$KEEP" ]; then DENSE="$OUT/pruned.pt"; fi
 step "evaluate dense" "$OUT/.eval-dense" evaluate "$DENSE" "$OUT/eval-dense.log" "$SETTING"
 if [ "${IPQ:-1}" = 0 ]; then exit 0; fi
 SETTING="$SETTING $IPQ_UPDATES $PLAN"
-step "quantize in three stages" "$OUT/.quantized" quantize_in_stages "$SETTING"
-step "write the packed file" "$OUT/.exported" export_packed "$SETTING"
+step "iPQ, $METHOD method" "$OUT/.quantized$BEST" quantize_in_stages "$SETTING"
+step "write the packed file" "$OUT/.exported$BEST" export_packed "$SETTING"
 step "one-shot iPQ, to compare" "$OUT/.one-shot" quantize_one_shot "$SETTING"
 step "evaluate one-shot" "$OUT/.eval-one-shot" evaluate "$OUT/one-shot.safetensors" "$OUT/eval-one-shot.log" "$SETTING"
-step "evaluate the packed file" "$OUT/.eval-packed" evaluate "$OUT/model.safetensors" "$OUT/eval-packed.log" "$SETTING"
-python "$REPO/recipes/results.py" "$OUT" --noise "$NOISE"
+step "evaluate the packed file" "$OUT/.eval-packed$BEST" evaluate "$OUT/model$BEST.safetensors" "$OUT/eval-packed$BEST.log" "$SETTING"
+python "$REPO/recipes/results.py" "$OUT" --noise "$NOISE" --method "$METHOD"

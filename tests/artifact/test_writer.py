@@ -192,7 +192,7 @@ def test_a_bare_name_is_written_in_the_working_folder(tmp_path, monkeypatch):
 
 
 def test_a_missing_folder_and_a_folder_in_the_place_are_refused(tmp_path):
-    with refuses("cannot write .*: No such file or directory; choose another place for --out"):
+    with refuses("cannot write .*: No such file or directory; choose another place"):
         replace_file(tmp_path / "none" / "file", b"x")
     (tmp_path / "folder").mkdir()
     with refuses("cannot write .*folder: Is a directory"):

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from toys import INPUTS_PLAN, TOKENS, Tied, adopting, by_torch, quiet, refuses, zoo
 
 from fairseq_quant_noise import load, save
+from fairseq_quant_noise.errors import DamagedFileError
 from fairseq_quant_noise.layers import calibrating, input_quantizers
 from fairseq_quant_noise.layers.inputs import SPARSE, InputQuantizer, quantize_input_
 from fairseq_quant_noise.quantization.quantize import quantize_
@@ -254,6 +255,13 @@ def test_a_dense_model_adopts_the_ranges_of_a_checkpoint():
     model = quantized()
     found = adopting(zoo(1), model.state_dict()).eval()
     assert torch.equal(found(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("spec", [[8, 200, 8], [0, 0, 8], [8, 0], 8])
+def test_a_damaged_entry_of_bits_and_range_is_named(spec):
+    state = {**quantized().state_dict(), "conv.input_quantizer.spec": torch.tensor(spec, dtype=torch.uint8)}
+    with refuses(r"^conv\.input_quantizer\.spec: damaged, it holds .*; give an earlier checkpoint", DamagedFileError):
+        adopting(zoo(1), state)
 
 
 def test_a_checkpoint_from_before_loads_and_leaves_the_ranges():

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from toys import INT_PLANS, TOKENS, Tied, adopting, by_torch, quiet, refuses, zoo
 
 from fairseq_quant_noise import load, save
-from fairseq_quant_noise.artifact import pack
+from fairseq_quant_noise.artifact import dense_state, pack
+from fairseq_quant_noise.errors import DamagedFileError
 from fairseq_quant_noise.layers import IntWeight, LatentIntWeight, adopt_quantized, quantized_weights, to_int_
 from fairseq_quant_noise.layers import latent as latent_module
 from fairseq_quant_noise.quantization.quantize import quantize_
@@ -191,6 +192,18 @@ def test_a_checkpoint_holds_the_dense_weight_under_its_own_name():
     names = {f"{m}.weight{part}" for m in ("emb", "out") for part in ("", ".scalar", ".affine", ".age")}
     assert set(model.state_dict()) == names
     assert model.state_dict()["emb.weight"].data_ptr() == model.emb._modules["weight"].latent.data_ptr()
+
+
+@pytest.mark.parametrize("spec", [[8, 200], [1, 0], [9, 0], [8], [8, 0, 0], [[8, 0]], 8, [8.0, 0.0]])
+def test_a_damaged_entry_of_bits_and_range_is_named(spec):
+    spec = torch.tensor(spec, dtype=None if isinstance(spec, list) and isinstance(spec[0], float) else torch.uint8)
+    trained = quantize_(nn.Sequential(nn.Linear(8, 8)), INT_PLANS["int8"], progress=quiet)
+    for state in (trained.state_dict(), pack(trained).state_dict()):
+        damaged = {**state, "0.weight.scalar": spec}
+        with refuses(r"^0\.weight\.scalar: damaged, it holds .*; give an earlier checkpoint", DamagedFileError):
+            adopt_quantized(nn.Sequential(nn.Linear(8, 8)), damaged)
+        with refuses(r"^0\.weight: scalar: damaged", DamagedFileError):
+            dense_state(damaged)
 
 
 def test_a_model_that_is_one_layer_adopts_its_state():

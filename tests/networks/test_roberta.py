@@ -14,7 +14,7 @@ from fairseq_quant_noise.accounting import MIB
 from fairseq_quant_noise.checkpoints.old_names import modern_names
 from fairseq_quant_noise.checkpoints.options import task_options, vocabulary_size
 from fairseq_quant_noise.networks import RobertaConfig
-from fairseq_quant_noise.networks.registry import build, meta_model
+from fairseq_quant_noise.networks.registry import NoNetworkError, build, meta_model
 from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.table import make_table
 from fairseq_quant_noise.quantization.targets import resolve_stages
@@ -158,6 +158,8 @@ def test_misuse_is_refused():
         model(torch.full((1, 21), 5))
     with refuses("no classification head 'cola'; this network has mnli, other"):
         model(torch.full((1, 2), 5), "cola")
+    with refuses("roberta: these options make no network .AttributeError: .*; change one of them", NoNetworkError):
+        meta_model("roberta", {**SMALL, "classification_heads": [1]}, VOCAB)
 
 
 BASE = {"classification_heads": {"mnli": [768, 3]}}

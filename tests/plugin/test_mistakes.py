@@ -159,7 +159,7 @@ def test_where_the_disk_ends_the_old_file_stays(lab, runs, place, capsys):
     for line in lines.values():
         with small_disk(4096):
             assert fails(capsys, [*line, "--out", place]) == (
-                f"cannot write {place}: File too large; choose another place for --out"
+                f"cannot write {place}: File too large; choose another place"
             )
 
 

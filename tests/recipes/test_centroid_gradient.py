@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fairseq_quant_noise.layers.pq import GRADIENT_POWER
+from fairseq_quant_noise.layers.lookup import GRADIENT_POWER
 from recipes.centroid_gradient import POWERS, flags_of, settings, table
 
 DOCS = Path(__file__).parents[2] / "docs"

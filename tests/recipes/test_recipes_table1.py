@@ -127,6 +127,17 @@ def test_tables_of_the_runs_that_are_there(table, tmp_path, monkeypatch, capsys)
     assert f"{len(table.LINES) - 4} of {len(table.LINES)} lines are not there yet" in capsys.readouterr().out
 
 
+def test_the_files_of_the_best_method_make_a_table_of_their_own(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "read", lambda path: None)
+    monkeypatch.setattr(table, "inspection", lambda path, packed: SIZES)
+    finish(tmp_path, "none", "int4", "ipq-best")
+    monkeypatch.setattr(sys, "argv", ["table", str(tmp_path), "--method", "best"])
+    table.main()
+    records = [json.loads(line) for line in (tmp_path / "table-best.jsonl").read_text().splitlines()]
+    assert [(r["scheme"], r["ppl"]) for r in records] == [("uncompressed", 64.0), ("int4", 128.0), ("iPQ", 256.0)]
+    assert not (tmp_path / "table.md").exists()
+
+
 def test_the_lines_of_one_run(table, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "read", lambda path: None)
     monkeypatch.setattr(table, "inspection", lambda path, packed: SIZES)
@@ -146,6 +157,7 @@ def test_the_lines_of_one_run(table, tmp_path, monkeypatch, capsys):
         ([], {"ONLY": "none int5"}, "ONLY names a run 'int5'; there are: none int4-qat"),
         ([], {"JOBS": "0"}, "JOBS is '0'; give a whole number from 1 up"),
         ([], {"UPDATES": "many"}, "UPDATES is 'many'"),
+        ([], {"METHOD": "own"}, "METHOD is own; give paper or best"),
     ],
 )
 def test_mistakes_are_one_line_that_names_the_cure(args, env, message):

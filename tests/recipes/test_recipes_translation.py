@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from toys import python
 
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
+from fairseq_quant_noise.plan.plan import Plan
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -78,6 +81,14 @@ def test_from_the_text_to_the_result_and_again(sources):
     again = recipe("run.sh", "bin", "out", cwd=sources, **settings)
     assert again.stdout.count("[skip]") == 8
     assert "[step]" not in again.stdout
+    best = recipe("run.sh", "bin", "out", cwd=sources, **settings, METHOD="best")
+    assert best.returncode == 0, best.stdout[-2000:] + best.stderr[-2000:]
+    assert "iPQ (ipq-best)" in best.stdout
+    assert json.loads((sources / "out/ipq-best.json").read_text()).keys() == result.keys()
+    assert json.loads((sources / "out/result.json").read_text()) == result
+    stages = Checkpoint(sources / "out/ipq-best/checkpoint_last.pt").stages
+    assert Plan.of(stages["plan"]).codes.train
+    assert Plan.of(stages["plan"]).tuning.joint
     interactive = "from fairseq_cli.interactive import cli_main; cli_main()"
     flags = split("--source-lang de --target-lang en --bpe sentencepiece --sentencepiece-model bin/spm.model --cpu")
     flags += ["--beam", 2, "--path", "out/ipq.safetensors", "--user-dir", ROOT / "fairseq_quant_noise"]

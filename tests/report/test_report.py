@@ -33,6 +33,9 @@ relative error 0.5166, 1 s left
 {STAMP} | valid | epoch 001 | valid on 'other' subset | loss 9 | ppl 2.35e+06 | num_updates 60
 {STAMP} | fairseq_quant_noise.plugin.training.stages | stage 2 of 2: quantizing 1 weights, '{EVIL}'
 {STAMP} | valid | {{"epoch": 1, "valid_loss": "8.5", "valid_ppl": "362.04", "valid_num_updates": "90"}}
+{STAMP} | train_inner | epoch 001:     99 / 357 loss=11.7, num_updates=100, ipq_codes_changed=1.5, ipq_distortion=0.4
+{STAMP} | train | epoch 001 | loss 11 | num_updates 120 | ipq_codes_changed 9.9 | ipq_distortion 0.9
+{STAMP} | train_inner | {{"epoch": 2, "num_updates": "150", "ipq_codes_changed": "0.25", "ipq_distortion": "0.3"}}
 {STAMP} | fairseq_cli.train | done training in 61.5 seconds
 """
 
@@ -124,6 +127,8 @@ def test_a_log_tells_stages_errors_distortion_and_time(tmp_path):
     ]
     assert log.encoded["decoder.layers.0.fc1"].error == 0.5166
     assert log.distortion == {("fc1", "weight"): [(50, 0.22)]}
+    assert log.codes_changed == [(100, 1.5), (150, 0.25)]
+    assert log.latent_error == [(100, 0.4), (150, 0.3)]
     assert log.seconds == 61.5
 
 

@@ -40,6 +40,7 @@ PLAN = {
         {"match": r".*embed.*", "p": 0.1, "schedule": {"kind": "linear", "from": 0.0, "updates": 30}},
     ],
     "activations": {"bits": 8},
+    "codes": {"kind": "train", "every": 2, "share": 0.5},
 }
 SIZE = split("--decoder-embed-dim 128 --decoder-input-dim 128 --decoder-output-dim 128 --decoder-ffn-embed-dim 512")
 FLAGS = split("--decoder-layerdrop 0.2 --batch-size 8 --save-interval-updates 4 --log-format json --log-interval 1")

@@ -11,6 +11,7 @@ from toys import refuses
 
 from fairseq_quant_noise import attach_noise, detach_noise, load, noise_of, quantize_, save
 from fairseq_quant_noise.artifact import dense_state, read
+from fairseq_quant_noise.layers import adopt_quantized
 from fairseq_quant_noise.weights.discovery import find_weights, uncovered
 
 
@@ -211,3 +212,29 @@ def test_a_noised_model_can_be_pickled_and_copied(name):
 def test_a_block_size_that_does_not_fit_names_the_parameter():
     with refuses(r"^layer\.in_proj_weight: blocks of 3 do not divide a weight of shape \(24, 8\)"):
         noise(build("MultiheadAttention"), 3)
+
+
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("how", ["codes", "scales"])
+def test_codes_and_scales_that_train_are_for_weights_with_the_inputs_first_too(name, how, tmp_path):
+    stage = (
+        {"block_size": LAYERS[name][1], "n_centroids": 4}
+        if how == "codes"
+        else {"scheme": "int4", "range": "learned-channel"}
+    )
+    plan = {"stages": [{"match": ".*", **stage}]} | ({"codes": {"kind": "train"}} if how == "codes" else {})
+    model = quantize_(build(name), plan, progress=str).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model().square().mean().backward()
+        optimizer.step()
+    twin = build(name, seed=1)
+    adopt_quantized(twin, model.state_dict())
+    twin.load_state_dict(model.state_dict())
+    save(model, tmp_path / "m.safetensors")
+    packed = load(tmp_path / "m.safetensors", into=build(name, seed=1))
+    with torch.no_grad():
+        expected = model.eval()()
+        assert torch.equal(twin.eval()(), expected)
+        torch.testing.assert_close(packed(), expected, atol=1e-5, rtol=1e-4)

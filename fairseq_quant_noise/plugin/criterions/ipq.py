@@ -58,6 +58,15 @@ class IPQCriterionConfig(FairseqDataclass):
     ipq_distillation_weight: float = field(
         default=0.5, metadata={"help": "share of the distillation in the loss, from 0 to 1, when there is a teacher"}
     )
+    ipq_codes: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "fixed or train, in place of the plan's `codes`"}
+    )
+    ipq_codes_lr: Optional[float] = field(  # noqa: UP045
+        default=None, metadata={"help": "learning rate of the weights behind trained codes, a factor of --lr"}
+    )
+    ipq_stages: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "in-turn or joint, in place of the plan's `tuning: {stages: ...}`"}
+    )
     classification_head_name: str = field(
         default="sentence_classification_head", metadata={"help": "as in sentence_prediction, whose task asks for it"}
     )

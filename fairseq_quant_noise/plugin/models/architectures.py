@@ -17,6 +17,7 @@ from fairseq.models import (
 from torch import nn
 
 from ...errors import UserError
+from ...networks.registry import PREFIX
 from .layers import layers_of
 
 
@@ -32,8 +33,9 @@ def architecture_options(architecture: str, settings: Sequence[str] = (), heads:
         UserError: the architecture, an option or a value does not exist, or a model without heads is given one.
     """
     if architecture not in ARCH_CONFIG_REGISTRY:
-        known = ", ".join(a for a in ARCH_CONFIG_REGISTRY if a.startswith("quant_noise_"))
-        raise UserError(f"--arch {architecture}: not registered; this package has {known}, and fairseq's own")
+        ours = [name for name in ARCH_CONFIG_REGISTRY if name.startswith(PREFIX)]
+        near = ", ".join(difflib.get_close_matches(architecture, ours, n=4, cutoff=0.0))
+        raise UserError(f"--arch {architecture}: not registered; the nearest here are {near}; docs/tasks.md lists all")
     model = ARCH_MODEL_NAME_REGISTRY[architecture]
     dataclass = MODEL_DATACLASS_REGISTRY.get(model)
     defaults = {name: field.default for name, field in getattr(dataclass, "__dataclass_fields__", {}).items()}
@@ -64,7 +66,7 @@ def _given(architecture: str, settings: Sequence[str], fields: Sequence[str]) ->
 
 
 def _value(setting: str, text: str, action: Any) -> Any:
-    """As fairseq-train reads it; a switch as true or false, and what its command line lacks as YAML does."""
+    """Convert the text as fairseq-train does; a switch takes true or false, and options without an action are YAML."""
     if action is not None and action.nargs == 0:
         if text.lower() not in ("true", "false"):
             raise UserError(f"--set {setting}: give true or false")
@@ -80,7 +82,7 @@ def _value(setting: str, text: str, action: Any) -> Any:
 
 
 def _heads(architecture: str, heads: Sequence[str]) -> dict[str, int]:
-    """The number of classes by name."""
+    """Parse `--head NAME=CLASSES` into the number of classes by name."""
     if heads and not hasattr(MODEL_REGISTRY[ARCH_MODEL_NAME_REGISTRY[architecture]], "register_classification_head"):
         raise UserError(f"--head {heads[0]}: {architecture} has no classification heads; leave it out")
     named: dict[str, int] = {}

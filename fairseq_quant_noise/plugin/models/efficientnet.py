@@ -29,7 +29,7 @@ def _keep(stage: int) -> Any:
 
 @dataclass
 class QuantNoiseEfficientNetConfig(QuantNoiseOptions, FairseqDataclass):
-    """The defaults are EfficientNet-B0's (`networks/efficientnet_config.py`)."""
+    """Hold the options of the model; the defaults are EfficientNet-B0's (`networks/efficientnet_config.py`)."""
 
     num_classes: Optional[int] = option(None, "number of classes (default: the data's; 1000 without data)")
     width: float = option(1.0, "channels, as a multiple of EfficientNet-B0's; B3 has 1.2")
@@ -61,20 +61,20 @@ class QuantNoiseEfficientNetConfig(QuantNoiseOptions, FairseqDataclass):
 
 
 class EfficientNetModel(EfficientNet, BaseFairseqModel):
-    """The network with what fairseq asks of a model."""
+    """Give the network the methods that fairseq calls on a model."""
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> nn.Module:
-        """The network of these options, for the classes of `task`."""
+        """Build the network of these options, for the classes of `task`."""
         return cls(EfficientNetConfig.from_fairseq({**vars_of(args), "num_classes": _classes(args, task)}))
 
     def get_targets(self, sample: Any, net_output: Any) -> Tensor:
-        """(N,) classes."""
+        """Return the sample's classes, (N,)."""
         target: Tensor = sample["target"]
         return target
 
     def get_normalized_probs(self, net_output: Any, log_probs: bool, sample: Any = None) -> Tensor:
-        """(N, classes), from logits."""
+        """Compute (N, classes) probabilities, or their logarithms, from logits."""
         softmax = torch.log_softmax if log_probs else torch.softmax
         return softmax(net_output.float(), dim=-1)
 
@@ -85,19 +85,19 @@ class QuantNoiseEfficientNet(Quantizable, EfficientNetModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> nn.Module:
-        """The network, with noise on its weights where the options ask for it."""
+        """Build the network, with noise on its weights where the options ask for it."""
         with exits_on_user_error():
             config = EfficientNetConfig.from_fairseq(vars_of(args))
             update_options(args, {name: config.blocks(i) - 1 for i, name in enumerate(LAYER_OPTIONS)})
             return super().build_model(args, task)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
-        """As fairseq's; weights may have timm's names, as `to-dense` writes them."""
+        """Load a state as fairseq does; weights may have timm's names, as `to-dense` writes them."""
         return super().load_state_dict(our_names(state_dict), strict, model_cfg, args)
 
 
 def vars_of(options: Any) -> dict[str, Any]:
-    """A model's options as a dict, whatever fairseq holds them in."""
+    """Return a model's options as a dict, whatever fairseq holds them in."""
     return dict(options) if hasattr(options, "items") else dict(vars(options))
 
 
@@ -110,7 +110,7 @@ def _classes(args: Any, task: Any) -> int | None:
 
 @register_model_architecture("quant_noise_efficientnet", "quant_noise_efficientnet_b0")
 def b0(args: Any) -> None:
-    """EfficientNet-B0: 5,288,548 parameters with 1000 classes."""
+    """Set the options of EfficientNet-B0: 5,288,548 parameters with 1000 classes."""
 
 
 def _defaults(args: Any, **values: Any) -> None:
@@ -121,7 +121,7 @@ def _defaults(args: Any, **values: Any) -> None:
 
 @register_model_architecture("quant_noise_efficientnet", "quant_noise_efficientnet_b3")
 def b3(args: Any) -> None:
-    """The paper's: EfficientNet-B3, 12,233,232 parameters with 1000 classes."""
+    """Set the options of EfficientNet-B3, the paper's: 12,233,232 parameters with 1000 classes."""
     _defaults(args, width=1.2, depth=1.4, dropout=0.3)
 
 

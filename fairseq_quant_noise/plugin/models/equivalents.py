@@ -29,7 +29,7 @@ def register_equivalents() -> None:
 
 
 def cure(name: str) -> str:
-    """What to do about a model that its task builds by itself, not by `fairseq.models.build_model`."""
+    """Say what to do about a model that its task builds by itself, not by `fairseq.models.build_model`."""
     if f"{PREFIX}{name}" in ARCH_MODEL_REGISTRY:
         return f"train with --arch {PREFIX}{name}, into which a checkpoint of {name} loads"
     return "let its task build it by fairseq.models.build_model"
@@ -55,5 +55,5 @@ def check_task(options: Any, task: Any) -> None:
 
 
 def _of_fairseq(model: Any) -> Any:
-    """The registered model of fairseq's that one of this package is made of."""
+    """Find the registered fairseq model that one of this package extends."""
     return next((base for base in model.__mro__[1:] if base in MODEL_REGISTRY.values()), None)

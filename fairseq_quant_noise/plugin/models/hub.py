@@ -30,7 +30,7 @@ _BPE_FILES = {"gpt2_encoder_json": "encoder.json", "gpt2_vocab_bpe": "vocab.bpe"
 def hub_interface(
     model: str | Path, checkpoint_file: str, data: str | Path, bpe: str | None, overrides: dict[str, Any]
 ) -> RobertaHubInterface:
-    """See `QuantNoiseRoberta.from_pretrained`; `model` is a folder or an address.
+    """Do the work of `QuantNoiseRoberta.from_pretrained`; `model` is a folder or an address.
 
     Raises:
         UserError: a folder, file or dictionary does not exist, or the checkpoint is of another model.
@@ -67,7 +67,7 @@ def _bpe_files(folder: Path) -> dict[str, str]:
 
 
 def _renamed(path: Path, options: Any) -> Any:
-    """A model's options under this package's name of it, and with those that its fairseq did not have yet."""
+    """Rename a model's options to this package's model, and add those that an older fairseq did not have."""
     architecture = str(getattr(options, "arch", None) or getattr(options, "_name", None))
     model = PREFIX + stock_name(path, architecture)
     with open_dict(options) if isinstance(options, DictConfig) else nullcontext():
@@ -77,7 +77,7 @@ def _renamed(path: Path, options: Any) -> Any:
 
 
 def _task(cfg: DictConfig, data: Path) -> SentencePredictionTask | None:
-    """The task whose dictionary lies beside the model; None for one that fairseq sets up by itself."""
+    """Find the task whose dictionary lies beside the model; None for one that fairseq sets up by itself."""
     labels, words = data / "label" / "dict.txt", data / "dict.txt"
     if cfg.task._name == _SENTENCES and (data / "input0" / "dict.txt").is_file() and labels.is_file():
         return None

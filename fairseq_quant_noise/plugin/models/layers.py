@@ -36,7 +36,7 @@ class Layers:
         self.own_checkpoint = False  # what is loaded was saved by this run, after pruning
 
     def taken(self, model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of `state` that the model takes over, under the model's own names.
+        """Select the weights of `state` that the model takes over, and give them the model's own names.
 
         Args:
             model: the network that will load them.
@@ -134,7 +134,7 @@ def record_layers(model: Any, options: Any) -> None:
 
 
 def prune_state_dict(state_dict: Mapping[str, Tensor], model_cfg: Any) -> Mapping[str, Tensor]:
-    """fairseq's function of this name, for its own models: the layers of a side that is not pruned stay.
+    """Prune a state as fairseq's function of this name does, but keep the layers of a side that is not pruned.
 
     Args:
         state_dict: a checkpoint's weights, tensors of any shape such as (out, in); passed on, not copied.

@@ -19,13 +19,13 @@ SCALAR_BITS = 8  # what --quant-noise-scalar means, as in fairseq
 
 
 def option(default: Any, text: str) -> Any:
-    """A field of a model's dataclass: an option with its default and its line in --help."""
+    """Make a field of a model's dataclass: an option with its default and its line in --help."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class QuantNoiseOptions:
-    """Mixed into a model's dataclass."""
+    """Add the options of this package to a model's dataclass."""
 
     share_layers: int = option(1, "adjacent layers that share one set of weights: with 2, layers 1 = 2, 3 = 4, ...")
     share_from: str = option(
@@ -68,7 +68,7 @@ def set_defaults(args: Any, **values: Any) -> None:
 
 
 def noise_rules(options: Any) -> list[NoiseRule]:
-    """The `--quant-noise-*` options as rules: shorthand for one rule over every weight.
+    """Turn the `--quant-noise-*` options into rules: they are short for one rule over every weight.
 
     Raises:
         UserError: an option is out of range, or both kinds of noise are given.
@@ -100,7 +100,7 @@ def noise_rules(options: Any) -> list[NoiseRule]:
 
 
 def _check_scalar_alone(options: Any) -> None:
-    """`--quant-noise-scalar` has its kind, and hits numbers one by one."""
+    """Refuse options that contradict `--quant-noise-scalar`, which has its own kind and hits numbers one by one."""
     for name, default in (("kind", "proxy"), ("choice", "subvectors")):
         value = getattr(options, f"quant_noise_{name}", default)
         if value != default:

@@ -74,7 +74,7 @@ def check_noise(model: nn.Module) -> None:
 
 
 class Quantizable:
-    """Mixed into a fairseq model class, before it, to make it a model of this package."""
+    """Make a fairseq model class one of this package, as its first base class."""
 
     quant_noise_options: Mapping[str, int] = {}  # how often the noise is measured
     quant_noise_layers: Layers
@@ -105,7 +105,7 @@ class Quantizable:
             add_noise(self, options)  # type: ignore[arg-type]
 
     def set_num_updates(self, num_updates: int) -> None:
-        """fairseq says before each update which one it is; schedules and intervals of the noise go by it."""
+        """Tell the noise which update comes, as fairseq says before each; schedules and intervals go by it."""
         super().set_num_updates(num_updates)  # type: ignore[misc]
         noise = noise_of(self)  # type: ignore[arg-type]
         if noise is not None:
@@ -116,7 +116,7 @@ class Quantizable:
                 probe_next_forward(self)  # type: ignore[arg-type]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` compiles: fairseq's own model with the same weights, for TorchScript knows no noise.
+        """Give `torch.jit.script` fairseq's own model with the same weights, because TorchScript cannot compile noise.
 
         Raises:
             UserError: weights in codes or seen through them, which it cannot express.
@@ -136,13 +136,13 @@ class Quantizable:
         return scriptable
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As fairseq's, codes in the usual order: fairseq sends a checkpoint to other ranks as it lies in memory."""
+        """Return the state with codes contiguous: fairseq sends a checkpoint to other ranks as it lies in memory."""
         state = super().state_dict(*args, **kwargs)  # type: ignore[misc]
         row_major(state)
         return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
-        """As fairseq's, but for layers that are pruned or shared; weights in codes become quantized weights first."""
+        """Load as fairseq does, after pruning and sharing; weights in codes become quantized weights first."""
         with exits_on_user_error():
             taken = self.quant_noise_layers.taken(self, state_dict)  # type: ignore[arg-type]
             if strict:
@@ -212,7 +212,7 @@ def _measurements(args: Any) -> dict[str, int]:
 
 
 def add_noise(model: nn.Module, options: Any) -> None:
-    """Noise on every weight of `model` where the options ask for it; call it again when layers have been added.
+    """Put noise on every weight of `model` where the options ask for it; call it again when layers have been added.
 
     Raises:
         UserError: the options contradict each other, or do not fit the model.
@@ -231,7 +231,7 @@ def add_noise(model: nn.Module, options: Any) -> None:
 
 
 def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:
-    """As fairseq documents `--quant-noise-scalar P`: training sees int8 noise, evaluation int8 weights and activations.
+    """Let evaluation use int8 weights and activations, as fairseq documents `--quant-noise-scalar P`.
 
     Ranges of the activations follow the training and are in the checkpoint.
     """

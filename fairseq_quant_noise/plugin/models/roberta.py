@@ -31,12 +31,12 @@ _IN_A_HEAD = re.compile(r"classification_heads\..+\.weight")
 
 
 class _LinearLMHead(RobertaLMHead, nn.Linear):
-    """fairseq's head with a weight of its own, made known as the Linear that it is, for noise and plans."""
+    """Present fairseq's head, which has a weight of its own, as a Linear to noise and plans."""
 
 
 @register_model("quant_noise_roberta", dataclass=QuantNoiseRobertaConfig)
 class QuantNoiseRoberta(Quantizable, RobertaModel):
-    """fairseq's `roberta` with noise on every Linear and Embedding, learned positions and heads included."""
+    """Train fairseq's `roberta` with noise on every Linear and Embedding, learned positions and heads included."""
 
     def __init__(self, args: Any, encoder: nn.Module) -> None:
         super().__init__(args, encoder)
@@ -47,7 +47,7 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """The dataclass's options; fairseq's RobertaModel has a list of its own."""
+        """Add the dataclass's options to the parser; fairseq's RobertaModel would add a list of its own."""
         super(RobertaModel, cls).add_args(parser)
 
     @classmethod
@@ -74,7 +74,7 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
         bpe: str | None = "gpt2",
         **overrides: Any,
     ) -> RobertaHubInterface:
-        """As fairseq's, with the model of this package, and for packed files too.
+        """Load as fairseq's method does, but into this package's model, and from packed files too.
 
         Args:
             model_name_or_path: a folder, or a name or address that fairseq's `roberta` downloads.
@@ -94,14 +94,14 @@ class QuantNoiseRoberta(Quantizable, RobertaModel):
     def register_classification_head(
         self, name: str, num_classes: int | None = None, inner_dim: int | None = None, **kwargs: Any
     ) -> None:
-        """fairseq's; tasks call it once the model is built, and the head's weights get their noise now."""
+        """Add a head as fairseq does, and its noise: tasks call this once the model is built."""
         with exits_on_user_error():
             with without_fairseq_noise(self.args):
                 super().register_classification_head(name, num_classes, inner_dim, **kwargs)
             add_noise(self, self.args)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, model_cfg: Any = None, args: Any = None) -> Any:
-        """As fairseq's; names of old checkpoints and heads are settled before weights become quantized ones."""
+        """Load as fairseq does; old names and heads are settled before weights become quantized ones."""
         self.upgrade_state_dict(state_dict)
         self._leave_out_own_output(state_dict)
         return super().load_state_dict(state_dict, strict, model_cfg, args)
@@ -145,7 +145,7 @@ register_model_architecture("quant_noise_roberta", "quant_noise_roberta_large")(
 
 @register_model_architecture("quant_noise_roberta", "quant_noise_roberta_small")
 def small(args: Any) -> None:
-    """A model for a CPU, of the size of quant_noise_transformer_lm_small: 4 layers, d 128."""
+    """Set the options of a model for a CPU, the size of quant_noise_transformer_lm_small: 4 layers, d 128."""
     sizes = {
         "encoder_layers": 4,
         "encoder_embed_dim": 128,

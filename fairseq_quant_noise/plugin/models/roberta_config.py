@@ -15,7 +15,7 @@ Activation: Any = ChoiceEnum(utils.get_available_activation_fns())
 
 @dataclass
 class QuantNoiseRobertaConfig(QuantNoiseOptions, FairseqDataclass):
-    """fairseq's options by its names and with its defaults; None where an architecture sets the value."""
+    """Hold fairseq's options by its names and with its defaults; None where an architecture sets the value."""
 
     encoder_layers: Optional[int] = option(None, "number of layers")
     encoder_embed_dim: Optional[int] = option(None, "width of embedding and layers")

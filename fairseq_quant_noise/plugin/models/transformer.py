@@ -22,11 +22,11 @@ _NOT_HERE = ("no_cross_attention", "cross_self_attention")  # a packed file of s
 
 @register_model("quant_noise_transformer", dataclass=QuantNoiseTransformerConfig)
 class QuantNoiseTransformer(Quantizable, TransformerModel):
-    """fairseq's `transformer` with noise on every Linear and Embedding, cross-attention and softmax included."""
+    """Train fairseq's `transformer` with noise on every Linear and Embedding, cross-attention and softmax included."""
 
     @classmethod
     def add_args(cls, parser: Any) -> None:
-        """The dataclass's options; fairseq's TransformerModel has a list of its own."""
+        """Add the dataclass's options to the parser; fairseq's TransformerModel would add a list of its own."""
         super(TransformerModelBase, cls).add_args(parser)
 
     @classmethod
@@ -43,7 +43,7 @@ class QuantNoiseTransformer(Quantizable, TransformerModel):
 
 
 def _check(args: Any, task: Any) -> None:
-    """Raise UserError for what fairseq would build and this package not compress, or what fairseq could not build."""
+    """Raise UserError for options that fairseq cannot build, or that this package cannot compress."""
     for name in _NOT_HERE:
         if getattr(args, name, False):
             raise UserError(
@@ -69,7 +69,7 @@ register_model_architecture("quant_noise_transformer", "quant_noise_transformer_
 
 @register_model_architecture("quant_noise_transformer", "quant_noise_transformer_small")
 def small(args: Any) -> None:
-    """A model for a CPU: 3 + 3 layers, d 128."""
+    """Set the options of a model for a CPU: 3 + 3 layers, d 128."""
     set_defaults(
         args,
         encoder_layers=3,

@@ -20,7 +20,7 @@ Activation: Any = ChoiceEnum(utils.get_available_activation_fns())
 
 @dataclass
 class QuantNoiseTransformerConfig(QuantNoiseOptions, FairseqDataclass):
-    """fairseq's options by its names and with its defaults."""
+    """Hold fairseq's options by its names and with its defaults."""
 
     encoder_embed_path: Optional[str] = option(None, "text file of vectors that the source's embedding starts from")
     encoder_embed_dim: int = option(512, "width of the encoder")

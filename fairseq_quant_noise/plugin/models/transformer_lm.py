@@ -21,12 +21,12 @@ register_linear(TiedLinear)
 
 @dataclass
 class QuantNoiseTransformerLanguageModelConfig(QuantNoiseOptions, TransformerLanguageModelConfig):
-    """fairseq's options, unchanged (`--quant-noise-pq`, `--quant-noise-pq-block-size`, ...), and those of the noise."""
+    """Hold fairseq's options unchanged (`--quant-noise-pq`, `--quant-noise-pq-block-size`, ...), and the noise's."""
 
 
 @register_model("quant_noise_transformer_lm", dataclass=QuantNoiseTransformerLanguageModelConfig)
 class QuantNoiseTransformerLanguageModel(Quantizable, TransformerLanguageModel):
-    """fairseq's `transformer_lm` with noise on every Linear, Embedding and adaptive-softmax weight."""
+    """Train fairseq's `transformer_lm` with noise on every Linear, Embedding and adaptive-softmax weight."""
 
 
 register_model_architecture("quant_noise_transformer_lm", "quant_noise_transformer_lm_base")(base_lm_architecture)
@@ -34,14 +34,14 @@ register_model_architecture("quant_noise_transformer_lm", "quant_noise_transform
 
 @register_model_architecture("quant_noise_transformer_lm", "quant_noise_transformer_lm_wikitext103")
 def wikitext103(args: Any) -> None:
-    """The paper's language model: 16 layers, 246.9 M parameters with WikiText-103's vocabulary (FACTS: LM row)."""
+    """Set the options of the paper's language model: 16 layers, 246.9 M parameters with WikiText-103's vocabulary."""
     set_defaults(args, dropout=0.2, decoder_attention_heads=8, decoder_layerdrop=0.2)
     transformer_lm_baevski_wiki103(args)
 
 
 @register_model_architecture("quant_noise_transformer_lm", "quant_noise_transformer_lm_small")
 def small(args: Any) -> None:
-    """A model for a CPU: 4 layers, d 128, embedding and softmax tied."""
+    """Set the options of a model for a CPU: 4 layers, d 128, embedding and softmax tied."""
     set_defaults(
         args,
         decoder_layers=4,

@@ -20,26 +20,26 @@ _EARLIER = "_before_stage_"  # in the name of an earlier stage's best checkpoint
 
 
 def fairseq_train() -> Any:
-    """The module of fairseq-train, where this process runs it; else None."""
+    """Find the module of fairseq-train where this process runs it; else None."""
     modules = (sys.modules.get(name) for name in _PROGRAMS)
     return next((module for module in modules if hasattr(module, "should_stop_early")), None)
 
 
 def patience() -> dict[str, Any]:
-    """The mutable counters of --patience, which fairseq-train keeps in attributes of a function."""
+    """Return the counters of --patience, which fairseq-train keeps in attributes of a function."""
     program = fairseq_train()
     return vars(program.should_stop_early) if program is not None else {}
 
 
 def plateau(trainer: Any) -> ReduceLROnPlateau | None:
-    """torch's scheduler within --lr-scheduler reduce_lr_on_plateau; None with any other."""
+    """Return torch's scheduler inside --lr-scheduler reduce_lr_on_plateau; None with any other."""
     scheduler = getattr(trainer.lr_scheduler, "inner", trainer.lr_scheduler)
     found = getattr(scheduler, "lr_scheduler", None)
     return found if isinstance(found, ReduceLROnPlateau) else None
 
 
 def forget_patience() -> None:
-    """--patience counts from here."""
+    """Let --patience count from here."""
     for name in ("best", "num_runs"):
         patience().pop(name, None)
 

@@ -17,7 +17,7 @@ _train_step = fairseq.trainer.Trainer.train_step
 
 
 class Diverged(Exception):  # noqa: N818 (it carries no message; it leaves fairseq's handler)
-    """Raised where fairseq would start its NanDetector."""
+    """Stop an update where fairseq would start its NanDetector."""
 
 
 def leave(model: nn.Module) -> NoReturn:
@@ -69,7 +69,7 @@ def first_bad(trainer: Any, samples: Any) -> str | None:
 
 
 class Watch:
-    """Watches the output of each module in forwards, and the output's gradient in backwards."""
+    """Watch the output of each module in forwards, and the output's gradient in backwards."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -133,5 +133,5 @@ def _in_gradients(model: nn.Module) -> str | None:
 
 
 def _elsewhere() -> str | None:
-    """Point to the other ranks: all of them stop, and only some have the tensor. None in a single process."""
+    """Point to the other ranks: all of them stop, and only some have the tensor. Returns None in a single process."""
     return "no tensor of this rank held one: see the other ranks" if dist.is_initialized() else None

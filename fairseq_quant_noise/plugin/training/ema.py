@@ -30,7 +30,7 @@ KEY, FP32 = "ema", "ema_fp32_params"  # fairseq's, in a checkpoint's extra_state
 
 
 class Average(EMA):
-    """fairseq's EMA of a model that may have noise, int8 weights or tied weights."""
+    """Average as fairseq's EMA does, for a model that may have noise, int8 weights or tied weights."""
 
     def __init__(self, model: nn.Module, config: Any, device: torch.device | None = None) -> None:
         super().__init__(model, config, device)
@@ -44,7 +44,7 @@ class Average(EMA):
 
     @torch.no_grad()
     def _step_internal(self, new_model: nn.Module, updates: int | None = None) -> None:
-        """One step of the average towards the weights of `new_model`."""
+        """Move the average one step towards the weights of `new_model`."""
         kept: dict[str, Any] = self.fp32_params if self.config.ema_fp32 else self.model.state_dict()
         done: set[int] = set()  # by address: one of the names of a tied weight
         for name, value in new_model.state_dict().items():
@@ -60,18 +60,18 @@ class Average(EMA):
 
 
 def build_ema(model: nn.Module, cfg: Any, device: torch.device) -> Average:
-    """In the place of fairseq's function of this name."""
+    """Build an `Average`; this replaces fairseq's function of the same name."""
     return Average(model, cfg, device)
 
 
 def state(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint keeps besides the average."""
+    """Return what a checkpoint keeps besides the average."""
     return {EMA_COUNTER: trainer.ema.update_freq_counter} if trainer.cfg.ema.store_ema else {}
 
 
 @contextmanager
 def left_out(trainer: Any) -> Iterator[None]:
-    """Inside, fairseq loads no average: it looks for weights that it has thrown away."""
+    """Keep fairseq from loading an average inside: it looks for weights that it has thrown away."""
     options = trainer.cfg.ema
     options.store_ema, kept = False, options.store_ema
     try:

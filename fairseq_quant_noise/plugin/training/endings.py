@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def has_stages(trainer: Any) -> bool:
-    """Whether a plan with stages drives this Trainer."""
+    """Say whether a plan with stages drives this Trainer."""
     return bool(getattr(getattr(trainer.quantizer, "plan", None), "stages", ()))
 
 
@@ -40,7 +40,7 @@ def watch_end(trainer: Any) -> None:
 
 
 def _watched(train: Any) -> Any:
-    """fairseq-train's function for an epoch, which looks at the stages where the run ends with it."""
+    """Wrap fairseq-train's function for an epoch, to check the stages when the run ends with that epoch."""
 
     @functools.wraps(train)
     def epoch(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:

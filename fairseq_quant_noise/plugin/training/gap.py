@@ -31,7 +31,7 @@ from .optimizer import adam_moments
 
 
 class Gap:
-    """The gap between the dense and the quantized network over the first batches of one validation.
+    """Measure the gap between the dense and the quantized network over the first batches of one validation.
 
     The ranks share the k-means, so that each of them makes its Gap as the validation begins.
     """
@@ -72,14 +72,14 @@ class Gap:
 
 
 def targets_of(trainer: Any) -> list[Target]:
-    """The weights that are still dense, as the remaining stages (or else the plan the noise implies) quantize them."""
+    """Find the weights that are still dense, in the remaining stages or else in the plan that the noise implies."""
     stages = trainer.quantizer.targets if has_stages(trainer) else []
     targets = stages or resolve_stages(noise_plan(trainer.get_model()), trainer.get_model())
     return [target for target in targets if not isinstance(target.weight.stored, nn.Module)]
 
 
 def noise_plan(model: nn.Module) -> Plan:
-    """The plan that the noise of each weight prepares it for, in a stage each; of several rules the last one counts."""
+    """Make the plan that the noise prepares for, one stage a weight; of several rules the last one counts."""
     draw = noise_of(model)
     rules = {name: noise.rules[-1].rule for name, noise in draw.weights.items()} if draw is not None else {}
     stages: list[dict[str, Any]] = []
@@ -95,7 +95,7 @@ def noise_plan(model: nn.Module) -> Plan:
 
 
 def _importance(trainer: Any, targets: Sequence[Target]) -> Mapping[str, Tensor]:
-    """What k-means weighs errors by: what the stages do, else what a checkpoint of now would hold."""
+    """Find what k-means weighs errors by: the stages' values, or else those that a checkpoint saved now would hold."""
     if has_stages(trainer):
         kept: Mapping[str, Tensor] = trainer.quantizer.importance
         return kept

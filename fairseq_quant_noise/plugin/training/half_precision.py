@@ -24,7 +24,7 @@ OPTIMIZERS: tuple[Any, ...] = (_FP16OptimizerMixin, _MemoryEfficientFP16Optimize
 
 
 def state_dict(optimizer: Any, of_fairseq: Any) -> dict[str, Any]:
-    """fairseq's state of a half-precision optimizer, with the fp32 copy of each parameter and all of the loss scale."""
+    """Add each parameter's fp32 copy and the whole loss scaler to fairseq's state of a half-precision optimizer."""
     state: dict[str, Any] = of_fairseq(optimizer)
     if hasattr(optimizer, "fp32_params"):
         places = slices_of(optimizer)
@@ -54,7 +54,7 @@ def load_state_dict(optimizer: Any, state: Mapping[str, Any], overrides: Any = N
 
 
 def _state_of(scaler: Any) -> dict[str, Any]:
-    """What changes in fairseq's loss scaler, or in torch's, which is empty where there is no GPU."""
+    """Return what changes in fairseq's loss scaler, or in torch's, which is empty where there is no GPU."""
     state = vars(scaler) if not isinstance(scaler, torch.amp.GradScaler) else scaler.state_dict()
     return {name: value for name, value in state.items() if name.startswith("_") or name == "scale"}
 
@@ -68,7 +68,7 @@ def _load_into(scaler: Any, state: Mapping[str, Any]) -> None:
 
 
 def _in_form(optimizer: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state in the optimizer's form; or a flat optimizer takes the form of a state that is not flat."""
+    """Convert the state to the optimizer's form; or give a flat optimizer the form of a state that is not flat."""
     saved = sum(len(group["params"]) for group in state["param_groups"])
     parameters, copies = optimizer.fp16_params, optimizer.fp32_params
     if saved == len(parameters) != len(copies):
@@ -77,7 +77,7 @@ def _in_form(optimizer: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _apart(state: Mapping[str, Any], parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
-    """The state of one flat tensor as one of each of the parameters, which lie in it end to end."""
+    """Split the state of one flat tensor into a state for each of the parameters, which lie in it end to end."""
     found: dict[int, dict[str, Any]] = {}
     (flat,) = state["state"].values() or [{}]
     start = 0

@@ -25,6 +25,7 @@ from ..models.quantizable import check_noise
 from ..saving import newest_whole
 from . import ema, input_ranges, resume
 from .best_so_far import forget_patience
+from .codes import check_codes
 from .endings import has_stages
 from .gap import Gap
 from .optimizer_order import state_by_name
@@ -45,7 +46,7 @@ _reduce_and_log_stats = _Trainer._reduce_and_log_stats
 
 
 def begin_epoch(trainer: Any, epoch: int) -> Any:
-    """Trainer.begin_epoch, and the noise's."""
+    """Run Trainer.begin_epoch, and begin the noise's epoch."""
     input_ranges.begin_epoch(trainer, epoch)
     result = _begin_epoch(trainer, epoch)
     noise = noise_of(trainer.get_model())
@@ -55,7 +56,7 @@ def begin_epoch(trainer: Any, epoch: int) -> Any:
 
 
 def begin_valid_epoch(trainer: Any, epoch: int) -> Any:
-    """Trainer.begin_valid_epoch; ranges and the gap are measured anew, and --patience waits for the last stage."""
+    """Run Trainer.begin_valid_epoch, measure ranges and the gap anew, and let --patience wait for the last stage."""
     if getattr(trainer.quantizer, "to_come", 0):
         forget_patience()
     input_ranges.calibrate(trainer)
@@ -66,7 +67,7 @@ def begin_valid_epoch(trainer: Any, epoch: int) -> Any:
 
 
 def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
-    """Trainer.valid_step, and the gap on the same batch."""
+    """Run Trainer.valid_step, and measure the gap on the same batch."""
     result = _valid_step(trainer, sample, raise_oom)
     gap = trainer.__dict__.get("quant_noise_gap")
     if gap is not None:
@@ -75,13 +76,17 @@ def valid_step(trainer: Any, sample: Any, raise_oom: bool = False) -> Any:
 
 
 def consolidate_optimizer(trainer: Any) -> Any:
-    """Trainer.consolidate_optimizer, which every rank calls before the first one saves; ranges of inputs are found."""
+    """Calibrate inputs and check codes that train, then run Trainer.consolidate_optimizer.
+
+    Every rank calls it before the first one saves.
+    """
     input_ranges.calibrate(trainer)
+    check_codes(trainer)
     return _consolidate_optimizer(trainer)
 
 
 def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
-    """Trainer.save_checkpoint, with the state of noise and data, checksums of codes, and layers in the options."""
+    """Run Trainer.save_checkpoint with the state of noise and data, checksums of codes, and layers in the options."""
     model, options = trainer.get_model(), trainer.cfg.model
     record_layers(model, options)
     extra_state = {**extra_state, POSITION: resume.state(trainer), **ema.state(trainer)}
@@ -103,7 +108,7 @@ def load_checkpoint(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Trainer.load_checkpoint; a run that goes on takes the state of noise and data, one that starts anew does not."""
+    """Run Trainer.load_checkpoint; a run that resumes takes the state of noise and data, a new run does not."""
     own = resume.is_own(trainer, filename)
     layers = getattr(trainer.get_model(), "quant_noise_layers", None)
     if layers is not None:
@@ -129,7 +134,7 @@ def load_checkpoint(
 
 
 def _load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
-    """Trainer.load_checkpoint, which says that the architectures differ, and hides how. Raises UserError."""
+    """Run Trainer.load_checkpoint; where its error hides how architectures differ, raise a UserError that says how."""
     try:
         with state_by_name(trainer):
             return _load_checkpoint(trainer, filename, *args, **kwargs)
@@ -141,7 +146,7 @@ def _load(trainer: Any, filename: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def reduce_and_log_stats(trainer: Any, logging_outputs: Any, sample_size: Any, grad_norm: Any = None) -> Any:
-    """Trainer._reduce_and_log_stats, of an update (with `grad_norm`) or a validation batch, and where the run is."""
+    """Run Trainer._reduce_and_log_stats for an update (with `grad_norm`) or a validation batch, and log progress."""
     result = _reduce_and_log_stats(trainer, logging_outputs, sample_size, grad_norm)
     log_progress(trainer, training=grad_norm is not None)
     drop_unmeasured()
@@ -149,7 +154,7 @@ def reduce_and_log_stats(trainer: Any, logging_outputs: Any, sample_size: Any, g
 
 
 def catalog_shared_params(module: Any, memo: Any = None, prefix: str = "") -> Any:
-    """fairseq's list of tied parameters, for the Trainer to tie again, without quantized weights and shared layers.
+    """List tied parameters for the Trainer to tie again, as fairseq does, without quantized weights and shared layers.
 
     The Trainer logs a line for each; layers stay tied where they are. The holders of a quantized weight
     share the whole of it, which stays shared; and its parts cannot be set from outside.

@@ -16,7 +16,7 @@ from ..batches import first_batches
 
 
 def begin_epoch(trainer: Any, epoch: int) -> None:
-    """Remember the epoch, whose data the batches are of."""
+    """Remember the epoch, from whose data the batches come."""
     trainer.quant_noise_epoch = epoch
 
 

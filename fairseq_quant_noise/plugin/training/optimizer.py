@@ -21,7 +21,7 @@ from ...quantization.importance import MOMENTS
 
 
 def _torch_optimizer(fairseq_optimizer: Any) -> torch.optim.Optimizer:
-    """The innermost torch optimizer of a fairseq optimizer (which fp16 and amp wrap)."""
+    """Find the innermost torch optimizer of a fairseq optimizer (fp16 and amp wrap it)."""
     inner = fairseq_optimizer
     for attribute in ("fp32_optimizer", "wrapped_optimizer"):
         inner = getattr(inner, attribute, None) or inner
@@ -50,20 +50,20 @@ def slices_of(optimizer: Any) -> dict[int, tuple[Tensor, slice | None]]:
 
 
 def part_of(value: Any, cut: slice | None, shape: Sequence[int]) -> Any:
-    """The part of an optimizer-state entry that belongs to one parameter, in its shape; numbers stay as they are."""
+    """Cut out the part of an optimizer-state entry that belongs to one parameter, in its shape; numbers stay."""
     if cut is None or not isinstance(value, Tensor):
         return value
     return value if value.dim() == 0 else value.flatten()[cut].view(shape)
 
 
 def copied_part(value: Any, cut: slice, shape: Sequence[int]) -> Any:
-    """A copy of `part_of`, so that the flat tensor can be freed."""
+    """Copy what `part_of` returns, so that the flat tensor can be freed."""
     own = part_of(value, cut, shape)
     return own.clone() if isinstance(own, Tensor) else own
 
 
 def adam_moments(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """Adam's second moments of the model's parameters in a fairseq optimizer; empty for an optimizer without them.
+    """Collect Adam's second moments of the model's parameters; empty for an optimizer without them.
 
     Returns:
         By the parameter's name, a tensor of its shape, such as (out, in) for a Linear, also where the optimizer steps

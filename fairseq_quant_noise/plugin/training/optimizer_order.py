@@ -19,7 +19,7 @@ from ...layers.parts import LATENT
 
 @contextmanager
 def state_by_name(trainer: Any) -> Iterator[None]:
-    """Inside, an optimizer state that the Trainer loads is first put in the order of the model's parameters."""
+    """Put each optimizer state that the Trainer loads inside in the order of the model's parameters."""
     model, build = trainer.get_model(), trainer._build_optimizer
     saved: list[str] = []
     hook = model._register_load_state_dict_pre_hook(lambda state, *_: saved.extend(state))
@@ -40,7 +40,7 @@ def state_by_name(trainer: Any) -> Iterator[None]:
 
 
 def in_order(model: nn.Module, state: Mapping[str, Any], saved: Sequence[str]) -> Mapping[str, Any]:
-    """The state of a torch optimizer, with the entries of the model's parameters in their order in `model`.
+    """Reorder the state of a torch optimizer, so that its entries follow the order of the parameters in `model`.
 
     Args:
         model: as it is trained now.
@@ -75,7 +75,7 @@ def _in_order(values: Sequence[Any], positions: Sequence[int]) -> list[Any]:
 
 
 def _flat_in_order(value: Any, sizes: Sequence[int], positions: Sequence[int]) -> Any:
-    """A flat tensor whose parts have these sizes, with its parts in another order; numbers stay as they are."""
+    """Reorder the parts, of these sizes, of a flat tensor; numbers stay as they are."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     parts = value.split([*sizes, value.numel() - sum(sizes)])

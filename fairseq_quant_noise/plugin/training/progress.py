@@ -21,7 +21,7 @@ from .endings import has_stages
 
 
 def log_progress(trainer: Any, training: bool) -> None:
-    """Add them to the log of the update, or of the validation batch, that the Trainer has just done."""
+    """Add figures to the log of the update, or of the validation batch, that the Trainer has just done."""
     if not isinstance(trainer.get_model(), Quantizable):
         return
     left = minutes_left(trainer) if training else None
@@ -34,7 +34,7 @@ def log_progress(trainer: Any, training: bool) -> None:
 
 
 def minutes_left(trainer: Any) -> float | None:
-    """Until --max-update; None without it, and at the first update of a process."""
+    """Estimate the minutes until --max-update; None without it, and at the first update of a process."""
     now, n, last = time.perf_counter(), trainer.get_num_updates(), trainer.cfg.optimization.max_update
     began, first = trainer.__dict__.setdefault("quant_noise_began", (now, n))
     if n <= first or last <= 0:

@@ -36,7 +36,7 @@ _get_train_iterator = fairseq.trainer.Trainer.get_train_iterator
 
 
 class Position:
-    """What a Trainer remembers of its batches."""
+    """Hold what a Trainer remembers of its batches."""
 
     def __init__(self) -> None:
         self.batches_of: int | None = None  # the epoch in which the batches were made
@@ -44,13 +44,13 @@ class Position:
 
 
 def position_of(trainer: Any) -> Position:
-    """The Trainer's Position, made at the first call."""
+    """Return the Trainer's Position, made at the first call."""
     position: Position = trainer.__dict__.setdefault("quant_noise_position", Position())
     return position
 
 
 def state(trainer: Any) -> dict[str, Any]:
-    """The state that a checkpoint keeps."""
+    """Return the state that a checkpoint keeps."""
     return {
         "batches_of": position_of(trainer).batches_of,
         "world_size": trainer.data_parallel_world_size,
@@ -83,7 +83,7 @@ def load_schedule(trainer: Any, extra_state: dict[str, Any]) -> None:
 
 
 def is_own(trainer: Any, filename: str) -> bool:
-    """Whether a checkpoint is of this run: in the folder that it saves to."""
+    """Say whether a checkpoint belongs to this run: it is in the folder that the run saves to."""
     return Path(filename).parent.resolve() == Path(trainer.cfg.checkpoint.save_dir).resolve()
 
 
@@ -128,7 +128,7 @@ def recount(done: int, before: int, now: int, together: int) -> int:
 
 
 def get_train_iterator(trainer: Any, epoch: int, *args: Any, **kwargs: Any) -> Any:
-    """Trainer.get_train_iterator, which makes the batches of the epoch in which the run began."""
+    """Run Trainer.get_train_iterator so that it makes the batches of the epoch in which the run began."""
     position = position_of(trainer)
     first = epoch if position.batches_of is None else position.batches_of
     remade = _are_remade(trainer, kwargs)
@@ -144,7 +144,7 @@ def get_train_iterator(trainer: Any, epoch: int, *args: Any, **kwargs: Any) -> A
 
 
 def _are_remade(trainer: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether fairseq makes new batches in each epoch."""
+    """Say whether fairseq makes new batches in each epoch."""
     return bool(
         trainer.cfg.dataset.update_epoch_batch_itr
         or kwargs.get("disable_iterator_cache")

@@ -13,7 +13,7 @@ from ...checkpoints.keys import STAGE_BEGAN
 
 
 class StageSchedule(lr_scheduler.FairseqLRScheduler):
-    """Takes the place of fairseq's scheduler in the Trainer; before the first stage it is that scheduler.
+    """Replace fairseq's scheduler in the Trainer; before the first stage it behaves as that scheduler.
 
     Args:
         cfg: of the whole run.
@@ -40,19 +40,19 @@ class StageSchedule(lr_scheduler.FairseqLRScheduler):
         self.inner.step_begin_epoch(1)
 
     def step_begin_epoch(self, epoch: int) -> Any:
-        """As fairseq's, with the epoch of the stage."""
+        """Step as fairseq does, with the epoch of the stage."""
         return self.inner.step_begin_epoch(epoch - self.epoch + 1)
 
     def step(self, epoch: int, val_loss: float | None = None) -> Any:
-        """As fairseq's, with the epoch of the stage."""
+        """Step as fairseq does, with the epoch of the stage."""
         return self.inner.step(epoch - self.epoch + 1, val_loss)
 
     def step_update(self, num_updates: int) -> Any:
-        """As fairseq's, with the update of the stage."""
+        """Step as fairseq does, with the update of the stage."""
         return self.inner.step_update(num_updates - self.update)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of fairseq's scheduler, and where the stage began."""
+        """Return the state of fairseq's scheduler, and where the stage began."""
         return {**self.inner.state_dict(), STAGE_BEGAN: [self.update, self.epoch, self.length]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class StageSchedule(lr_scheduler.FairseqLRScheduler):
 
 
 def _for_stage(run: Any, length: int | None) -> Any:
-    """The scheduler's configuration in which a length that is --max-update is the stage's."""
+    """Change the scheduler's configuration: a length that equals --max-update becomes the stage's."""
     cfg, whole = copy.deepcopy(run.lr_scheduler), run.optimization.max_update
     for name in ("max_update", "total_num_update"):  # cosine and tri_stage have the first, polynomial_decay the second
         if length is not None and 0 < whole == getattr(cfg, name, None):

@@ -9,14 +9,16 @@ UPDATE, EPOCH = "update", "epoch"
 
 
 def stage_starts(plan: Plan, max_update: int) -> list[int]:
-    """The update, counted from the first stage, at which each stage starts.
+    """Compute the update, counted from the first stage, at which each stage starts.
 
-    `updates` of the rules where they are given, equal shares of `max_update` otherwise.
+    `updates` of the rules where they are given, equal shares of `max_update` otherwise; all 0 where stages are joint.
 
     Raises:
         UserError: only some stages give `updates`, or there is nothing to share.
     """
     given = [rule.updates for rule in plan.stages]
+    if plan.tuning.joint:
+        return [0] * len(given)
     if all(n is not None for n in given):
         return [sum(n or 0 for n in given[:i]) for i in range(len(given))]
     if any(n is not None for n in given):
@@ -27,7 +29,7 @@ def stage_starts(plan: Plan, max_update: int) -> list[int]:
 
 
 class StageTimes:
-    """The starts of a plan's stages in one run.
+    """Hold the starts of a plan's stages in one run.
 
     Args:
         plan: with its stages.
@@ -47,11 +49,11 @@ class StageTimes:
 
     @property
     def end(self) -> int:
-        """The update (or epoch) at which the run ends; 0 where no option says it."""
+        """Return the update (or epoch) at which the run ends; 0 where no option says it."""
         return self.ends[self.unit]
 
     def begin(self, now: int) -> None:
-        """The first stage starts at `now`; a run that goes on from a dense checkpoint shares what is left.
+        """Start the first stage at `now`; a run that goes on from a dense checkpoint shares what is left.
 
         Raises:
             UserError: nothing is left.
@@ -64,15 +66,15 @@ class StageTimes:
         self.origin, self.starts = now, stage_starts(self.plan, self.end - now)
 
     def due(self, now: int) -> int:
-        """How many stages have started by the update (or epoch) `now`; 0 before `begin`."""
+        """Count the stages that have started by the update (or epoch) `now`; 0 before `begin`."""
         return 0 if self.origin is None else sum(self.origin + start <= now for start in self.starts)
 
     def left(self, stage: int, now: int | None = None) -> int | None:
-        """How many updates are left of a stage at update `now`, all of them without `now`; None where epochs end it.
+        """Count the updates left of a stage at update `now`, all of them without `now`; None where epochs end it.
 
         None too in the last stage of a run without --max-update whose plan gives no updates.
         """
-        origin, given = self.origin or 0, self.plan.stages[stage].updates
+        origin, given = self.origin or 0, self._given(stage)
         if self.unit == EPOCH:
             return None
         if stage + 1 < len(self.starts):
@@ -84,6 +86,13 @@ class StageTimes:
         else:
             return None
         return end - (origin + self.starts[stage] if now is None else now)
+
+    def _given(self, stage: int) -> int | None:
+        """The updates that the plan gives a stage; joint stages have those of all."""
+        if not self.plan.tuning.joint:
+            return self.plan.stages[stage].updates
+        given = [rule.updates for rule in self.plan.stages]
+        return None if None in given else sum(n or 0 for n in given)
 
     def check(self, done: int, warmup: int) -> None:
         """Refuse options that the stages to come contradict.
@@ -112,7 +121,7 @@ class StageTimes:
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """Return what a resumed run needs."""
         return {"origin": self.origin, "starts": self.starts, "unit": self.unit}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

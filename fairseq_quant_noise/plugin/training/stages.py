@@ -9,6 +9,7 @@ in the checkpoint, ties stay tied, and the ranks share the k-means of the weight
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import fairseq.quantization_utils
@@ -35,6 +36,7 @@ from ..gradients import squared_gradients
 from ..models.equivalents import cure
 from ..models.quantizable import Quantizable
 from .best_so_far import start_anew
+from .codes import encode_after_update
 from .endings import watch_end
 from .optimizer import adam_moments, carry_over
 from .resume import end_if_complete
@@ -50,7 +52,7 @@ class StageController:
     def __init__(self, config_path: str, max_epoch: int, max_update: int) -> None:
         with exits_on_user_error():
             self.plan = Plan.of(config_path)
-            self.times = StageTimes(self.plan, max_epoch, max_update)
+        self.max_epoch, self.max_update = max_epoch, max_update
         self.done = 0  # stages quantized so far
         self.importance: dict[str, Tensor] = {}  # squared gradients of weights still to be quantized; bfloat16, CPU
         self.epoch = 1
@@ -77,6 +79,8 @@ class StageController:
         self.trainer = trainer
         model = trainer.get_model()
         with exits_on_user_error():
+            self.plan = _with_options(self.plan, trainer.cfg.criterion)
+            self.times = StageTimes(self.plan, self.max_epoch, self.max_update)
             _check_trainer(trainer, self.plan)
             if self.plan.structure is not None:
                 model.restructure(self.plan.structure, trainer.cfg.model)
@@ -116,14 +120,23 @@ class StageController:
 
     def step_update(self, num_updates: int) -> None:
         """Called by the Trainer after every update."""
-        if not self.loading and self.times.unit == UPDATE:
+        if self.loading:
+            return
+        if self.plan.codes.train and self.done:
+            interval = self.trainer.cfg.common.log_interval
+            encode_after_update(self.trainer.get_model(), self.plan.codes, num_updates, interval)
+        if self.times.unit == UPDATE:
             self._advance(num_updates)
 
     def _advance(self, now: int) -> None:
-        while self.done < self.times.due(now):
-            with exits_on_user_error():
+        first, due = self.done + 1, self.times.due(now)
+        if first > due:
+            return
+        with exits_on_user_error():
+            while self.done < due:
                 self._quantize_stage(self.done)
-            self.done += 1
+                self.done += 1
+            self._rebuild_optimizer(first)
 
     def _quantize_stage(self, stage: int) -> None:
         targets = [t for t in self.targets if t.stage == stage]
@@ -135,7 +148,13 @@ class StageController:
         where = self.next_stage
         logger.info(f"{where}: quantizing {len(targets)} weights, '{self.plan.stages[stage].match}'")
         started = time.perf_counter()
-        quantize_targets(targets, seed=self.trainer.cfg.common.seed, importance=self.importance, where=f"{where} ")
+        quantize_targets(
+            targets,
+            seed=self.trainer.cfg.common.seed,
+            importance=self.importance,
+            codes=self.plan.codes,
+            where=f"{where} ",
+        )
         for target in targets:
             self.importance.pop(target.weight.tensor_name, None)
         check_same(quantized_state(self.trainer.get_model()), f"after {where}")
@@ -146,7 +165,6 @@ class StageController:
                 for sample in first_batches(self.trainer, self.epoch):
                     self.trainer.get_model()(**sample["net_input"])
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
-        self._rebuild_optimizer()
 
     def _weigh_by(self, moments: Mapping[str, Tensor], what: str) -> None:
         """Keep what k-means needs of the moments, if there are any: the dense network's, for all stages."""
@@ -160,17 +178,20 @@ class StageController:
         stored = {t.weight.tensor_name: t.weight.parameter for t in self.targets if t.block_size is not None}
         return {name: weight for name, weight in stored.items() if isinstance(weight, Tensor)}
 
-    def _rebuild_optimizer(self) -> None:
-        """A new optimizer for the new parameters, with the old one's memory; the schedule is as the plan says."""
+    def _rebuild_optimizer(self, first: int) -> None:
+        """A new optimizer for the new parameters, with the old one's memory; the schedule is as the plan says.
+
+        `first` is the stage, from 1, that has begun: the first one where several have.
+        """
         trainer = self.trainer
         optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
         trainer.reinitialize()
         carry_over(optimizer, trainer.optimizer)
         if self.plan.tuning.restarts:
-            self._restart_schedule(self.done)
+            self._restart_schedule(self.done - 1)
         else:
             trainer.lr_scheduler.load_state_dict(scheduler.state_dict())
-        start_anew(trainer, self.done + 1)
+        start_anew(trainer, first)
         trainer.lr_step_update()
 
     def _restart_schedule(self, stage: int) -> None:
@@ -220,10 +241,16 @@ class StageController:
         return extra_state
 
     def _resume(self, filename: str, state: dict[str, Any], reset: bool) -> None:
-        if Plan.of(state["plan"]).stages != self.plan.stages:
+        before = Plan.of(state["plan"])
+        if before.stages != self.plan.stages:
             raise UserError(
                 f"{filename}: was trained with other stages than this plan's; give --quantization-config-path the plan "
                 "it started with, or --restore-file a dense checkpoint"
+            )
+        if before.codes.train != self.plan.codes.train:
+            raise UserError(
+                f"{filename}: was trained with codes: {before.codes.kind}, and the plan or --ipq-codes says "
+                f"{self.plan.codes.kind}; give what it started with, or --restore-file a dense checkpoint"
             )
         check_same(quantized_state(self.trainer.get_model()), f"loaded from {filename}")
         self.done = state["done"]
@@ -248,6 +275,22 @@ def _gradients(trainer: Any, epoch: int) -> dict[str, Tensor]:
     """Squared gradients on the first batches of the training data; a rank's own, which encodes its own share."""
     scale = getattr(getattr(trainer.optimizer, "scaler", None), "loss_scale", 1.0)
     return squared_gradients(trainer.get_model(), trainer.get_criterion(), first_batches(trainer, epoch), scale)
+
+
+def _with_options(plan: Plan, options: Any) -> Plan:
+    """The plan, with what the criterion's options `--ipq-codes`, `--ipq-codes-lr` and `--ipq-stages` say in its place.
+
+    Raises:
+        UserError: an option has an unknown value.
+    """
+    kind, factor, stages = (getattr(options, f"ipq_{name}", None) for name in ("codes", "codes_lr", "stages"))
+    if kind is not None:
+        plan = replace(plan, codes=replace(plan.codes, kind=kind))
+    if factor is not None:
+        plan = replace(plan, codes=replace(plan.codes, learning_rate=factor))
+    if stages is not None:
+        plan = replace(plan, tuning=replace(plan.tuning, stages=stages))
+    return plan
 
 
 def _check_trainer(trainer: Any, plan: Plan) -> None:

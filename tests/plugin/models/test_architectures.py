@@ -98,6 +98,7 @@ def test_heads_are_as_wide_as_the_embedding():
 @pytest.mark.parametrize(
     ("arch", "flags", "message"),
     [
+        ("quant_noise_robert", "", f"not registered; the nearest here are {ROBERTA.removesuffix('_base')}, "),
         (ROBERTA, "--set max_position=512", "no option 'max_position'; the nearest is max_positions"),
         (ROBERTA, "--set max_positions", "--set max_positions: give KEY=VALUE"),
         (ROBERTA, "--set max_positions=1.5", "--set max_positions=1.5: not a value of this option (int)"),

@@ -23,6 +23,7 @@ from fairseq_quant_noise.utils import ranks
 pytestmark = pytest.mark.slow
 
 STAGES = PLANS["adaptive"]["stages"]
+CODES = {"kind": "train", "every": 2, "share": 0.5}
 DAMAGED = "decoder.layers.1.fc2"
 NOISE = split(
     "--quant-noise-pq 0.3 --quant-noise-kind pq --decoder-layerdrop 0.3 --dropout 0 --batch-size 8 --update-freq 2",
@@ -101,9 +102,9 @@ def train_rank(rank, lab, jobs, outs):
         torch.save({**held, **draws, "words": words, "encoded": encoded}, f"{out}-{rank}")
 
 
-def job(lab, updates, *flags, structure=None, activations=None, **settings):
+def job(lab, updates, *flags, structure=None, activations=None, codes=None, **settings):
     """A run of the stages, with noise."""
-    plan = {**PLANS["adaptive"], "structure": structure or {}}
+    plan = {**PLANS["adaptive"], "structure": structure or {}, "codes": codes or {}}
     plan = lab.plan(plan if activations is None else {**plan, "activations": activations})
     flags = ["--quant-noise-pq", 0.1, "--quantization-config-path", plan, *flags]
     return {"flags": flags, "updates": updates, "folder": lab.new(), **settings}
@@ -135,6 +136,7 @@ def cluster(lab, runs):
         "whole": job(lab, 3, "--finetune-from-model", stock),
         "shared": job(lab, 3, "--finetune-from-model", stock, structure={"share_layers": 2}),
         "inputs": job(lab, 3, "--finetune-from-model", stock, activations={"calibration_batches": 3}),
+        "codes": job(lab, 5, "--finetune-from-model", stock, structure={"share_layers": 2}, codes=CODES),
         "1 to 2": job(lab, 6, *few, "--restore-file", checkpoint),
         "astray": job(lab, 3, "--finetune-from-model", stock, astray=True),
         "NaN": job(lab, 3, "--finetune-from-model", lab.checkpoint(broken)),
@@ -186,6 +188,16 @@ def test_two_processes_train_the_stages_together(lab, runs, cluster, name, struc
     codes = {name: t for name, t in alone.items() if name.endswith(".codes")}
     assert len(codes) == 4
     assert all(torch.equal(t, saved["model"][name]) for name, t in codes.items())
+
+
+def test_two_processes_train_their_codes_to_the_same_bits(cluster):
+    first, second = (dict(of_rank["model"]) for of_rank in cluster["codes"]["ranks"])
+    assert same(first, second)
+    saved = state_of(cluster["codes"]["folder"] / "checkpoint_last.pt")["model"]
+    assert same({name: first[name] for name in saved}, dict(saved))
+    fixed = cluster["shared"]["ranks"][0]["model"]
+    of_first_stage = [name for name in fixed if name.endswith(".codes") and ".fc" in name]
+    assert sum(int((first[name] != fixed[name]).sum()) for name in of_first_stage) > 10
 
 
 def test_the_ranges_of_inputs_are_the_same_on_all_processes(cluster):

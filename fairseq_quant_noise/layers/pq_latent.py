@@ -1,0 +1,144 @@
+"""Codes that train: a product-quantized weight that is encoded again while a dense, latent weight trains beside it.
+
+    forward     W_hat[block i] = centroids[codes[i]]                      what every user of the weight sees
+    backward    dL/d latent := dL/d W_hat                                 straight-through (arXiv 1308.3432)
+    encoding    codes[i] = argmin_k || latent[block i] - centroids[k] ||^2     after an update
+
+as in PV-tuning (arXiv 2405.14852), with the centroids trained by their own gradient as in `pq.py`. The latent weight
+is an ordinary Parameter, so that it lives in the user's own optimizer. It trains at `factor` times the optimizer's
+learning rate: the Parameter holds latent / factor, and takes the latent weight's gradient as its own.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..pq.encode import nearest
+from ..weights.blocks import as_blocks
+from ..weights.discovery import Weight
+from .parts import CENTROIDS, CODES, DISTANCES, LATENT_FACTOR, LATENT_WEIGHT
+from .pq import PQWeight, quantize_weight_
+from .quantized import dense_weight
+from .registry import register
+
+
+@register("pq latent")
+class LatentPQWeight(PQWeight):
+    """A `PQWeight` whose codes are found anew, by `encode_again`, as its latent weight moves.
+
+    A checkpoint also holds the latent weight, its factor and, with a `share` below 1, the distances; a file does not.
+    """
+
+    plan_schemes = file_schemes = ()  # a stage and a file are PQWeight's; `codes: train` makes these of its weights
+    entries = (*PQWeight.entries, LATENT_WEIGHT, LATENT_FACTOR, DISTANCES)
+    needs = (CODES, CENTROIDS, LATENT_WEIGHT)
+    full_precision = (*PQWeight.full_precision, LATENT_FACTOR, DISTANCES)
+
+    latent_weight: nn.Parameter  # (rows, …), the latent weight over `factor`
+    latent_factor: Tensor  # ()
+    distances: Tensor | None  # (n,), squared
+    factor: float  # `latent_factor` as a number
+
+    def set_latent(self, latent: Tensor, factor: float) -> None:
+        """Let a dense weight, (rows, …), train at `factor` times the optimizer's learning rate."""
+        rounded = torch.tensor(factor)  # float32, as a checkpoint will hold it
+        self.factor = float(rounded)
+        self.latent_weight = nn.Parameter(latent.detach() / self.factor)
+        self.register_buffer(LATENT_FACTOR, rounded.to(latent.device))
+        self.register_buffer(DISTANCES, None)
+
+    def blocks(self) -> Tensor:
+        """The blocks of the latent weight: (n, d) float32."""
+        return as_blocks(self.latent_weight.detach().float() * self.factor, self.block_size)
+
+    def error(self) -> Tensor:
+        """(|| W_hat - latent ||^2, || latent ||^2): (2,), by the centroids as the file holds them."""
+        blocks = self.blocks()
+        return torch.stack([self._distances(blocks).sum(), blocks.square().sum()])
+
+    def remember_distances(self) -> None:
+        """Keep from now on how far each block was from its centroid, by which `encode_again` chooses a share."""
+        self.distances = self._distances(self.blocks())
+
+    @torch.no_grad()
+    def encode_again(self, share: float = 1.0) -> Tensor:
+        """Find the nearest centroid of the blocks anew.
+
+        Args:
+            share: of the blocks; below 1 those whose squared distance to their centroid grew most since they were last
+                encoded, or since `remember_distances`.
+
+        Returns:
+            How many codes changed, ().
+        """
+        blocks, centroids = self.blocks(), self._rounded().float()
+        before = self.codes.flatten()  # (n,)
+        if share >= 1:
+            found = nearest(blocks, centroids).to(torch.uint8)
+        else:
+            distances = self._distances(blocks)
+            if self.distances is None:
+                self.distances = distances
+            most = (distances - self.distances).topk(max(1, round(share * len(blocks)))).indices
+            some = blocks[most]
+            new = nearest(some, centroids)
+            found = before.clone()
+            found[most] = new.to(torch.uint8)
+            self.distances[most] = (some - centroids[new]).square().sum(1)
+        self.codes.copy_(found.view(self.codes.shape))
+        return (found != before).sum()
+
+    def _distances(self, blocks: Tensor) -> Tensor:
+        """Squared distances of (n, d) blocks to their centroids: (n,)."""
+        seen = self._rounded().detach().float().index_select(0, self.codes.flatten().long())
+        return (blocks - seen).square().sum(1)
+
+    def prepare(self, parts: Mapping[str, Tensor]) -> None:
+        """Make room for the latent weight of a state, (rows, …), and for its distances, (n,), if it has any."""
+        self.set_latent(torch.empty_like(parts[LATENT_WEIGHT], dtype=self.dtype, device=self.device), 1.0)
+        if DISTANCES in parts:
+            self.distances = torch.empty_like(parts[DISTANCES], device=self.device)
+
+    def takes(self, parts: Mapping[str, Tensor]) -> bool:
+        """Whether it has a place for each of the `parts` of a state, such as codes (rows, blocks a row)."""
+        return super().takes(parts) and (DISTANCES in parts) == (self.distances is not None)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, metadata: object, strict: bool, *lists: list[str]
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        if self.latent_factor.device.type != "meta":
+            self.factor = float(self.latent_factor)
+
+
+def quantize_with_latent_(
+    weight: Weight,
+    codes: Tensor,
+    centroids: Tensor,
+    centroid_bits: int,
+    codebook: int | None,
+    *,
+    factor: float,
+    share: float = 1.0,
+) -> LatentPQWeight:
+    """Call `quantize_weight_`, and let the dense weight train on as the latent one; returns the new weight.
+
+    Args:
+        weight: a weight of the model, not quantized yet.
+        codes: (rows, blocks a row) uint8.
+        centroids: (K, d), taken in the dtype of the stored weight.
+        centroid_bits: 16 (fp16) or 8 (int8).
+        codebook: the number of a shared one.
+        factor: of the learning rate, for the latent weight.
+        share: of the blocks that `encode_again` will encode at a time.
+
+    Raises:
+        UserError: the weight is quantized already.
+    """
+    dense = dense_weight(weight)
+    quantized = quantize_weight_(weight, codes, centroids, centroid_bits, codebook, LatentPQWeight)
+    quantized.set_latent(dense, factor)
+    if share < 1:
+        quantized.remember_distances()
+    return quantized

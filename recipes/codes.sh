@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Measures what codes that train win (docs/codes.md): the quickstart's language model over seeds, the paper's iPQ against ours
+# at the same bytes and the same updates. About an hour and a half for each seed on one quiet core; resumes when killed.
+#
+#     bash recipes/codes.sh            everything
+#     bash recipes/codes.sh --list     the runs
+#
+#     OUT=runs/codes   SEEDS="1 2 3"   ONLY="paper best"   only these runs   JOBS=2   runs side by side
+#     UPDATES=2000  IPQ_UPDATES=1000  VOCAB_SIZE=4000      the same values for all runs in one OUT
+# It ends with the table, and a line for each run and seed in OUT/codes.jsonl.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+cd "$REPO"
+
+RUNS="paper fixed best noise noise-best k64 k64-best d16 d16-best int4 int4-learned int2 int2-learned"
+case "${1:-}" in
+  '') ;;
+  -h | --help) sed -n '2,11s/^# \{0,1\}//p' "$0" && exit 0 ;;
+  --list) say "$RUNS" && exit 0 ;;
+  *) die "unknown argument $1; run: bash recipes/codes.sh --help" ;;
+esac
+OUT="${OUT:-$REPO/runs/codes}" SEEDS="${SEEDS:-1 2 3}" ONLY="${ONLY:-$RUNS}" JOBS="${JOBS:-2}"
+UPDATES="${UPDATES:-2000}" IPQ_UPDATES="${IPQ_UPDATES:-1000}"
+export VOCAB_SIZE="${VOCAB_SIZE:-4000}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+whole_numbers JOBS UPDATES IPQ_UPDATES VOCAB_SIZE
+for name in $ONLY; do
+  [[ " $RUNS " == *" $name "* ]] || die "ONLY names a run '$name'; there are: $RUNS"
+done
+need python fairseq-train fairseq-eval-lm fairseq-quant-noise
+
+# dense SEED NAME P: trains a dense network with noise P, and evaluates it.
+dense() {
+  local SEED="$1" of="$OUT/seed-$1/$2"
+  lm_flags
+  finished "$of/dense" "$UPDATES" || quietly "$of/dense.log" \
+    lm_train "$of/dense" --quant-noise-pq "$3" --quant-noise-pq-block-size 8
+  [ -f "$of/eval-dense.log" ] || lm_evaluate "$of/dense/checkpoint_best.pt" "$of/eval-dense.log"
+}
+
+# tune SEED RUN: quantizes and tunes a network, writes the packed file and evaluates it.
+tune() {
+  local SEED="$1" plan="$OUT/plans/small.yaml" network=none how=lm_ipq flags=(--quant-noise-pq 0) from to="$OUT/seed-$1/$2"
+  lm_flags
+  case "$2" in
+    noise*) network=noise flags=(--quant-noise-pq 0.05) ;;
+    k64* | d16*) plan="$OUT/plans/${2%-best}.yaml" ;;
+    int*) plan="$OUT/plans/$2.yaml" ;;
+  esac
+  from="$OUT/seed-$1/$network/dense"
+  case "$2" in
+    *best) how=lm_best ;;
+    fixed | int*) flags+=(--ipq-stages joint --ipq-teacher "$from/checkpoint_best.pt" --lr 2e-3 --dropout 0) ;;
+  esac
+  finished "$to" "$IPQ_UPDATES" || "$how" "$from" "$plan" "$to" "${flags[@]}"
+  fairseq-quant-noise export --path "$to/checkpoint_last.pt" --out "$to.safetensors"
+  lm_evaluate "$to.safetensors" "$OUT/seed-$1/eval-$2.log"
+}
+
+mkdir -p "$OUT/plans"
+OUT="$(cd "$OUT" && pwd)"
+DATA="$OUT/data-bin"
+lock "$OUT"
+one_set_of UPDATES IPQ_UPDATES VOCAB_SIZE
+bash recipes/quickstart/prepare.sh "$OUT"
+module recipes.codes.table "$OUT" --plans
+for seed in $SEEDS; do
+  NETWORKS=("seed-$seed/none: dense $seed none 0")
+  if [[ " $ONLY" == *" noise"* ]]; then NETWORKS+=("seed-$seed/noise: dense $seed noise 0.05"); fi
+  step "$seed: dense networks" "$OUT/seed-$seed/.dense" side_by_side "$JOBS" "${NETWORKS[@]}"
+  NOW=()
+  for name in $ONLY; do
+    NOW+=("seed-$seed: step '$seed: $name' '$OUT/seed-$seed/.$name' quietly '$OUT/seed-$seed/$name.log' tune $seed $name")
+  done
+  side_by_side "$JOBS" "${NOW[@]}"
+done
+module recipes.codes.table "$OUT"
