@@ -7,7 +7,7 @@ out of the way, since they overwrite the weights that they should only disturb.
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -220,14 +220,24 @@ def add_noise(model: nn.Module, options: Any) -> None:
     rules = noise_rules(options)
     if rules:
         detach_noise(model)
-        noised = attach_rules(model, fitted_rules(model, rules))
-        numbers, all_numbers = sum(math.prod(w.shape) for w in noised), sum(p.numel() for p in model.parameters())
-        logger.info(
-            f"Quant-Noise: {'+'.join(rules[0].kinds)} with p = {rules[0].p:g} on {len(noised)} weights "
-            f"({numbers / all_numbers:.1%} of the parameters); fairseq's own noise is off"
-        )
+        attach_and_say(model, fitted_rules(model, rules))
         if getattr(options, "quant_noise_scalar", 0):
             _evaluate_as_int8(model, rules[0])
+
+
+def attach_and_say(model: nn.Module, rules: Sequence[NoiseRule]) -> None:
+    """Call `attach_rules`, and log in one line which noise acts on how many weights.
+
+    Raises:
+        UserError: as `attach_rules`.
+    """
+    noised = attach_rules(model, rules)
+    numbers, all_numbers = sum(math.prod(w.shape) for w in noised), sum(p.numel() for p in model.parameters())
+    kinds = dict.fromkeys(f"{'+'.join(rule.kinds)} with p = {rule.p:g}" for rule in rules)
+    logger.info(
+        f"Quant-Noise: {', '.join(kinds)} on {len(noised)} weights ({numbers / all_numbers:.1%} of the parameters); "
+        "fairseq's own noise is off"
+    )
 
 
 def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:

@@ -22,7 +22,7 @@ from fairseq_quant_noise.noise.weight_noise import WeightNoise
 from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.plugin.models import any_model
 from fairseq_quant_noise.plugin.models.any_model import saved_as_stock
-from fairseq_quant_noise.plugin.models.quantizable import Quantizable
+from fairseq_quant_noise.plugin.models.quantizable import Quantizable, attach_and_say
 from fairseq_quant_noise.quantization.quantize import quantize_targets
 from fairseq_quant_noise.quantization.targets import resolve_stages
 from fairseq_quant_noise.weights.blocks import fitting_block_size
@@ -143,6 +143,11 @@ def test_a_log_line_says_which_noise_acts_on_how_many_weights(caplog):
     (line,) = [record.getMessage() for record in caplog.records if "Quant-Noise" in record.getMessage()]
     assert line.startswith("Quant-Noise: mean with p = 0.5 on 13 weights (")
     assert line.endswith("% of the parameters); fairseq's own noise is off")
+    caplog.clear()
+    rules = [{"match": ".*embed.*", "p": 0.1, "kind": ["pq", "int8"]}, {"match": ".*_ih.*", "p": 0.2, "block_size": 4}]
+    attach_and_say(build("lstm"), Plan.of({"noise": rules}).noise)
+    (line,) = [record.getMessage() for record in caplog.records if "Quant-Noise" in record.getMessage()]
+    assert line.startswith("Quant-Noise: pq+int8 with p = 0.1, proxy with p = 0.2 on 6 weights (")
     caplog.clear()
     build("lstm")
     assert not [record for record in caplog.records if "Quant-Noise" in record.getMessage()]
