@@ -9,6 +9,7 @@ from .api import attach_noise, detach_noise, keep_layers_, load, noise_of, quant
 from .errors import DamagedFileError, UserError
 from .plan.plan import Plan
 from .quantization.importance import second_moments
+from .weights.blocks import cover
 
 __all__ = [
     "DamagedFileError",
@@ -16,6 +17,7 @@ __all__ = [
     "UserError",
     "__version__",
     "attach_noise",
+    "cover",
     "detach_noise",
     "keep_layers_",
     "load",

@@ -25,8 +25,10 @@ __all__ = ["attach_noise", "detach_noise", "keep_layers_", "load", "noise_of", "
 AnyPlan = Plan | Mapping[str, Any] | str | Path
 
 
-def attach_noise(model: nn.Module, plan: AnyPlan) -> nn.Module:
+def attach_noise(model: nn.Module, plan: AnyPlan, *, strict: bool = False) -> nn.Module:
     """Add the noise of the plan's `noise` rules to the weights of `model` in every training forward; returns `model`.
+
+    A matrix of a module of a type that no rule can name stays as it is; a warning names it, or with `strict` an error.
 
     Schedules and intervals count forwards of the model as updates, unless `noise_of(model).set_num_updates(n)` says
     which update comes; `noise_of(model).begin_epoch()` says that an epoch begins, for codebooks that are found anew
@@ -38,7 +40,7 @@ def attach_noise(model: nn.Module, plan: AnyPlan) -> nn.Module:
     rules = Plan.of(plan).noise
     if not rules:
         raise UserError("the plan has no noise rules; add a 'noise' section")
-    attach_rules(model, rules)
+    attach_rules(model, rules, strict=strict)
     return model
 
 

@@ -21,13 +21,18 @@ from fairseq_quant_noise.plan import rules as source
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plan.md"
 MARK = "<!-- From here on written by scripts/plan_reference.py from the dataclasses in fairseq_quant_noise/plan. -->"
 SECTIONS = (
-    (source.NoiseRule, "`noise`: a list of rules", "Several rules on one weight act one after the other."),
+    (
+        source.NoiseRule,
+        "`noise`: a list of rules",
+        "Several rules on one weight act one after the other. `block_size` may be a mapping, as in stages.",
+    ),
     (source.Schedule, "`schedule` of a noise rule", ""),
     (
         source.StageRule,
         "`stages`: a list of rules",
         "Stages run in the order of the list. `block_size` and `n_centroids` are a number, or a mapping from regular "
-        "expressions to numbers, with `default` for all other names that `match` matches. Either all stages "
+        "expressions over names, types (`Linear`, `LSTM`) or kernels (`conv3x3`, `conv1`) to numbers, the first that "
+        "fits, with `default` for all other weights that `match` matches. Either all stages "
         "give `updates`, or none does. A weight with fewer than 4 K blocks gets fewer centroids: the largest power of "
         "two that leaves four blocks each.",
     ),
@@ -82,6 +87,7 @@ def type_of(field: Field) -> str:
     known = {
         str | tuple[str, ...]: "text or list",
         source.Setting: "whole number or mapping",
+        source.Setting | None: "whole number or mapping",
         int | None: "whole number",
         float | None: "number",
         int | str | None: "whole number or text",

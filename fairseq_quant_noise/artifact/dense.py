@@ -1,6 +1,6 @@
 """Decode a quantized state into a dense one: the ordinary state dict of the stock model."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor
@@ -11,14 +11,17 @@ from ..layers.registry import Held, weights_in
 
 
 @torch.no_grad()
-def dense_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+def dense_state(
+    state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]] | None = None, turned: Container[str] = ()
+) -> dict[str, Tensor]:
     """`state` with every quantized tensor decoded as evaluation sees it; tied copies share one tensor.
 
     The rounding of inputs has no place in a dense state and is left out.
 
     Args:
         state: of a quantized model (from a packed file or a checkpoint), or of a dense one, which comes back as it is.
-        shapes: of the dense tensors that are not matrices (convolutions), by name.
+        shapes: of the dense tensors that are not matrices (convolutions), by name, as their codes lie.
+        turned: the names of those pq weights whose modules store them with the first two dimensions exchanged.
 
     Returns:
         By name, each tensor in its dense shape; without an entry in `shapes` a pq weight is (rows, columns).
@@ -38,7 +41,8 @@ def dense_state(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
         key = tuple(part.data_ptr() for part in stored.parts.values())
         if key not in decoded:
             decoded[key] = _decoded(name, stored)
-        dense[name] = decoded[key].view((shapes or {}).get(name, decoded[key].shape))
+        seen = decoded[key].reshape((shapes or {}).get(name, decoded[key].shape))
+        dense[name] = seen.transpose(0, 1) if name in turned else seen
     return dense
 
 

@@ -14,6 +14,7 @@
     scheme pq     NAME.codes (U8), NAME.centroids (F16); with centroid_bits 8: U8, and NAME.affine (F32, (2, 1));
                   with "codebook": OTHER, the codes alone: centroids and affine are those of the tensor OTHER
     scheme intN   NAME.codes (U8), NAME.affine (F32, (2, channels)): scales, then zero points
+    "transposed"  true: what is stored is the tensor with its first two dimensions exchanged, and so is `shape`
 
 and every other tensor under its own name, as it was. `ties` are tensors that another one stores; `layers` are stacks
 whose layers share their weights: for each layer in use the number of the layer that stores its tensors. `inputs` are
@@ -30,8 +31,10 @@ from ..errors import DamagedFileError
 from ..layers.registry import QuantizedTensor
 from ..scalar import BITS
 
-FORMAT_VERSION = 4  # that of a file with shared codebooks
-_WITHOUT_SHARED = 3  # that of any other file, as before there were any
+FORMAT_VERSION = 5  # that of a file with transposed tensors
+_SHARED = 4  # that of a file with shared codebooks, as before there were transposed tensors
+_PLAIN = 3  # that of any other file, as before there were shared codebooks
+_KNOWN = (_PLAIN, _SHARED, FORMAT_VERSION)
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
 _LARGEST = 3.4e38  # the largest end of an input's range: a float32
@@ -52,7 +55,9 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """The lowest format version that supports everything in the file."""
-        return FORMAT_VERSION if any(entry.codebook for entry in self.tensors.values()) else _WITHOUT_SHARED
+        if any(entry.transposed for entry in self.tensors.values()):
+            return FORMAT_VERSION
+        return _SHARED if any(entry.codebook for entry in self.tensors.values()) else _PLAIN
 
     @property
     def is_pruned(self) -> bool:
@@ -77,10 +82,10 @@ class Manifest:
             content = parse_json(text)
             version = content.pop("format_version")
             sha256 = content.pop("sha256")
-            if type(version) is not int or version not in (_WITHOUT_SHARED, FORMAT_VERSION):
+            if type(version) is not int or version not in _KNOWN:
                 raise DamagedFileError(
-                    f"format version {version!r} is unknown here (this package reads {_WITHOUT_SHARED} and "
-                    f"{FORMAT_VERSION}); update fairseq_quant_noise"
+                    f"format version {version!r} is unknown here (this package reads {_PLAIN} to {FORMAT_VERSION}); "
+                    "update fairseq_quant_noise"
                 )
             tensors = {name: _quantized_tensor(entry) for name, entry in content.pop("tensors").items()}
             manifest = cls(**{f.name: content.pop(f.name) for f in fields(cls) if f.name != "tensors"}, tensors=tensors)

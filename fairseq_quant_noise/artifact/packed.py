@@ -1,7 +1,7 @@
 """Turn a model into the tensors and the manifest of a packed file, and these into the state that a model loads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..layers import QuantizedWeight, input_quantizers, quantized_weights
+from ..layers import QuantizedWeight, input_quantizers
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..layers.inputs import InputQuantizer
 from ..layers.registry import QuantizedTensor, all_file_parts
 from ..plan.plan import Plan
 from ..structure.state import layer_ties, maps_and_ties
-from ..weights.discovery import tensor_name
+from ..weights.discovery import find_weights
 from .manifest import Manifest
 
 
@@ -34,7 +34,8 @@ class Packed:
             pq: NAME.codes (rows, blocks per row) uint8 and NAME.centroids (K, d) float32, with int8 centroids also
             NAME.file_affine (2, 1) float32 and NAME.centroid_bits () uint8, with a shared codebook NAME.codebook ()
             int32. Of intN: NAME.codes uint8 in the dense shape, NAME.affine (2, 1 or channels) float32 and NAME.scalar
-            (2,) uint8. Of a module with rounded inputs: MODULE.input_quantizer.range (2,), .seen () and .spec (3,).
+            (2,) uint8; codes of a transposed tensor have the outputs first. Of a module with rounded inputs:
+            MODULE.input_quantizer.range (2,), .seen () and .spec (3,).
         """
         state = {name: self.tensors[name] for name in self.dense_names}
         parts = {name: [""] for name in state}  # what a logical tensor's entries are called after its name
@@ -60,7 +61,7 @@ class Packed:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of the dense model, tied copies included."""
-        stored = {name: tuple(entry.shape) for name, entry in self.manifest.tensors.items()}
+        stored = {name: tuple(entry.dense_shape) for name, entry in self.manifest.tensors.items()}
         stored |= {name: tuple(self.tensors[name].shape) for name in self.dense_names}
         return stored | {copy: stored[owner] for copy, owner in self.ties.items()}
 
@@ -107,9 +108,12 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
         plan: the plan that quantized it, recorded.
         config: how to build the network (`Manifest.model`), recorded.
     """
-    quantized = {tensor_name(name): weight for name, weight in quantized_weights(model).items()}
+    quantized, turned = _quantized(model)
     codebooks = _codebooks(quantized)
-    entries = {name: weight.entry(codebooks.get(name)) for name, weight in quantized.items()}
+    entries = {
+        name: replace(weight.entry(codebooks.get(name)), transposed=name in turned)
+        for name, weight in quantized.items()
+    }
     tensors, ties = _each_once(model)
     inputs = {
         name: {"bits": q.bits, "low": float(q.range[0]), "high": float(q.range[1])}
@@ -131,6 +135,13 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     return Packed({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, manifest)
 
 
+def _quantized(model: nn.Module) -> tuple[dict[str, QuantizedWeight], set[str]]:
+    """The quantized weights by the tensor's name, and the names of those that their modules store turned."""
+    found = {w.tensor_name: (w.stored, w.turned) for w in find_weights(model)}
+    quantized = {name: stored for name, (stored, _) in found.items() if isinstance(stored, QuantizedWeight)}
+    return quantized, {name for name in quantized if found[name][1]}
+
+
 def _codebooks(quantized: Mapping[str, QuantizedWeight]) -> dict[str, str]:
     """For each tensor that uses the codebook of one before it: that one."""
     first: dict[int, str] = {}
@@ -141,7 +152,7 @@ def _codebooks(quantized: Mapping[str, QuantizedWeight]) -> dict[str, str]:
 
 def _each_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The dense tensors of the state dict, and the ties of dense and quantized tensors alike."""
-    owners = {id(weight): tensor_name(name) for name, weight in quantized_weights(model).items()}
+    owners = {id(weight): name for name, weight in _quantized(model)[0].items()}
     tensors: dict[str, Tensor] = {}
     ties: dict[str, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -157,7 +168,7 @@ def _each_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _quantized_part(name: str, model: nn.Module) -> tuple[str, nn.Module | None]:
-    """For the state entries X.weight and X.weight.codes of a quantized weight: X.weight and the weight."""
+    """For the state entries X.weight and X.weight.codes of a quantized weight: X.weight and the quantized weight."""
     for path in (name, name.rpartition(".")[0]):
         module = _submodule(model, path)
         if isinstance(module, QuantizedWeight):

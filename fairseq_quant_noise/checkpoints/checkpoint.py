@@ -1,6 +1,7 @@
 """Represent a fairseq checkpoint as one object: read once, its options resolved once. Needs no fairseq."""
 
 import io
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..layers import adopt_quantized
+from ..layers.registry import Held, weights_in
 from ..networks.registry import meta_model
 from ..networks.timm_weights import our_names
 from ..quantization.importance import sound
 from ..utils.files import replace_file
 from ..weights.discovery import load_without_copy
-from .keys import IMPORTANCE, STAGES
+from .keys import IMPORTANCE, SHAPES, STAGES
 from .moments import moments_in
 from .old_names import modern_names
 from .options import packed_config
@@ -61,6 +63,20 @@ class Checkpoint:
     def stages(self) -> dict[str, Any]:
         """The `plan`, how many stages are `done` and where they start, of a training with stages; else empty."""
         return (self.state.get("extra_state") or {}).get(STAGES) or {}
+
+    @property
+    def shapes(self) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+        """Of the weights in codes that are no plain matrices: the shapes as codes lie, and the names of turned ones."""
+        found = (self.state.get("extra_state") or {}).get(SHAPES)
+        held = {name: held for name, held in weights_in(self.weights).items() if isinstance(held, Held)}
+        shapes, turned = {}, set()
+        for name, entry in found.items() if isinstance(found, Mapping) else ():
+            sizes: Any = entry.get("shape") if isinstance(entry, Mapping) else None
+            numbers = isinstance(sizes, list) and all(type(size) is int and size > 0 for size in sizes)
+            if name in held and numbers and math.prod(sizes) == math.prod(held[name].shape):
+                shapes[name] = tuple(sizes)
+                turned |= {name} if entry.get("turned") is True else set()
+        return shapes, turned
 
     @cached_property
     def config(self) -> dict[str, Any]:

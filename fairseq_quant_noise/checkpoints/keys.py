@@ -6,6 +6,7 @@ from typing import Any
 STAGES = "quant_noise_stages"  # the plan, how many of its stages are done, and where each begins
 IMPORTANCE = "quant_noise_importance"  # second moments of the dense weights, where the optimizer no longer has them
 CHECKSUMS = "quant_noise_checksums"  # checksums of the codes, by the tensor's name
+SHAPES = "quant_noise_shapes"  # shape of each weight in codes that is no plain matrix, and whether it is turned
 NOISE = "quant_noise"  # what the noise has drawn and measured
 POSITION = "quant_noise_position"  # where the run is in its data
 EMA_COUNTER = "quant_noise_ema"  # updates since the last step of the average, with --ema-update-freq

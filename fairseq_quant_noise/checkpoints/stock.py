@@ -41,9 +41,11 @@ def stock_checkpoint(path: str | Path) -> Checkpoint:
         packed = read(path)
         cfg = copy.deepcopy(packed.manifest.model.get("cfg", {}))
         shapes = {name: entry.shape for name, entry in packed.manifest.tensors.items()}
-        return _checkpoint(path, as_fairseq(cfg), None, dense_state(packed.state_dict(), shapes))
+        turned = {name for name, entry in packed.manifest.tensors.items() if entry.transposed}
+        return _checkpoint(path, as_fairseq(cfg), None, dense_state(packed.state_dict(), shapes, turned))
     given = Checkpoint(path)
-    return _checkpoint(path, copy.deepcopy(given.state.get("cfg")), given.state.get("args"), dense_state(given.weights))
+    dense = dense_state(given.weights, *given.shapes)
+    return _checkpoint(path, copy.deepcopy(given.state.get("cfg")), given.state.get("args"), dense)
 
 
 def _checkpoint(
@@ -61,7 +63,7 @@ def _checkpoint(
         cfg["criterion"] = criterion if isinstance(criterion, Namespace) else unwrapped(criterion)
     if args is not None:
         args = copy.deepcopy(args)
-        args.arch = stock_name(path, args.arch)
+        args.arch = _name(path, args.arch)
     state = {
         "args": args,
         "cfg": cfg,
@@ -85,5 +87,8 @@ def difference(stock: Checkpoint) -> str | None:
 
 
 def _name(path: str | Path, name: str) -> str:
+    """fairseq's name of a model or an architecture; stock ones keep theirs, whatever they are."""
+    if not name.startswith(PREFIX):
+        return name
     stock = stock_name(path, name)
     return PREFIX + stock if stock in OF_IMAGES else stock

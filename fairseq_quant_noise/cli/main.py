@@ -48,6 +48,7 @@ _OUT = _option(
     "--out", metavar="FILE", required=True, help="the file to write; replaced only once the new one is whole"
 )
 _FILE = _option("file", metavar="FILE", help="a packed file")
+_STRICT = _option("--strict", action="store_true", help="refuse a network with a matrix that no rule can name")
 _JSON = _option("--json", action="store_true", help="print JSON")
 
 _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
@@ -75,6 +76,7 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
                 help="an option of the model, with --arch; may be given again",
             ),
             _PLAN,
+            _STRICT,
             _JSON,
         ],
     ),
@@ -85,6 +87,7 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _PATH,
             _PLAN,
             _OUT,
+            _STRICT,
             _option("--seed", type=int, default=0, help="the seed of k-means (default 0)"),
             _option(
                 "--calibration-data",

@@ -33,6 +33,7 @@ from ..quantization.targets import resolve_stages
 from ..report import write_report
 from ..structure.state import stack_sizes
 from ..utils.files import replace_file
+from ..weights.discovery import warn_of_uncovered
 from .printing import print_inspection, print_table
 
 
@@ -50,6 +51,7 @@ def plan(args: argparse.Namespace) -> None:
         apply_structure(model, the_plan.structure)
     targets = resolve_stages(the_plan, model)
     table = make_table(model, targets, original.dense_bytes, the_plan.codes.train)
+    warn_of_uncovered(model, args.strict)
     if args.json:
         print(json.dumps(table.to_dict()))
     else:
@@ -92,6 +94,7 @@ def quantize(args: argparse.Namespace) -> None:
         seed=args.seed,
         importance=importance,
         calibration=calibration,
+        strict=args.strict,
         progress=_progress,
     )
     _write_packed(args.out, checkpoint, the_plan)

@@ -134,8 +134,8 @@ def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: 
     wanted = set(names)
     for weight in find_weights(model):
         if weight.name in wanted:
-            for _, module in weight.holders:
-                if not isinstance(module, nn.Embedding) and _is_product(module):
+            for _, module, key in weight.places:
+                if key == "weight" and _is_product(module):
                     quantize_input_(module, bits, range_, batches)
     for module in model.modules():
         if FAST_PATH_OFF in module.__dict__:
@@ -143,8 +143,9 @@ def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: 
 
 
 def _is_product(module: nn.Module) -> bool:
-    """Whether the module's input is what its weight is multiplied with: it has no layers of its own before that."""
-    return set(module._modules) <= {"weight", NAME}
+    """Whether the module's one input is what its weight is multiplied with: no layers of its own come before that."""
+    others = isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
+    return not others and set(module._modules) <= {"weight", NAME}
 
 
 def input_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..scalar import LEARNED_RANGES, SCHEMES, STAGE_RANGES, Affine, bits_of, by_channel, fake_quantize, fit_affine
 from ..utils.autograd import StraightThrough, in_backward
+from ..weights.access import noise_attribute
 from ..weights.discovery import Weight
 from .parts import AFFINE, AGE, CODES, LATENT, LOG_SCALE, SPEC
 from .quantized import dense_weight, swap_in
@@ -27,24 +28,28 @@ class LatentIntWeight(ScalarWeight):
     for again every HISTOGRAM_REFRESH forwards.
 
     Args:
-        latent: (rows, …), the stored Parameter, which keeps its place in the optimizer.
+        latent: the stored Parameter, (rows, …) or turned, which keeps its place in the optimizer.
         bits: N.
         range_: one of `scalar.STAGE_RANGES`.
         name: of the module, for messages.
+        turned: whether `latent` has its inputs first (`weights/blocks.py`).
     """
 
     plan_schemes: tuple[str, ...] = SCHEMES
     entries: tuple[str, ...] = (SPEC, AFFINE, AGE)  # and the dense weight under its own name, LATENT among the parts
     needs: tuple[str, ...] = (LATENT, SPEC, AFFINE)
 
-    def __init__(self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight") -> None:
+    def __init__(
+        self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight", turned: bool = False
+    ) -> None:
         super().__init__()
         self.name = name
         self.latent = latent
-        self.bits, self.range = bits, range_
+        self.bits, self.range, self.turned = bits, range_, turned
         on = latent.device
-        self.register_buffer(SPEC, torch.tensor([bits, STAGE_RANGES.index(range_)], dtype=torch.uint8, device=on))
-        channels = latent.shape[0] if by_channel(range_) else 1
+        spec = [bits, STAGE_RANGES.index(range_), *[1] * turned]  # two numbers where nothing is turned, as always
+        self.register_buffer(SPEC, torch.tensor(spec, dtype=torch.uint8, device=on))
+        channels = self.shape[0] if by_channel(range_) else 1
         self.register_buffer(AFFINE, torch.zeros(2, channels, device=on))  # found by the last search in training
         self.register_buffer(AGE, torch.zeros((), dtype=torch.long, device=on))  # training forwards
         self._fitted: tuple[tuple[float, ...], Affine] | None = None
@@ -58,9 +63,14 @@ class LatentIntWeight(ScalarWeight):
         return self.latent.dtype
 
     @property
+    def matrix(self) -> Tensor:
+        """The dense weight as its blocks lie, (rows, …)."""
+        return self.latent.transpose(0, 1) if self.turned else self.latent
+
+    @property
     def shape(self) -> torch.Size:  # type: ignore[override]
-        """The weight's shape."""
-        return self.latent.shape
+        """The weight's shape as its blocks lie."""
+        return self.matrix.shape
 
     def fit(self) -> Affine:
         """The scales and zero points, (1,) or (rows,) each, of the weight as it is.
@@ -72,12 +82,12 @@ class LatentIntWeight(ScalarWeight):
             UserError: the weight holds NaN or infinity.
         """
         if self.range != "histogram":
-            return fit_affine(self.name, self.latent, self.bits, self.range)
+            return fit_affine(self.name, self.matrix, self.bits, self.range)
         low, high = self.latent.detach().aminmax()
         version = (float(self.latent.data_ptr()), float(self.latent._version), float(low), float(high))
         if self._fitted is None or self._fitted[0] != version:
             with torch.inference_mode(False):  # what is kept is used outside of that mode too
-                self._fitted = (version, fit_affine(self.name, self.latent.detach(), self.bits, self.range))
+                self._fitted = (version, fit_affine(self.name, self.matrix.detach(), self.bits, self.range))
         return self._fitted[1]
 
     def train(self, mode: bool = True) -> "LatentIntWeight":
@@ -93,16 +103,16 @@ class LatentIntWeight(ScalarWeight):
             UserError: the weight holds NaN or infinity; in training on a GPU only a histogram's search checks it.
         """
         if not self.training:
-            return fake_quantize(self.latent, self.fit())
-        return StraightThrough.apply(self.latent, fake_quantize(self.latent, self._in_training()))  # type: ignore[no-untyped-call]
+            return fake_quantize(self.matrix, self.fit())
+        return StraightThrough.apply(self.matrix, fake_quantize(self.matrix, self._in_training()))  # type: ignore[no-untyped-call]
 
     def _in_training(self) -> Affine:
         if self.range != "histogram":
-            return fit_affine(self.name, self.latent, self.bits, self.range, check=not self.latent.is_cuda)
+            return fit_affine(self.name, self.matrix, self.bits, self.range, check=not self.latent.is_cuda)
         if not in_backward():  # not a layer that runs again in backward
             count = int(self.age) if self._count is None else self._count
             if count % HISTOGRAM_REFRESH == 0:
-                self.affine.copy_(fit_affine(self.name, self.latent, self.bits, self.range).to_tensor())
+                self.affine.copy_(fit_affine(self.name, self.matrix, self.bits, self.range).to_tensor())
             self.age += 1
             self._count = count + 1
         return Affine.of_tensor(self.affine, self.bits)
@@ -114,7 +124,7 @@ class LatentIntWeight(ScalarWeight):
             UserError: the weight holds NaN or infinity.
         """
         affine = self.fit()
-        return {CODES: affine.codes(self.latent.detach()), AFFINE: affine.to_tensor()}
+        return {CODES: affine.codes(self.matrix.detach()), AFFINE: affine.to_tensor()}
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -144,7 +154,7 @@ class LatentIntWeight(ScalarWeight):
             UserError: the weight holds codes, and no dense weight to train.
             DamagedFileError: the entry SPEC holds no N and range.
         """
-        stored, (bits, range_) = weight.stored, spec_of(parts, weight.tensor_name)
+        stored, (bits, range_, _) = weight.stored, spec_of(parts, weight.tensor_name)
         if isinstance(stored, LatentIntWeight):
             if (stored.bits, stored.range) == (bits, range_):
                 return False
@@ -159,14 +169,15 @@ class LatentIntWeight(ScalarWeight):
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weight `parts[LATENT]`, (rows, …), rounded to its codes.
+        """The weight `parts[LATENT]`, of its shape, rounded to its codes.
 
         Raises:
             UserError: the weight holds NaN or infinity.
             DamagedFileError: the entry SPEC holds no N and range.
         """
-        bits, range_ = spec_of(parts)
-        return cls(nn.Parameter(parts[LATENT], requires_grad=False), bits, range_).eval().decode()
+        latent, (bits, range_, turned) = nn.Parameter(parts[LATENT], requires_grad=False), spec_of(parts)
+        seen = cls(latent, bits, range_, turned=turned).eval().decode()
+        return seen.transpose(0, 1) if turned else seen
 
     @classmethod
     def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
@@ -230,8 +241,10 @@ class LearnedIntWeight(LatentIntWeight):
     entries = (*LatentIntWeight.entries, LOG_SCALE)
     needs = (*LatentIntWeight.needs, LOG_SCALE)
 
-    def __init__(self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight") -> None:
-        super().__init__(latent, bits, range_, name)
+    def __init__(
+        self, latent: nn.Parameter, bits: int, range_: str, name: str = "weight", turned: bool = False
+    ) -> None:
+        super().__init__(latent, bits, range_, name, turned)
         self.log_scale = nn.Parameter(torch.zeros(self.affine.shape[1], dtype=latent.dtype, device=latent.device))
 
     def start(self) -> None:
@@ -240,7 +253,7 @@ class LearnedIntWeight(LatentIntWeight):
         Raises:
             UserError: the weight holds NaN or infinity.
         """
-        self.affine.copy_(fit_affine(self.name, self.latent, self.bits, self.range).to_tensor())
+        self.affine.copy_(fit_affine(self.name, self.matrix, self.bits, self.range).to_tensor())
 
     def fit(self) -> Affine:
         """The scales as they are now, and the zero points: (1,) or (rows,) each."""
@@ -250,15 +263,16 @@ class LearnedIntWeight(LatentIntWeight):
     def decode(self) -> Tensor:
         """The weight rounded to its codes, of its shape (rows, …)."""
         if not self.training:
-            return fake_quantize(self.latent, self.fit())
-        return _Scaled.apply(self.latent, self.log_scale, self.fit())  # type: ignore[no-untyped-call]
+            return fake_quantize(self.matrix, self.fit())
+        return _Scaled.apply(self.matrix, self.log_scale, self.fit())  # type: ignore[no-untyped-call]
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weight `parts[LATENT]`, (rows, …), rounded to its codes."""
-        made = cls(nn.Parameter(parts[LATENT], requires_grad=False), *spec_of(parts)).eval()
+        """The weight `parts[LATENT]`, of its shape, rounded to its codes."""
+        bits, range_, turned = spec_of(parts)
+        made = cls(nn.Parameter(parts[LATENT], requires_grad=False), bits, range_, turned=turned).eval()
         made.affine, made.log_scale = parts[AFFINE], nn.Parameter(parts[LOG_SCALE], requires_grad=False)
-        return made.decode()
+        return made.decode().transpose(0, 1) if turned else made.decode()
 
 
 def _kind(range_: str) -> type[LatentIntWeight]:
@@ -267,15 +281,15 @@ def _kind(range_: str) -> type[LatentIntWeight]:
 
 def set_spec(weight: Weight, stored: LatentIntWeight, bits: int, range_: str) -> None:
     """Change N and the range of a weight in this format; its noise stays."""
-    _swap_with_noise(weight, _kind(range_)(stored.latent, bits, range_, weight.name))
+    _swap_with_noise(weight, _kind(range_)(stored.latent, bits, range_, weight.name, weight.turned))
 
 
 def _swap_with_noise(weight: Weight, quantized: LatentIntWeight) -> None:
-    kept = [module.__dict__.get("_weight_noise") for _, module in weight.holders]
+    kept = [module.__dict__.get(noise_attribute(key)) for _, module, key in weight.places]
     swap_in(weight, quantized)
-    for (_, module), its in zip(weight.holders, kept, strict=True):
+    for (_, module, key), its in zip(weight.places, kept, strict=True):
         if its is not None:
-            module._weight_noise = its
+            module.__dict__[noise_attribute(key)] = its
 
 
 def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> LatentIntWeight:
@@ -290,7 +304,9 @@ def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> L
     Raises:
         UserError: the weight is quantized already, or a learned range starts from NaN or infinity.
     """
-    quantized = _kind(range_)(dense_weight(weight), bits, range_, weight.name)
+    dense_weight(weight)
+    parameter: Any = weight.parameter
+    quantized = _kind(range_)(parameter, bits, range_, weight.name, weight.turned)
     if isinstance(quantized, LearnedIntWeight):
         quantized.start()
     (_swap_with_noise if noise else swap_in)(weight, quantized)

@@ -1,7 +1,7 @@
-"""A weight held in quantized form, in place of the Parameter of a Linear, Embedding, Conv2d or tied softmax.
+"""A weight held in quantized form, in place of the Parameter of a Linear, Embedding, convolution or tied softmax.
 
-It is a module of the name `weight`, so a checkpoint holds `….fc1.weight.codes` and so on. Every holder of a tied weight
-holds the same module: quantized once, stored once, fine-tuned once. `registry.py` lists the formats.
+It is a module of the Parameter's name, so a checkpoint holds `….fc1.weight.codes` and so on. Every holder of a tied
+weight holds the same module: quantized once, stored once, fine-tuned once. `registry.py` lists the formats.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..utils.bits import pack_bits
-from ..weights.access import intercept
+from ..weights.access import intercept, noise_attribute
 from ..weights.discovery import Weight, find_weights
 from .parts import CODES
 from .registry import Format, QuantizedTensor
 
 
 class QuantizedWeight(Format, nn.Module):
-    """A weight of some format in a model: the dense weight's shape, and what it decodes to."""
+    """A weight of some format in a model: the dense weight's shape as its blocks lie, and what it decodes to."""
 
     scheme: str  # pq, int2 ... int8
-    shape: torch.Size  # the dense weight's shape
+    shape: torch.Size  # the dense weight's shape, (rows, …), in which a turned one has its outputs first
     full_precision: tuple[str, ...] = ()  # buffers that stay in float32, whatever the model's dtype
 
     def decode(self) -> Tensor:
@@ -99,15 +99,15 @@ class QuantizedWeight(Format, nn.Module):
 def swap_in(weight: Weight, quantized: QuantizedWeight) -> None:
     """Put `quantized` in the place of a stored weight, for its owner and every alias; their noise ends."""
     quantized.train(weight.module.training)
-    for _, module in weight.holders:
-        intercept(module)
-        module._parameters.pop("weight", None)
-        module.__dict__.pop("_weight_noise", None)
-        module._modules["weight"] = quantized
+    for _, module, key in weight.places:
+        intercept(module, key, weight.turned)
+        module._parameters.pop(key, None)
+        module.__dict__.pop(noise_attribute(key), None)
+        module._modules[key] = quantized
 
 
-def dense_weight(weight: Weight) -> nn.Parameter:
-    """The stored Parameter, (rows, …).
+def dense_weight(weight: Weight) -> Tensor:
+    """The stored Parameter, (rows, …); of a turned weight a view, as its blocks lie.
 
     Raises:
         UserError: the weight is quantized already.
@@ -115,10 +115,22 @@ def dense_weight(weight: Weight) -> nn.Parameter:
     stored = weight.stored
     if isinstance(stored, nn.Module):
         raise UserError(f"{weight.name} is quantized already; a plan may quantize a weight once")
-    assert isinstance(stored, nn.Parameter)
+    assert isinstance(stored, Tensor)
     return stored
 
 
 def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """The quantized weights of `model`, each once, by the owner's module name."""
+    """The quantized weights of `model`, each once, by the name that a plan gives it."""
     return {w.name: w.stored for w in find_weights(model) if isinstance(w.stored, QuantizedWeight)}
+
+
+def code_shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a state does not say of weights that are no plain matrices, by the tensor's name.
+
+    Returns:
+        `shape`, as the codes lie (O, I, k), and `turned`, whether the dense weight has its first two dimensions
+        exchanged; of each weight in codes of blocks.
+    """
+    held = ((w, w.stored) for w in find_weights(model) if w.turned or len(w.shape) > 2)
+    blocks = [w for w, stored in held if isinstance(stored, QuantizedWeight) and stored.has_codebook]
+    return {w.tensor_name: {"shape": [*w.shape], "turned": w.turned} for w in blocks}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import DamagedFileError
 from ..utils.bits import packed_size
+from ..weights.blocks import turn
 from ..weights.discovery import Weight
 from .parts import LATENT
 
@@ -32,12 +33,13 @@ class QuantizedTensor:
     """A tensor that a packed file stores in a quantized form, as its manifest describes it."""
 
     scheme: str  # pq, int2 ... int8
-    shape: tuple[int, ...]  # the dense tensor's
+    shape: tuple[int, ...]  # the dense tensor's, as its codes lie
     block_size: int | None = None  # d, of pq
     n_centroids: int | None = None  # K, of pq
     centroid_bits: int = 16  # pq only: 16 (fp16) or 8
     channels: int = 1  # intN only: how many scales
     codebook: str | None = None  # pq only: the tensor whose centroids it uses; None: its own
+    transposed: bool = False  # whether the network's tensor has the first two dimensions of `shape` exchanged
 
     @property
     def format(self) -> "type[Format]":
@@ -59,6 +61,11 @@ class QuantizedTensor:
         """Bytes by the paper's accounting (`accounting.py`)."""
         return self.format.size(self)
 
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the network's tensor."""
+        return turn(self.shape) if self.transposed else self.shape
+
     def holds(self, codes: Tensor) -> bool:
         """Whether `codes` have the shape of this tensor's codes in a file, packed: (bytes,)."""
         return tuple(codes.shape) == (packed_size(self.n_codes, self.code_bits),)
@@ -76,7 +83,7 @@ class QuantizedTensor:
         numbers = [*self.shape, self.channels, self.centroid_bits]
         numbers += [n for n in (self.block_size, self.n_centroids) if n is not None]
         fits = isinstance(self.scheme, str) and self.scheme in file_formats() and self.format.describes(self)
-        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS
+        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS and type(self.transposed) is bool
         fits = fits and (self.codebook is None or (isinstance(self.codebook, str) and self.codebook != ""))
         if not fits or not all(type(n) is int and n > 0 for n in numbers):
             raise DamagedFileError(f"its manifest is damaged (a tensor entry {self!r} that no version writes)")

@@ -93,7 +93,7 @@ class IntWeight(ScalarWeight):
             UserError: the codes do not fit the weight's shape.
             DamagedFileError: the entry SPEC holds no N and range.
         """
-        codes, (bits, _) = parts[CODES], spec_of(parts, weight.tensor_name)
+        codes, (bits, *_) = parts[CODES], spec_of(parts, weight.tensor_name)
         stored: Any = weight.stored
         if tuple(codes.shape) != weight.shape:
             raise UserError(
@@ -157,11 +157,12 @@ class IntWeight(ScalarWeight):
         return {CODES: codes.view(entry.shape), AFFINE: parts[AFFINE], SPEC: spec}
 
 
-def spec_of(parts: Mapping[str, Tensor], name: str = "") -> tuple[int, str]:
-    """(N, range) of the entry SPEC, (2,) uint8, of a state; `name` is the weight's, for messages.
+def spec_of(parts: Mapping[str, Tensor], name: str = "") -> tuple[int, str, bool]:
+    """(N, range, turned?) of the entry SPEC of a state, (2,) or (3,) uint8; `name` is the weight's, for messages.
 
     Raises:
         DamagedFileError: the entry holds something else.
     """
-    bits, index = numbers_in(f"{name}.{SPEC}".removeprefix("."), parts[SPEC], 2, STAGE_RANGES)
-    return bits, STAGE_RANGES[index]
+    turned = tuple(parts[SPEC].shape) == (3,) and int(parts[SPEC][2]) == 1
+    bits, index, *_ = numbers_in(f"{name}.{SPEC}".removeprefix("."), parts[SPEC], 2 + turned, STAGE_RANGES)
+    return bits, STAGE_RANGES[index], turned

@@ -11,15 +11,16 @@ from torch import nn
 from ..errors import UserError
 from ..plan.matching import match_rules
 from ..plan.rules import NoiseRule
-from ..weights.access import intercept, release
+from ..weights.access import intercept, noise_attribute, noises, remove_noises
 from ..weights.blocks import check_block_size, fitting_block_size
-from ..weights.discovery import WORTH_A_WORD, Weight, find_weights, warn_of_uncovered
+from ..weights.discovery import Weight, find_weights, warn_of_uncovered
 from .model_noise import ModelNoise
 from .statistics import CleanStatistics
 from .weight_noise import WeightNoise
 
 logger = logging.getLogger(__name__)
 
+_WORTH_A_WORD = 0.01  # the least share of the noised weights that a warning is given for
 _ATTRIBUTE = "_quant_noise"  # on the root module: its ModelNoise
 
 
@@ -28,38 +29,40 @@ def _ancestors(model: nn.Module, name: str) -> list[nn.Module]:
     return [model, *(model.get_submodule(".".join(parts[:i])) for i in range(1, len(parts) + 1))]
 
 
-def attach_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[Weight]:
+def attach_rules(model: nn.Module, rules: Sequence[NoiseRule], *, strict: bool = False) -> list[Weight]:
     """Noise the weights of `model` by `rules`, in place; returns the weights that got noise.
 
     A weight that several rules match gets their noises one after the other, in the rules' order.
 
     Raises:
-        UserError: the model has noise already, a rule matches nothing, a block size does not divide, or a noised weight
-            is held under another name than `weight`.
+        UserError: the model has noise already, a rule matches nothing, a block size does not divide, the model has a
+            matrix that no rule can name (with `strict`, else a warning says so), or a noised weight is held where
+            nothing can intercept it (`Weight.check_ties`).
     """
-    if any("_weight_noise" in module.__dict__ for module in model.modules()):
+    if any(noises(module) for module in model.modules()):
         raise UserError("the model has noise already; call detach_noise(model) first, or give the noise once")
     weights = find_weights(model)
-    matches = match_rules("noise", rules, [w.name for w in weights])
+    found = match_rules("noise", rules, [w.name for w in weights])
+    matches = [[rule.of_weight(w.name, w.module) for rule in of] for w, of in zip(weights, found, strict=True)]
     for weight, matched in zip(weights, matches, strict=True):
         if matched:
             weight.check_ties()
         for rule in matched:
-            check_block_size(weight.name, weight.module, rule.d)
+            check_block_size(weight.name, weight.shape, rule.d)
+    warn_of_uncovered(model, strict)
     draw = ModelNoise(model)
     watched: dict[int, nn.Module] = {}
     noised = [(w, rules_of) for w, rules_of in zip(weights, matches, strict=True) if rules_of]
     for index, (weight, matched) in enumerate(noised):
         noise = draw.weights[weight.name] = WeightNoise(draw, index, weight, matched)
-        for name, module in weight.holders:
-            intercept(module)
+        for path, module, key in weight.places:
+            intercept(module, key, weight.turned)
             draw.noised.append(module)
-            module._weight_noise = noise  # type: ignore[assignment]
-            watched.update((id(m), m) for m in _ancestors(model, name))
+            module.__dict__[noise_attribute(key)] = noise
+            watched.update((id(m), m) for m in _ancestors(model, path))
     for module in watched.values():
         draw.watch(module)
     CleanStatistics(model, draw)
-    warn_of_uncovered(model)
     _warn_of_zeroed_convolutions(noised)
     model._quant_noise = draw  # type: ignore[assignment]
     return [w for w, _ in noised]
@@ -71,10 +74,10 @@ def _warn_of_zeroed_convolutions(noised: Sequence[tuple[Weight, Sequence[NoiseRu
     zeroed = [
         weight.name
         for weight, rules in noised
-        if isinstance(weight.module, nn.Conv2d) and any("proxy" in rule.kinds and rule.p for rule in rules)
+        if len(weight.shape) > 2 and any("proxy" in rule.kinds and rule.p for rule in rules)
     ]
     share = sum(sizes[name] for name in zeroed) / max(sum(sizes.values()), 1)
-    if share > WORTH_A_WORD:
+    if share > _WORTH_A_WORD:
         logger.warning(
             f"proxy noise zeroes blocks of convolutions ({share:.0%} of the noised weights; {zeroed[0]} is the first), "
             "and training loses accuracy by it; if too much, kind pq loses less (--quant-noise-kind pq, or kind: pq in "
@@ -91,13 +94,14 @@ def fitted_rules(model: nn.Module, rules: Sequence[NoiseRule]) -> list[NoiseRule
         model: any network.
         rules: without patterns, as the command line's options make them.
     """
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    weights = find_weights(model)
+    if all(len(weight.shape) == 2 for weight in weights):
         return list(rules)
     fitted = []
     for rule in rules:
         sizes: dict[int, list[str]] = {}
-        for weight in find_weights(model):
-            sizes.setdefault(fitting_block_size(weight.module, rule.d), []).append(re.escape(weight.name))
+        for weight in weights:
+            sizes.setdefault(fitting_block_size(weight.shape, rule.d), []).append(re.escape(weight.name))
         split = [replace(rule, match="|".join(names), block_size=size) for size, names in sizes.items()]
         fitted += split if rule.d > 1 else [rule]
     return fitted
@@ -117,5 +121,4 @@ def detach_noise(model: nn.Module) -> None:
     for handle in draw.handles:
         handle.remove()
     for module in model.modules():
-        if module.__dict__.pop("_weight_noise", None) is not None and module._modules.get("weight") is None:
-            release(module)
+        remove_noises(module)

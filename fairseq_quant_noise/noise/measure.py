@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..weights.access import LATENT, noises
+from ..weights.discovery import stored_weight
 from .attach import noise_of
 from .weight_noise import WeightNoise
 
@@ -71,7 +73,7 @@ class Probe:
         self._remove()  # hooks that a failed forward left
         self.found: dict[str, MeasuredDistortion] = {}
         self.called: set[nn.Module] = set()
-        self.holders = {m: name for name, m in model.named_modules() if "_weight_noise" in m.__dict__}
+        self.holders = {m: name for name, m in model.named_modules() if noises(m)}
         parents = {model.get_submodule(name.rpartition(".")[0]): name for name in self.holders.values()}
         self.parents = {m: name.rpartition(".")[0] for m, name in parents.items() if m is not model}
         for module in {**self.holders, **self.parents}:
@@ -91,11 +93,11 @@ class Probe:
     def _weights(self) -> None:
         done: set[WeightNoise] = set()
         for module, name in self.holders.items():
-            noise: WeightNoise = module.__dict__["_weight_noise"]
-            if noise not in done and module.training:
-                done.add(noise)
-                stored = _latent(module)
-                _add(self._of(name).weight, noise(module, stored), stored)
+            for key, noise in noises(module).items():
+                if noise not in done and module.training:
+                    done.add(noise)
+                    stored = _latent(module, key)
+                    _add(self._of(name).weight, noise(module, stored), stored)
 
     def _outputs(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
         if self.busy or not module.training:
@@ -137,10 +139,11 @@ class Probe:
             self.report(self.found)
 
 
-def _latent(module: nn.Module) -> Tensor:
-    """The weight that the noise distorts, (rows, …)."""
-    parameter = module._parameters.get("weight")
-    return module._modules["weight"].latent if parameter is None else parameter  # type: ignore[union-attr, return-value]
+def _latent(module: nn.Module, key: str) -> Tensor:
+    """The weight that the noise distorts, of any shape."""
+    stored: Any = stored_weight(module, key)
+    latent: Tensor = stored if isinstance(stored, Tensor) else getattr(stored, LATENT)
+    return latent
 
 
 def _add(sums: list[float], seen: Tensor, clean: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The noise of a whole model: the draw, the noise of each weight, and the state that a resumed run needs."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,15 @@ class ModelNoise(NoiseDraw):
     def __init__(self, root: nn.Module) -> None:
         super().__init__(root)
         self.weights: dict[str, WeightNoise] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelNoise":
+        """A copy of the whole model has a noise of its own; one of a part of it (an EMA's teacher) has none."""
+        if id(self.root) not in memo:
+            nothing = memo[id(self)] = ModelNoise(nn.Module())
+            return nothing
+        twin: ModelNoise = memo.setdefault(id(self), object.__new__(ModelNoise))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same noise: plain containers and tensors."""

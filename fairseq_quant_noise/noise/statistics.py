@@ -12,6 +12,7 @@ from torch import nn
 
 from ..layers.batch_statistics import batch_norms
 from ..utils.autograd import in_backward
+from ..weights.access import noises
 from .draw import NoiseDraw
 
 FIRST, EVERY = 50, 8
@@ -29,7 +30,7 @@ class CleanStatistics:
             draw.handles.append(model.register_forward_hook(self._after, always_call=True))
 
     def _before(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        noised = any("_weight_noise" in module.__dict__ for module in self.draw.noised)
+        noised = any(noises(module) for module in self.draw.noised)
         if not model.training or in_backward() or not noised:
             return
         count = self.draw.draws

@@ -89,11 +89,12 @@ class WeightNoise:
         self.rules = [RuleNoise(weight.name, rule, weight) for rule in rules]
         self.hits: list[tuple[RuleNoise, Tensor | None]] = []  # the rules that act, and their J, for the seed below
         self.hits_of: tuple[int | None, torch.device | None] = (None, None)
-        self.is_tied = len(weight.holders) > 1
+        self.turned = weight.turned
+        self.is_tied = len(weight.places) > 1
         self.seen: tuple[Tensor, bool, Tensor] | None = None  # for a tied weight: (stored, with gradient?, as read)
 
     def __call__(self, module: nn.Module, stored: Tensor) -> Tensor:
-        """The weight as `module` reads it, (rows, …): noised in a training forward, else `stored` itself."""
+        """The weight as `module` reads it, of its shape: noised in a training forward, else `stored` itself."""
         if not module.training or self.draw.depth == 0 or self.draw.seed is None or self.draw.muted:
             return stored
         if self.hits_of != (self.draw.seed, stored.device):
@@ -105,12 +106,17 @@ class WeightNoise:
         return self.seen[2]
 
     def _noised(self, stored: Tensor) -> Tensor:
-        weight = stored
+        weight = stored.transpose(0, 1) if self.turned else stored  # (rows, …)
         for rule, hit in self.hits:
             weight = psi(weight, hit, rule.rule.d, rule.phi)
+        weight = weight.transpose(0, 1) if self.turned else weight
         if weight.requires_grad:
             weight.register_hook(self._spend)
         return weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `pickle` and `copy`: without what a forward has read."""
+        return self.__dict__ | {"seen": None}
 
     def _draw_hits(self, stored: Tensor) -> None:
         """Draw J for every rule, and fit the rules that are due, for the current seed."""
@@ -121,7 +127,7 @@ class WeightNoise:
             p = p_at(rule.rule.p, rule.rule.schedule, self.draw.at)
             if p > 0:
                 if not in_backward():  # a layer that runs again has been fitted in its own forward
-                    rule.refresh(stored, self.draw)
+                    rule.refresh(stored.transpose(0, 1) if self.turned else stored, self.draw)
                 self.hits.append((rule, rule.draw_hit(p, generator)))
         self.hits_of = (self.draw.seed, stored.device)
 

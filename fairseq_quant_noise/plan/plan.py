@@ -95,6 +95,7 @@ def _build(cls: type[D], where: str, source: object) -> D:
     if missing:
         raise UserError(f"plan: {where} lacks the key '{missing[0]}'")
     for f in wanted:
-        if cls is StageRule and f.name in ("block_size", "n_centroids") and f.name in source:
+        settings = {StageRule: ("block_size", "n_centroids"), NoiseRule: ("block_size",)}.get(cls, ())
+        if f.name in settings and source.get(f.name) is not None:
             check_setting(f"plan: {where}: {f.name}", source[f.name])
     return cls(**source)

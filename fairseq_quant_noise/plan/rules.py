@@ -20,7 +20,7 @@ YAML is a plan too (`fairseq_yaml.py`).
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,7 @@ from ..errors import UserError
 from ..layers.registry import Format, plan_formats
 from ..scalar import BITS, INPUT_RANGES, RANGES, STAGE_RANGES, bits_of
 from ..structure.layer_map import START, parse_keep
+from ..weights.blocks import kinds
 from .checks import check_keys, check_one_of, check_positive, check_probability, check_regex
 from .fairseq_yaml import setting_by_feature
 from .vocabulary import (
@@ -79,7 +80,7 @@ class NoiseRule:
     match: str  # regular expression over module names, full match
     p: float  # share of blocks hit in each forward pass, in [0, 1]; 1 is quantization-aware training
     kind: str | tuple[str, ...] = "proxy"  # proxy, mean, pq, int2 … int8 (noise/distortions.py), or a list to compose
-    block_size: int | None = None  # d; default: 1 where all kinds are intN, else 8
+    block_size: Setting | None = None  # d; default: 1 where all kinds are intN, else 8
     choice: str = "subvectors"  # subvectors: blocks are hit one by one; clusters: all of a centroid together
     n_centroids: int = 256  # K of the codebook that kind pq and choice clusters need
     range: str = "tensor"  # intN only: tensor, channel, histogram (scalar/ranges.py)
@@ -100,7 +101,8 @@ class NoiseRule:
         for name, value, known in (("choice", self.choice, CHOICES), ("range", self.range, RANGES)):
             if value not in known:
                 raise UserError(f"{where}: unknown {name} {value!r}; known: {', '.join(known)}")
-        check_positive(f"{where}: block_size", self.d)
+        if not isinstance(self.block_size, Mapping):
+            check_positive(f"{where}: block_size", self.d)
         check_positive(f"{where}: n_centroids", self.n_centroids)
         if self.n_centroids > 256:
             raise UserError(f"{where}: n_centroids is {self.n_centroids}; a code is a byte, give at most 256")
@@ -114,10 +116,18 @@ class NoiseRule:
 
     @property
     def d(self) -> int:
-        """The block size in numbers."""
-        if self.block_size is not None:
+        """The block size in numbers, of a rule that has one for all weights (see `of_weight`)."""
+        if isinstance(self.block_size, int):
             return self.block_size
         return 1 if all(bits_of(kind) for kind in self.kinds) else 8
+
+    def of_weight(self, name: str, module: nn.Module) -> "NoiseRule":
+        """The rule for one weight. Raises UserError when it gives the weight of `module` no block size."""
+        if not isinstance(self.block_size, Mapping):
+            return self
+        return replace(
+            self, block_size=_resolve(f"noise rule '{self.match}': block_size", self.block_size, name, module)
+        )
 
     @property
     def interval(self) -> int | str:
@@ -300,9 +310,10 @@ def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
     value = setting_by_feature(setting, name, module)
     if value is None:
         patterns = [k for k in setting if k != "default" and isinstance(setting[k], int)]
-        value = next((setting[k] for k in patterns if re.fullmatch(k, name)), setting.get("default"))
+        known = kinds(module)
+        value = next((setting[k] for k in patterns if k in known or re.fullmatch(k, name)), setting.get("default"))
     if not isinstance(value, int):
-        raise UserError(f"{what} gives no value for {name}; add a pattern that matches it, or a default")
+        raise UserError(f"{what} gives no value for {name}; add a pattern or a type that matches it, or a default")
     check_positive(f"{what} for {name}", value)
     return value
 

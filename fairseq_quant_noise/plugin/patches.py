@@ -15,7 +15,7 @@ from typing import Any
 import fairseq.checkpoint_utils
 
 from . import broadcast, data_parallel, literals, loading, mistakes, numpy_names, precision, saving
-from .models import layers
+from .models import any_model, layers
 from .training import divergence, ema, half_precision, hooks, resume, stages
 
 
@@ -114,8 +114,18 @@ PATCHES = (
     Patch(
         "fairseq.distributed.utils.call_main",
         _COMMAND,
-        "--bf16 means a TPU, --fp16 a GPU; a missing folder or a full disk ends in a traceback; fairseq's own noise "
-        "destroys weights where the architecture is not one of ours",
+        "--bf16 means a TPU, --fp16 a GPU; a missing folder or a full disk ends in a traceback",
+    ),
+    Patch(
+        "fairseq.models.build_model",
+        any_model.build_model,
+        "fairseq's own noise destroys weights, and its models hold no codes: any of them becomes one of ours",
+        38,
+    ),
+    Patch(
+        "fairseq.options.parse_args_and_arch",
+        any_model.parse_args_and_arch,
+        "an architecture of fairseq's does not know the options of the noise",
         38,
     ),
     Patch(

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, open_dict
 
 from .data_parallel import join_torchrun
 from .exits import exits_on_user_error
-from .models.equivalents import check_noise, check_task
+from .models.equivalents import check_task
 
 _call_main = fairseq.distributed.utils.call_main
 
@@ -22,7 +22,6 @@ _call_main = fairseq.distributed.utils.call_main
 def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
     """fairseq's function of this name, its configuration checked, and put right for half precision and torchrun."""
     with exits_on_user_error():
-        check_noise(getattr(cfg, "model", None))  # only programs that train have a model in cfg
         check_task(getattr(cfg, "model", None), getattr(cfg, "task", None))
     if isinstance(cfg, DictConfig):
         _mend(cfg)

@@ -51,6 +51,7 @@ def quantize_(
     seed: int = 0,
     importance: Mapping[str, Tensor] | None = None,
     calibration: Iterable[Any] | Callable[[nn.Module], object] | None = None,
+    strict: bool = False,
     progress: Callable[[str], None] = logger.info,
 ) -> nn.Module:
     """Quantize the weights of any module in place, all stages of the plan at once, without fine-tuning.
@@ -59,7 +60,7 @@ def quantize_(
     `codes: train` in the plan the codes are found anew before every so many training forwards of the model.
 
     Args:
-        model: any nn.Module; its Linear, Embedding and Conv2d weights are what a plan can name.
+        model: any nn.Module; the weights that `weights/blocks.py` lists are what a plan can name.
         plan: a path, a mapping or a Plan. Its `structure` comes first: layers are shared, then pruned.
         seed: of k-means; the same model, plan, importance and seed give the same codes.
         importance: by a tensor's name, a tensor of its shape: how much the squared error of each number counts in
@@ -69,6 +70,7 @@ def quantize_(
             statistics of batch normalisation, which are estimated anew over all of them, then the ranges of
             `activations`, over the first `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of
             them, or a function that runs the model on inputs of its own; such a function may also stand for all.
+        strict: refuse a model with a matrix that no rule can name; else one warning names all of them.
         progress: called with a line for each weight.
 
     Returns:
@@ -87,8 +89,8 @@ def quantize_(
         apply_structure(model, plan.structure)
     given = (importance or {}) if plan.centroids.weighted else {}
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
-    warn_of_uncovered(model)  # before encoding, while all parameters are dense
-    check_importance(given, {t.weight.tensor_name: t.weight.shape for t in targets})
+    warn_of_uncovered(model, strict)  # before encoding, while all parameters are dense
+    check_importance(given, {t.weight.tensor_name: t.weight.dense_shape for t in targets})
     quantize_targets(targets, seed=seed, importance=given, codes=plan.codes, progress=progress)
     if plan.codes.train:
         encode_in_training(model, plan.codes)
@@ -200,13 +202,14 @@ def quantized_values(
     found = _encode_together(targets, importance or {}, seed, "", progress)
     values = []
     for target, pair in zip(targets, found, strict=True):
-        stored = dense_weight(target.weight)
+        stored, parameter = dense_weight(target.weight), target.weight.parameter
+        assert isinstance(parameter, nn.Parameter)
         if pair is None:
-            values.append((stored, _seen(target, stored)))
+            seen = _seen(target, stored)
         else:
             parts = pair[0].to(stored.device), pair[1].to(stored)
-            made = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval()
-            values.append((stored, made.decode()))
+            seen = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval().decode()
+        values.append((parameter, target.weight.turn(seen)))
     return values
 
 
@@ -299,7 +302,8 @@ def _encode(
     if d is None or k is None:
         error = _error(targets[0])
         return [None], [f"{rule.scheme} range {rule.range} relative error {error:.4f}"]
-    names, counts = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
+    names, given = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
+    counts = [None if g is None else t.weight.turn(g) for t, g in zip(targets, given, strict=True)]
     stored: list[Tensor] = [t.weight.stored for t in targets]  # type: ignore[misc]
     found = encode_together(names, stored, d, k, seed=seed, importance=counts)
     how = "" if None in counts else "weighted, "

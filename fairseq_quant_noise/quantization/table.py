@@ -94,7 +94,7 @@ def make_table(
         codes_train: whether the plan says `codes: train`.
     """
     by_name = {t.weight.tensor_name: t for t in targets}
-    first = {id(t.weight.stored): t.weight.tensor_name for t in targets}  # the owner, whichever holder comes first
+    first = {id(t.weight.parameter): t.weight.tensor_name for t in targets}  # the owner, whichever holder comes first
     schemes = [by_name[w.tensor_name].rule.scheme if w.tensor_name in by_name else "dense" for w in find_weights(model)]
     rest = rest_bits(schemes)
     rows = []

@@ -63,7 +63,7 @@ def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> 
     if not rule.format.has_codebook:
         return Target(weight, stage, rule)
     block_size = rule.block_size_of(weight.name, weight.module)
-    check_block_size(weight.name, weight.module, block_size)
+    check_block_size(weight.name, weight.shape, block_size)
     return Target(weight, stage, rule, block_size, rule.n_centroids_of(weight.name, weight.module), centroid_bits)
 
 

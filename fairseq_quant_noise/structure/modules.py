@@ -130,8 +130,7 @@ def _tie(name: str, first: nn.Module, other: nn.Module) -> None:
             continue
         place = _place(name, other, path, module)
         place._parameters.update(module._parameters)
-        if isinstance(module._modules.get("weight"), QuantizedWeight):
-            place._modules["weight"] = module._modules["weight"]
+        place._modules.update(_quantized(module))
 
 
 def _place(name: str, layer: nn.Module, path: str, like: nn.Module) -> nn.Module:
@@ -144,8 +143,11 @@ def _place(name: str, layer: nn.Module, path: str, like: nn.Module) -> nn.Module
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...] | None]:
     shapes = {key: None if p is None else tuple(p.shape) for key, p in module._parameters.items()}
-    quantized = module._modules.get("weight")
-    return shapes | ({"quantized": tuple(quantized.shape)} if isinstance(quantized, QuantizedWeight) else {})
+    return shapes | {f"{key}, quantized": tuple(held.shape) for key, held in _quantized(module).items()}
+
+
+def _quantized(module: nn.Module) -> dict[str, QuantizedWeight]:
+    return {key: child for key, child in module._modules.items() if isinstance(child, QuantizedWeight)}
 
 
 def set_layerdrop(model: nn.Module, name: str, stack: nn.ModuleList, chunk: int, p: float) -> None:

@@ -1,12 +1,13 @@
-"""Intercept reads of a module's weight: there noise and quantization act.
+"""Intercept reads of a module's weights: there noise and quantization act.
 
 An attention may hand `q_proj.weight` straight to a functional, and an adaptive softmax may tie its weights to the
 embedding, so a hook on `forward` misses both. Here the module's class is replaced by a subclass of the same name in
-which `weight` is a property. What is stored stays where it was (`_parameters['weight']`, so names, `state_dict`,
-optimizers and DDP see no difference); what is read may be noised, or decoded from codes:
+which each such weight (KEY: `weight`, `in_proj_weight`, ...) is a property. What is stored stays where it was
+(`_parameters[KEY]`, so names, `state_dict`, optimizers and DDP see no difference); what is read may be noised, or
+decoded from codes:
 
-    module._modules['weight']   a quantized weight: reading decodes it (or distorts what it is trained on)
-    module._weight_noise        a noise: reading while a training forward runs distorts the stored Parameter
+    module._modules[KEY]     a quantized weight: reading decodes it (or distorts what it is trained on)
+    module._KEY_noise        a noise: reading while a training forward runs distorts the stored Parameter
 """
 
 import functools
@@ -14,38 +15,58 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .blocks import is_conv1d
+
 LATENT = "latent"  # the name, inside a quantized weight in training, of the dense Parameter that it is computed from
 
 
 class WeightAccess:
     """Mixed into a module's class by `intercept`."""
 
+    _intercepted: type  # the class without this one
+    _turned: dict[str, bool]  # by KEY: whether a quantized weight has the first two dimensions exchanged
     _parameters: dict[str, Any]
     _modules: dict[str, Any]
 
-    @property
-    def weight(self) -> Tensor:
-        """The effective weight for this read (stored, noised or decoded), in the dense shape (rows, …)."""
-        quantized = self._modules.get("weight")
-        noise = self.__dict__.get("_weight_noise")
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        """A quantized weight that is still dense in store is saved under the dense weight's own name."""
+        for key in self._turned:
+            quantized, name = self._modules.get(key), prefix + key
+            if quantized is not None and LATENT in quantized._parameters and name in state_dict:
+                state_dict[f"{name}.{LATENT}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As the module's, for `pickle` and `copy`: the class is made anew, since it has no place in a module."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_rebuilt, (self._intercepted, tuple(self._turned.items())), *reduced[2:])
+
+
+def _rebuilt(cls: type, turned: tuple[tuple[str, bool], ...]) -> Any:
+    return object.__new__(_with_access(cls, turned))
+
+
+def _property(key: str, turned: bool) -> property:
+    noise_name = noise_attribute(key)
+
+    def read(self: Any) -> Tensor:
+        """The effective weight for this read (stored, noised or decoded), in the dense shape."""
+        quantized = self._modules.get(key)
+        noise = self.__dict__.get(noise_name)
         if quantized is None:
-            stored = self._parameters["weight"]
+            stored: Tensor = self._parameters[key]
             return stored if noise is None else noise(self, stored)
         latent = quantized._parameters.get(LATENT)
         if latent is None or noise is None or not quantized.training:
-            return quantized.decode()
+            seen: Tensor = quantized.decode()
+            return seen.transpose(0, 1) if turned else seen
         return noise(self, latent)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        """A quantized weight that is still dense in store is saved under the dense weight's own name."""
-        quantized = self._modules.get("weight")
-        if quantized is not None and LATENT in quantized._parameters and f"{prefix}weight" in state_dict:
-            state_dict[f"{prefix}weight.{LATENT}"] = state_dict.pop(f"{prefix}weight")
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+    return property(read)
 
 
 class _Linear(WeightAccess):
-    """A Linear whose quantized weight may multiply without being decoded; nn.Linear, or a TiedLinear."""
+    """A Linear whose quantized weight may multiply without being decoded; nn.Linear, a Conv1D, or a TiedLinear."""
 
     transpose = False  # a TiedLinear sets its own
 
@@ -70,6 +91,34 @@ class _Embedding(WeightAccess):
         return super().forward(input)  # type: ignore[misc]
 
 
+class _Recurrent(WeightAccess):
+    """An LSTM, GRU or RNN: torch's keep a list of their weights, here made of what is read, once a forward."""
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        now: list[Tensor | None] | None = self.__dict__.get("_read")
+        if now is not None:
+            return now
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: object) -> None:
+        """torch's own list would hold the dense weights."""
+
+    def _update_flat_weights(self) -> None:
+        """Nothing to do: the list is made anew for each forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class's own."""
+        self.__dict__["_read"] = self._flat_weights
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del self.__dict__["_read"]
+
+
 _FORMS: list[tuple[Any, type]] = [(nn.Linear, _Linear), (nn.Embedding, _Embedding)]
 
 
@@ -79,23 +128,58 @@ def register_linear(cls: type) -> type:
     return cls
 
 
+def _form(cls: Any, keys: list[str]) -> type:
+    if issubclass(cls, nn.RNNBase):
+        return _Recurrent
+    if keys != ["weight"]:
+        return WeightAccess
+    if is_conv1d(cls):
+        return _Linear
+    return next((form for base, form in _FORMS if issubclass(cls, base) and cls.forward is base.forward), WeightAccess)
+
+
 @functools.cache
-def _with_access(cls: type[nn.Module]) -> type:
-    mixin: type = WeightAccess
-    for base, special in _FORMS:
-        if issubclass(cls, base) and cls.forward is base.forward:
-            mixin = special
-    contents = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_intercepted": cls}
-    return type(cls.__name__, (mixin, cls), contents)
+def _with_access(cls: Any, turned: tuple[tuple[str, bool], ...]) -> type:
+    contents: dict[str, Any] = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    contents |= {"_intercepted": cls, "_turned": dict(turned)}
+    contents |= {key: _property(key, is_turned) for key, is_turned in turned}
+    return type(cls.__name__, (_form(cls, [key for key, _ in turned]), cls), contents)
 
 
-def intercept(module: nn.Module) -> None:
-    """Route `module.weight` through WeightAccess, in place; a second call changes nothing."""
-    if not isinstance(module, WeightAccess):
-        module.__class__ = _with_access(type(module))  # type: ignore[arg-type]
+def intercept(module: nn.Module, key: str = "weight", turned: bool = False) -> None:
+    """Route reads of the module's parameter `key` through a property, in place; a second call changes nothing."""
+    known: dict[str, bool] = module._turned if isinstance(module, WeightAccess) else {}
+    if key not in known:
+        cls: Any = module._intercepted if isinstance(module, WeightAccess) else type(module)
+        module.__class__ = _with_access(cls, tuple({**known, key: turned}.items()))
+        if isinstance(module, _Recurrent):
+            module.__dict__.pop("_flat_weights", None)
 
 
 def release(module: nn.Module) -> None:
-    """Undo `intercept`: `module.weight` is the stored Parameter again."""
+    """Undo `intercept`: the module's weights are the stored Parameters again."""
     if isinstance(module, WeightAccess):
-        module.__class__ = type(module)._intercepted  # type: ignore[attr-defined]
+        module.__class__ = type(module)._intercepted
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
+
+
+def noise_attribute(key: str) -> str:
+    """The attribute of a module that holds the noise of its parameter `key`."""
+    return f"_{key}_noise"
+
+
+def noises(module: nn.Module) -> dict[str, Any]:
+    """The noises on the weights of `module`, by the parameter's name."""
+    if not isinstance(module, WeightAccess):
+        return {}
+    held = ((key, module.__dict__.get(noise_attribute(key))) for key in module._turned)
+    return {key: noise for key, noise in held if noise is not None}
+
+
+def remove_noises(module: nn.Module) -> None:
+    """Take the noises off the weights of `module`; where none is quantized, they are plain Parameters again."""
+    for key in noises(module):
+        del module.__dict__[noise_attribute(key)]
+    if isinstance(module, WeightAccess) and all(module._modules.get(key) is None for key in module._turned):
+        release(module)

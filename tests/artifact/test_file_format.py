@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from stacks import net
+from torch import nn
 from toys import INPUTS_PLAN, INT_PLANS, SHARED_PLAN, TOKENS, ZOO_PLAN, quiet, zoo
 
 from fairseq_quant_noise import load, quantize_, save, share_layers_
@@ -60,6 +61,17 @@ def test_it_puts_shared_layers_where_they_are_used(read_packed, tmp_path):
         same_as(load(tmp_path / "model.safetensors", into=net()), arrays)
     assert np.array_equal(arrays["layers.0.fc.weight"], arrays["layers.1.fc.weight"])
     assert not np.array_equal(arrays["layers.0.fc.weight"], arrays["layers.2.fc.weight"])
+
+
+@pytest.mark.parametrize("stage", [{"block_size": 4}, {"scheme": "int4", "range": "channel"}], ids=["pq", "int4"])
+def test_it_turns_a_tensor_that_is_stored_transposed(read_packed, tmp_path, stage):
+    model = quantize_(nn.ConvTranspose2d(4, 6, 2), {"stages": [{"match": "", **stage}]}, progress=quiet)
+    save(model, tmp_path / "model.safetensors")
+    arrays = read_packed(tmp_path / "model.safetensors")
+    assert arrays["weight"].shape == (4, 6, 2, 2)
+    with torch.no_grad():
+        back = load(tmp_path / "model.safetensors", into=nn.ConvTranspose2d(4, 6, 2))
+        assert np.array_equal(back.weight.numpy(), arrays["weight"])
 
 
 def test_it_refuses_a_file_that_lost_a_bit(read_packed, tmp_path):

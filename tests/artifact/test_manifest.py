@@ -58,7 +58,7 @@ def inputs(**changes):
 
 @pytest.mark.parametrize("version", [0, 1, FORMAT_VERSION + 1, "1", None, 1.5, 3.0, True])
 def test_an_unknown_version_is_refused_with_the_known_one(version):
-    message = rf"format version .* is unknown here \(this package reads 3 and {FORMAT_VERSION}\); update"
+    message = rf"format version .* is unknown here \(this package reads 3 to {FORMAT_VERSION}\); update"
     with refuses(message, DamagedFileError):
         Manifest.from_json(edited(format_version=version))
 
@@ -87,6 +87,8 @@ DAMAGED = {
     "a vector": entry(shape=[48]),
     "a codebook without a name": entry(codebook=""),
     "more centroids than a byte tells apart": entry(n_centroids=257),
+    "transposed by a number": entry(transposed=1),
+    "transposed in a version without": entry(transposed=True),
     "inputs is a list": edited(inputs=[]),
     "inputs is missing": json.dumps({k: v for k, v in json.loads(FULL.to_json()).items() if k != "inputs"}),
     "inputs of a number": edited(inputs={"fc": 8}),
@@ -128,3 +130,11 @@ DAMAGED = {
 def test_a_damaged_manifest_is_refused_in_one_line(text):
     with refuses("manifest is damaged", DamagedFileError):
         Manifest.from_json(text)
+
+
+def test_a_transposed_tensor_has_a_version_of_its_own():
+    tensor = QuantizedTensor("int8", (6, 8, 2), transposed=True)
+    manifest = Manifest("me", tensors={"up.weight": tensor})
+    assert (manifest.format_version, FULL.format_version < FORMAT_VERSION) == (FORMAT_VERSION, True)
+    assert Manifest.from_json(manifest.to_json())[0] == manifest
+    assert tensor.dense_shape == (8, 6, 2)

@@ -10,6 +10,7 @@ from torch import nn
 from toys import refuses, zoo
 
 from fairseq_quant_noise.errors import UserError
+from fairseq_quant_noise.noise import attach_rules, noise_of
 from fairseq_quant_noise.plan.matching import match_rules
 from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.plan.rules import Activations, NoiseRule, Schedule, StageRule
@@ -187,7 +188,7 @@ NOISE_VALUES = [
     ({"block_size": 0}, "block_size is 0; give a whole number from 1 up"),
     ({"block_size": 8.0}, "block_size is 8.0"),
     ({"block_size": True}, "block_size is True"),
-    ({"block_size": {"default": 8}}, "block_size is {'default': 8}; give a whole number"),
+    ({"block_size": {"default": 0}}, "block_size: 'default' is 0; give a whole number"),
 ]
 STAGE_VALUES = [
     ({"match": "["}, r"stage rule '\[': not a regular expression"),
@@ -351,7 +352,9 @@ def test_the_first_pattern_that_matches_a_name_gives_its_block_size(name, size):
 def test_a_name_without_a_value_and_without_a_default_is_refused():
     rule = StageRule("fc.*", n_centroids={"fc1": 16})
     assert rule.n_centroids_of("fc1", nn.Linear(8, 8)) == 16
-    with refuses(r"stage 'fc\.\*': n_centroids gives no value for fc2; add a pattern that matches it, or a default"):
+    with refuses(
+        r"stage 'fc\.\*': n_centroids gives no value for fc2; add a pattern or a type that matches it, or a de"
+    ):
         rule.n_centroids_of("fc2", nn.Linear(8, 8))
 
 
@@ -360,3 +363,36 @@ def test_more_than_256_centroids_are_refused_by_name(n):
     plan = Plan.of({"stages": [{"match": "fc", "n_centroids": n, "block_size": 4}]})
     with refuses("n_centroids is .* for the weight of module 'fc'; a code is a byte, give at most 256"):
         resolve_stages(plan, zoo())
+
+
+# Sizes by type and by kernel
+
+
+def mobile():
+    """As a MobileNet: kernels of 1 x 1 and 3 x 3, a classifier, and an embedding."""
+    convs = {"stem": nn.Conv2d(3, 8, 3), "expand": nn.Conv2d(8, 16, 1), "depth": nn.Conv2d(16, 16, 3, groups=16)}
+    return nn.ModuleDict({**convs, "head": nn.Linear(16, 6), "words": nn.Embedding(20, 6), "wave": nn.Conv1d(4, 4, 5)})
+
+
+SIZES = {"conv3x3": 9, "conv1x1": 4, "conv5": 5, "Embedding": 3, "default": 8}
+
+
+def test_block_sizes_go_by_kernel_and_type():
+    plan = Plan.of({"stages": [{"match": ".*", "block_size": SIZES}]})
+    found = {target.weight.name: target.block_size for target in resolve_stages(plan, mobile())}
+    assert found == {"stem": 9, "expand": 4, "depth": 9, "head": 8, "words": 3, "wave": 5}
+
+
+def test_so_do_those_of_the_noise():
+    model = mobile()
+    attach_rules(model, Plan.of({"noise": [{"match": ".*", "kind": "mean", "p": 0.1, "block_size": SIZES}]}).noise)
+    found = {name: noise.rules[0].rule.d for name, noise in noise_of(model).weights.items()}
+    assert found == {"stem": 9, "expand": 4, "depth": 9, "head": 8, "words": 3, "wave": 5}
+
+
+def test_a_size_for_each_weight_is_asked_for():
+    rules = Plan.of({"noise": [{"match": ".*", "p": 0.1, "block_size": {"conv3x3": 9}}]}).noise
+    with refuses(r"noise rule '\.\*': block_size gives no value for expand; add a pattern or a type"):
+        attach_rules(mobile(), rules)
+    with refuses(r"plan: noise\[0\]: block_size: 'conv3x3' is 0; give a whole number from 1 up"):
+        Plan.of({"noise": [{"match": ".*", "p": 0.1, "block_size": {"conv3x3": 0}}]})

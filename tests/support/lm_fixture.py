@@ -31,6 +31,7 @@ from omegaconf import OmegaConf
 
 import fairseq_quant_noise
 from fairseq_quant_noise.cli.main import main
+from fairseq_quant_noise.plugin.models import any_model
 
 fairseq_quant_noise.register()  # for another test may have imported the package before fairseq
 composed.install()
@@ -381,9 +382,14 @@ def batch(rows=4, length=12, seed=0) -> dict:
     }
 
 
+@contextlib.contextmanager
 def fairseqs_own_noise():
-    """Inside, a stock architecture may train under fairseq's own noise, as without the plugin."""
-    return mock.patch("fairseq_quant_noise.plugin.precision.check_noise", return_value=None)
+    """Inside, a stock architecture is built and trained as without the plugin, under fairseq's own noise."""
+    with (
+        mock.patch("fairseq.models.build_model", any_model._build_model),
+        mock.patch("fairseq_quant_noise.plugin.training.hooks.check_noise", return_value=None),
+    ):
+        yield
 
 
 def one_error(captured) -> str:

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from toys import Tied, Zoo, noised
+from toys import Tied, Zoo, noised, refuses
 
-from fairseq_quant_noise import attach_noise, quantize_
+from fairseq_quant_noise import attach_noise, cover, quantize_
 from fairseq_quant_noise.layers import PQWeight, quantize_weight_
-from fairseq_quant_noise.weights.discovery import find_weights, stored_weight
+from fairseq_quant_noise.weights import blocks
+from fairseq_quant_noise.weights.discovery import find_weights, stored_weight, uncovered
 
 
 class Shares(nn.Module):
@@ -19,7 +20,7 @@ class Shares(nn.Module):
 
 
 def names(model):
-    return [(w.name, [alias for alias, _ in w.aliases]) for w in find_weights(model)]
+    return [(w.place.path, [alias.path for alias in w.aliases]) for w in find_weights(model)]
 
 
 def test_weights_come_in_the_models_order_with_their_ties():
@@ -27,9 +28,9 @@ def test_weights_come_in_the_models_order_with_their_ties():
     assert names(Zoo()) == [("emb", ["out"]), *projections, ("fc", []), ("conv", [])]
 
 
-def test_norms_biases_and_fused_projections_are_not_among_them():
-    model = nn.ModuleDict({"norm": nn.LayerNorm(8), "attn": nn.MultiheadAttention(8, 2), "bn": nn.BatchNorm2d(4)})
-    assert names(model) == [("attn.out_proj", [])]
+def test_norms_and_biases_are_not_among_them():
+    model = nn.ModuleDict({"norm": nn.LayerNorm(8), "fc": nn.Linear(8, 2), "bn": nn.BatchNorm2d(4)})
+    assert names(model) == [("fc", [])]
 
 
 def test_a_model_that_is_one_layer_has_the_empty_name():
@@ -84,30 +85,56 @@ def test_a_quantized_weight_keeps_its_name_its_ties_and_its_shape():
 # What no rule can name
 
 
-def with_attention():
-    return nn.Sequential(
-        nn.Embedding(200, 64),
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 64, batch_first=True), 2, enable_nested_tensor=False),
-        nn.LSTM(64, 64),
-    )
+class Own(nn.Module):
+    """A matrix and a vector of its own, which no rule can name, beside a Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.vector = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(1, 1, 8))
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x @ self.table + self.vector)
 
 
 @pytest.mark.parametrize("use", ["noise", "stages"])
 def test_weights_that_no_rule_can_name_are_said_once(caplog, use):
-    model = with_attention()
-    sizes = {name: p.numel() for name, p in model.named_parameters() if p.dim() > 1}
-    left = sum(n for name, n in sizes.items() if "in_proj" in name or name.startswith("2."))
-    share = left / sum(p.numel() for p in model.parameters())
+    model = nn.Sequential(Own(), nn.Linear(8, 8))
+    share = 64 / sum(p.numel() for p in model.parameters())
     if use == "noise":
         attach_noise(model, {"noise": [{"match": ".*", "p": 0.1, "block_size": 8}]})
     else:
         quantize_(model, {"stages": [{"match": ".*"}]}, progress=lambda line: None)
     (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert said.startswith(
-        f"{share:.0%} of the parameters are in weights that no rule can name, and stay as they are: "
+    assert said == (
+        f"1 weights ({share:.1%} of the parameters) stay as they are, since no rule covers modules of their type: "
+        "0.table (a parameter (8, 8) of Own); fairseq_quant_noise.cover makes a type known"
     )
-    assert "1.layers.0.self_attn.in_proj_weight" in said
-    assert "rules cover Linear, Embedding and Conv2d" in said
+
+
+@pytest.mark.parametrize("use", ["noise", "stages"])
+def test_a_strict_caller_is_refused_before_any_work(use):
+    model = nn.Sequential(Own(), nn.Linear(8, 8))
+    with refuses(r"^1 weights .*: 0\.table \(a parameter \(8, 8\) of Own\)"):
+        if use == "noise":
+            attach_noise(model, {"noise": [{"match": ".*", "p": 0.1, "block_size": 8}]}, strict=True)
+        else:
+            quantize_(model, {"stages": [{"match": ".*"}]}, strict=True)
+    assert type(model[1]) is nn.Linear
+    attach_noise(model[1], {"noise": [{"match": ".*", "p": 0.1}]}, strict=True)
+
+
+def test_a_type_of_module_can_be_made_known(monkeypatch):
+    monkeypatch.setattr(blocks, "_COVERED", [*blocks._COVERED])
+    cover(Own, "table")
+    model = noised(Own(), p=1.0)
+    assert names(model) == [("", []), ("fc", [])]
+    assert [w.name for w in find_weights(model)] == ["table", "fc"]
+    assert not uncovered(model)
+    before = model._parameters["table"].clone()
+    model.fc.weight.data.fill_(1)
+    assert torch.equal(model(torch.ones(1, 8)).flatten(), model.fc.bias)
+    assert torch.equal(model.table, before)
 
 
 def test_nothing_is_said_where_rules_can_name_all(caplog):

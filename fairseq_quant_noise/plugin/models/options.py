@@ -92,7 +92,7 @@ def noise_rules(options: Any) -> list[NoiseRule]:
             return [NoiseRule(".*", scalar, f"int{SCALAR_BITS}", range=range_ or "histogram", **shared)]
         kinds = tuple(getattr(options, "quant_noise_kind", "proxy").replace(" ", "").split(","))
         choice = getattr(options, "quant_noise_choice", "subvectors")
-        block_size = None if all(bits_of(kind) for kind in kinds) else options.quant_noise_pq_block_size
+        block_size = None if all(bits_of(kind) for kind in kinds) else getattr(options, "quant_noise_pq_block_size", 8)
         kind = kinds[0] if len(kinds) == 1 else kinds
         return [NoiseRule(".*", pq, kind, block_size, choice=choice, range=range_ or "tensor", **shared)]
     except UserError as error:

@@ -5,7 +5,9 @@ out of the way, since they overwrite the weights that they should only disturb.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +27,8 @@ from ..exits import exits_on_user_error
 from ..metrics import probe_next_forward
 from .layers import Layers, layers_of, share, update_options
 from .options import SCALAR_BITS, noise_rules
+
+logger = logging.getLogger(__name__)
 
 _FAIRSEQ_DEFAULTS = {"quant_noise_pq": 0.0, "quant_noise_pq_block_size": 8, "quant_noise_scalar": 0.0}
 
@@ -47,9 +51,26 @@ def without_fairseq_noise(options: Any, embedding_layer: bool = False) -> Iterat
 def _take_off_fairseq_noise(model: nn.Module) -> None:
     """Remove fairseq's hooks, which overwrite the weights in training."""
     for module in model.modules():
-        hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook.__module__ == quant_noise.__module__]:
-            del hooks[key]
+        for key in _fairseq_noise(module):
+            del module._forward_pre_hooks[key]
+
+
+def _fairseq_noise(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if hook.__module__ == quant_noise.__module__]
+
+
+def check_noise(model: nn.Module) -> None:
+    """Refuse to train a model under fairseq's own noise, which a task may have built by itself.
+
+    Raises:
+        UserError: a module of the model has fairseq's hook.
+    """
+    for name, module in model.named_modules():
+        if _fairseq_noise(module):
+            raise UserError(
+                f"{name}: would train under fairseq's own noise, which overwrites the weights; leave --quant-noise-pq "
+                "out, or let the task build its model by fairseq.models.build_model"
+            )
 
 
 class Quantizable:
@@ -68,22 +89,8 @@ class Quantizable:
                 after one line).
         """
         with exits_on_user_error():
-            noise_rules(args)  # a mistake stops the run before the model is built
-            layers = layers_of(args)
-            embedding_layer = getattr(args, "quant_noise_embedding_layer", False)
-            if embedding_layer and getattr(args, "adaptive_input", False):
-                raise UserError(
-                    "--quant-noise-embedding-layer: fairseq has none with --adaptive-input; leave the option out"
-                )
-            with without_fairseq_noise(args, embedding_layer):
-                model: nn.Module = super().build_model(args, task)  # type: ignore[misc]
-            _take_off_fairseq_noise(model)
-            clear_unwritten(dict(model.named_buffers()))
-            share(model, layers)
-            model.quant_noise_layers = layers  # type: ignore[assignment]
-            model.quant_noise_options = _measurements(args)  # type: ignore[assignment]
-            add_noise(model, args)
-        return model
+            build: Callable[..., nn.Module] = super().build_model  # type: ignore[misc]
+            return made_quantizable(lambda: build(args, task), args)
 
     def restructure(self, structure: Structure, options: Any) -> None:
         """Apply a plan's `structure` before training; the noise that `options` ask for is put on anew.
@@ -121,7 +128,7 @@ class Quantizable:
             )
         model: Any = copy.deepcopy(self) if noise_of(self) is not None else copy.copy(self)  # type: ignore[arg-type]
         detach_noise(model)
-        for name in ("quant_noise_layers", "quant_noise_options", "_probed"):
+        for name in ("quant_noise_layers", "quant_noise_options", "quant_noise_stock", "_probed"):
             vars(model).pop(name, None)
         kind = type(self)
         model.__class__ = next(base for base in kind.__mro__[1:] if not issubclass(base, Quantizable))
@@ -143,6 +150,33 @@ class Quantizable:
             _check_ties(self, taken)  # type: ignore[arg-type]
             adopt_quantized(self, taken)  # type: ignore[arg-type]
         return super().load_state_dict(taken, strict)  # type: ignore[misc]
+
+
+def made_quantizable(build: Callable[[], Any], options: Any, embedding_layer: bool = False) -> Any:
+    """Build a Quantizable with the noise and the shared layers that `options` ask for, and without fairseq's noise.
+
+    Args:
+        build: makes the model, fairseq's own or one with fairseq's noise; the options say that there is none.
+        options: fairseq's `cfg.model`, changed in place (see `layers_of`).
+        embedding_layer: whether the model has the layer after the embedding, in any case.
+
+    Raises:
+        UserError: the options contradict each other, or do not fit the model.
+    """
+    noise_rules(options)  # a mistake stops the run before the model is built
+    layers = layers_of(options)
+    embedding_layer = embedding_layer or getattr(options, "quant_noise_embedding_layer", False)
+    if embedding_layer and getattr(options, "adaptive_input", False):
+        raise UserError("--quant-noise-embedding-layer: fairseq has none with --adaptive-input; leave the option out")
+    with without_fairseq_noise(options, embedding_layer):
+        model = build()
+    _take_off_fairseq_noise(model)
+    clear_unwritten(dict(model.named_buffers()))
+    share(model, layers)
+    model.quant_noise_layers = layers
+    model.quant_noise_options = _measurements(options)
+    add_noise(model, options)
+    return model
 
 
 def _check_embedding_layer(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -186,9 +220,24 @@ def add_noise(model: nn.Module, options: Any) -> None:
     rules = noise_rules(options)
     if rules:
         detach_noise(model)
-        attach_rules(model, fitted_rules(model, rules))
+        attach_and_say(model, fitted_rules(model, rules))
         if getattr(options, "quant_noise_scalar", 0):
             _evaluate_as_int8(model, rules[0])
+
+
+def attach_and_say(model: nn.Module, rules: Sequence[NoiseRule]) -> None:
+    """Call `attach_rules`, and log in one line which noise acts on how many weights.
+
+    Raises:
+        UserError: as `attach_rules`.
+    """
+    noised = attach_rules(model, rules)
+    numbers, all_numbers = sum(math.prod(w.shape) for w in noised), sum(p.numel() for p in model.parameters())
+    kinds = dict.fromkeys(f"{'+'.join(rule.kinds)} with p = {rule.p:g}" for rule in rules)
+    logger.info(
+        f"Quant-Noise: {', '.join(kinds)} on {len(noised)} weights ({numbers / all_numbers:.1%} of the parameters); "
+        "fairseq's own noise is off"
+    )
 
 
 def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:

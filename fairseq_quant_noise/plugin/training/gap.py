@@ -99,6 +99,6 @@ def _importance(trainer: Any, targets: Sequence[Target]) -> Mapping[str, Tensor]
     if has_stages(trainer):
         kept: Mapping[str, Tensor] = trainer.quantizer.importance
         return kept
-    dense = {t.weight.tensor_name: t.weight.stored for t in targets if isinstance(t.weight.stored, Tensor)}
+    dense = {t.weight.tensor_name: t.weight.parameter for t in targets if isinstance(t.weight.parameter, Tensor)}
     moments = sound(adam_moments(trainer.get_model(), trainer.optimizer), dense)
     return {name: tensor.bfloat16() for name, tensor in moments.items()}

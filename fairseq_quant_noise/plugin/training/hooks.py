@@ -11,14 +11,17 @@ from typing import Any
 import fairseq.trainer
 
 from ...checkpoints.checksums import checksums
-from ...checkpoints.keys import CHECKSUMS, NOISE, POSITION
+from ...checkpoints.keys import CHECKSUMS, NOISE, POSITION, SHAPES
 from ...errors import UserError
 from ...layers import QuantizedWeight
+from ...layers.quantized import code_shapes
 from ...noise import noise_of
 from ..exits import exits_on_user_error
 from ..metrics import drop_unmeasured
 from ..mistakes import mismatch_in
+from ..models.any_model import saved_as_stock
 from ..models.layers import record_layers
+from ..models.quantizable import check_noise
 from ..saving import newest_whole
 from . import ema, input_ranges, resume
 from .best_so_far import forget_patience
@@ -84,15 +87,17 @@ def consolidate_optimizer(trainer: Any) -> Any:
 
 def save_checkpoint(trainer: Any, filename: str, extra_state: dict[str, Any]) -> Any:
     """Run Trainer.save_checkpoint with the state of noise and data, checksums of codes, and layers in the options."""
-    record_layers(trainer.get_model(), trainer.cfg.model)
+    model, options = trainer.get_model(), trainer.cfg.model
+    record_layers(model, options)
     extra_state = {**extra_state, POSITION: resume.state(trainer), **ema.state(trainer)}
-    codes = checksums(trainer.get_model().state_dict())
+    codes = checksums(model.state_dict())
     if codes:
-        extra_state = {**extra_state, CHECKSUMS: codes}
-    noise = noise_of(trainer.get_model())
+        extra_state = {**extra_state, CHECKSUMS: codes, SHAPES: code_shapes(model)}
+    noise = noise_of(model)
     if noise is not None:
         extra_state = {**extra_state, NOISE: noise.state_dict()}
-    return _save_checkpoint(trainer, filename, extra_state)
+    with saved_as_stock(model, options):
+        return _save_checkpoint(trainer, filename, extra_state)
 
 
 def load_checkpoint(
@@ -157,6 +162,8 @@ def catalog_shared_params(module: Any, memo: Any = None, prefix: str = "") -> An
     shared = _catalog_shared_params(module, memo, prefix)
     if memo is not None:  # a call within the recursion
         return shared
+    with exits_on_user_error():
+        check_noise(module)
     held = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # an absent bias is no parameter
     shared = [paths for paths in shared if paths[0] in held]
     shared = [paths for paths in shared if len({_LAYER.sub("", path) for path in paths}) > 1]  # leave shared layers out

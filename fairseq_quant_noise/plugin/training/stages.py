@@ -23,7 +23,6 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.keys import IMPORTANCE, STAGES
 from ...errors import UserError
 from ...layers.batch_statistics import batch_norms, estimating
-from ...noise import attach_rules
 from ...plan.plan import Plan
 from ...quantization.importance import follow, sound
 from ...quantization.quantize import quantize_inputs, quantize_targets, quantized_state
@@ -34,7 +33,7 @@ from ..batches import FIRST_BATCHES, first_batches
 from ..exits import exits_on_user_error
 from ..gradients import squared_gradients
 from ..models.equivalents import cure
-from ..models.quantizable import Quantizable
+from ..models.quantizable import Quantizable, attach_and_say
 from .best_so_far import start_anew
 from .codes import encode_after_update
 from .endings import watch_end
@@ -85,7 +84,7 @@ class StageController:
             if self.plan.structure is not None:
                 model.restructure(self.plan.structure, trainer.cfg.model)
             if self.plan.noise:
-                attach_rules(model, self.plan.noise)
+                attach_and_say(model, self.plan.noise)
             if self.plan.stages and self.plan.tuning.restarts:
                 restart_in_stages(trainer)
             load_teacher = getattr(trainer.get_criterion(), "load_teacher", None)
@@ -175,7 +174,7 @@ class StageController:
 
     def _dense(self) -> dict[str, Tensor]:
         """The weights that k-means will quantize, by name."""
-        stored = {t.weight.tensor_name: t.weight.stored for t in self.targets if t.block_size is not None}
+        stored = {t.weight.tensor_name: t.weight.parameter for t in self.targets if t.block_size is not None}
         return {name: weight for name, weight in stored.items() if isinstance(weight, Tensor)}
 
     def _rebuild_optimizer(self, first: int) -> None:

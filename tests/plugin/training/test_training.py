@@ -179,15 +179,6 @@ def test_a_plan_that_does_not_fit_stops_before_training(lab, case, stages, capsy
     assert not list(folder.glob("*.pt"))
 
 
-def test_a_stock_architecture_is_refused_with_the_cure(lab, capsys):
-    with pytest.raises(SystemExit) as end:
-        lab.train(*with_plan(lab, PLANS["plain"]), arch="transformer_lm")
-    assert end.value.code == 2
-    message = one_error(capsys.readouterr())
-    assert "--quantization-config-path" in message
-    assert "--arch quant_noise_transformer_lm, " in message
-
-
 @pytest.mark.upstream(4)
 def test_the_yaml_that_fairseq_ships_works(lab, runs, stages):
     stock = runs.stock("adaptive").path
