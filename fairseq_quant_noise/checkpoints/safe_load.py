@@ -121,13 +121,28 @@ def safe_weights(path: str | Path) -> dict[str, Tensor]:
         raise _refusal(path, error) from None
 
 
-def _load(path: str | Path) -> Any:
+def saved_options(path: str | Path) -> dict[str, Any]:
+    """Read from a checkpoint the options of its model alone, which takes little time however large it is.
+
+    Returns:
+        The section `model` of its configuration; empty where the file cannot be read, which loading it will tell.
+    """
+    try:
+        _check_kind(path)
+        _check_zip(path)
+        options = plain_config(_load(path, mmap=True)["cfg"])["model"]
+    except Exception:  # as in safe_load; the weights are not looked at here, so that nothing is refused for them
+        return {}
+    return options if isinstance(options, dict) else {}
+
+
+def _load(path: str | Path, mmap: bool = False) -> Any:
     """Load with a placeholder for each of fairseq's classes; which ones appear depends on the checkpoint."""
     known = allowed()
     for _ in range(_MOST_GLOBALS):
         try:
             with torch.serialization.safe_globals(known):  # type: ignore[arg-type]
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             found = _GLOBAL.search(str(error))
             if found is None or not found[1].startswith("fairseq."):

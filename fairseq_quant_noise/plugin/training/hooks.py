@@ -30,6 +30,7 @@ from .endings import has_stages
 from .gap import Gap
 from .optimizer_order import state_by_name
 from .progress import log_progress
+from .settings import check_same
 
 _LAYER = re.compile(r"(?<=\blayers)\.\d+")
 
@@ -116,6 +117,8 @@ def load_checkpoint(
     if own and trainer.cfg.checkpoint.restore_file == "checkpoint_last.pt" and not trainer.checkpoint_suffix:
         filename = newest_whole(filename)
     with exits_on_user_error(), ema.left_out(trainer):
+        if own:
+            check_same(trainer, filename)
         resume.check_given(trainer, filename, has_stages(trainer))
         extra_state = _load(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
     ema.load(trainer, extra_state)

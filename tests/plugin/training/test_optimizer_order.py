@@ -29,7 +29,7 @@ def test_each_weight_keeps_its_moments(lab, request, case):
     if "flat" in case:
         request.getfixturevalue("flat")
     first = lab.train(*flags, *before, updates=3)
-    loaded = lab.train(*flags, *after, save=first.folder, updates=3)  # which is complete
+    loaded = lab.train(*flags, *after, "--restore-file", first.path, save=first.folder, updates=3)  # it is complete
     assert same(moments(loaded), moments(first))
     gone_on = lab.train(*flags, *after, "--restore-file", first.path, updates=5)
     assert gone_on.trainer.get_num_updates() == 5
