@@ -1,6 +1,7 @@
-"""Train with several processes where fairseq fails: torchrun on a CPU, and the default `--ddp-backend`.
+"""Train with several processes where fairseq fails: torchrun and SLURM on a CPU, and the default `--ddp-backend`.
 
-fairseq counts GPUs to know how many processes train together (upstream 25). And its default back end, `pytorch_ddp`,
+fairseq counts GPUs to know how many processes train together, and gives each task of a SLURM job a GPU, also where
+there is none (upstream 25). And its default back end, `pytorch_ddp`,
 ends in a traceback in two places: its DistributedDataParallel is given the number of a GPU, on a CPU too; and it waits
 for the gradient of every parameter, which the layers that LayerDrop leaves out do not have.
 """
@@ -8,6 +9,7 @@ for the gradient of every parameter, which the layers that LayerDrop leaves out 
 import copy
 import logging
 import os
+import subprocess
 from typing import Any
 
 import fairseq.models
@@ -50,27 +52,48 @@ def distributed_fairseq_model(args: Any, model: nn.Module, process_group: Any, d
     return wrapped
 
 
-def join_torchrun(cfg: DictConfig) -> None:
-    """On a CPU, let the processes that torchrun started train together, over gloo.
+def join_processes(cfg: DictConfig) -> None:
+    """On a CPU, let the processes that torchrun or srun started train together, over gloo.
 
-    Without GPUs fairseq takes each for a training of its own, and all of them write to one --save-dir; where
-    --distributed-world-size is given, it divides by the number of GPUs. An evaluation stays as it is: each process
-    would report the score of its share of the data.
+    Without GPUs fairseq takes each process of torchrun for a training of its own, and all of them write to one
+    --save-dir; where --distributed-world-size is given, it divides by the number of GPUs. For a task of a SLURM job it
+    sets a GPU. An evaluation stays as it is: each process would report the score of its share of the data.
 
     Args:
-        cfg: of a program of fairseq's; changed where torchrun started a training on a CPU without
-            --distributed-init-method.
+        cfg: of a program of fairseq's; changed where torchrun, or srun with several tasks and a --distributed-port,
+            started a training on a CPU without --distributed-init-method.
+
+    Raises:
+        SystemExit: the job has another number of tasks than --distributed-world-size.
     """
     training, trains = cfg.distributed_training, getattr(cfg, "model", None) is not None
     if not trains or cfg.common.tpu or (torch.cuda.is_available() and not cfg.common.cpu):
         return
-    if training.distributed_init_method is None and torch.distributed.is_torchelastic_launched():
-        with open_dict(cfg):
-            training.distributed_init_method = "env://"
-            training.distributed_world_size = int(os.environ["WORLD_SIZE"])
-            training.distributed_rank = int(os.environ["RANK"])
-            training.distributed_no_spawn = True
-            training.distributed_backend = "gloo"
+    if training.distributed_init_method is not None:
+        return
+    if torch.distributed.is_torchelastic_launched():
+        _join(cfg, "env://", int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+    elif training.distributed_port > 0 and training.distributed_world_size > 1 and "SLURM_STEP_NODELIST" in os.environ:
+        tasks = int(os.environ["SLURM_NTASKS"])
+        with exits_on_user_error():
+            if tasks != training.distributed_world_size:
+                raise UserError(
+                    f"--distributed-world-size {training.distributed_world_size}: the SLURM job has {tasks} tasks; on "
+                    "CPUs each is one process, so give the same number"
+                )
+        names = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+        first = subprocess.check_output(names, text=True).split()[0]
+        _join(cfg, f"tcp://{first}:{training.distributed_port}", tasks, int(os.environ["SLURM_PROCID"]))
+
+
+def _join(cfg: DictConfig, method: str, world_size: int, rank: int) -> None:
+    training = cfg.distributed_training
+    with open_dict(cfg):
+        training.distributed_init_method = method
+        training.distributed_world_size = world_size
+        training.distributed_rank = rank
+        training.distributed_no_spawn = True
+        training.distributed_backend = "gloo"
 
 
 def _check_layerdrop(backend: str, model: nn.Module) -> None:

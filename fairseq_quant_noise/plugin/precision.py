@@ -12,7 +12,7 @@ import fairseq.distributed.utils
 import torch
 from omegaconf import DictConfig, open_dict
 
-from .data_parallel import join_torchrun
+from .data_parallel import join_processes
 from .exits import exits_on_user_error
 from .models.equivalents import check_task
 
@@ -20,12 +20,12 @@ _call_main = fairseq.distributed.utils.call_main
 
 
 def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
-    """fairseq's function of this name, its configuration checked, and put right for half precision and torchrun."""
+    """fairseq's function of this name; its configuration is checked, and mended for half precision and processes."""
     with exits_on_user_error():
         check_task(getattr(cfg, "model", None), getattr(cfg, "task", None))
     if isinstance(cfg, DictConfig):
         _mend(cfg)
-        join_torchrun(cfg)
+        join_processes(cfg)
     return _call_main(cfg, main, **kwargs)
 
 

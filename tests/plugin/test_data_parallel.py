@@ -1,5 +1,7 @@
 """fairseq's default back end for several processes, on a CPU and under LayerDrop."""
 
+import subprocess
+
 import fairseq.trainer
 import pytest
 import torch
@@ -68,7 +70,34 @@ def test_on_a_cpu_torchrun_joins_trainings_and_no_evaluations(monkeypatch, model
         monkeypatch.setenv(name, value)
     cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), {"common": {"cpu": True}})
     cfg.model = model
-    data_parallel.join_torchrun(cfg)
+    data_parallel.join_processes(cfg)
     found = cfg.distributed_training
     assert (found.distributed_init_method == "env://") == together
     assert not together or (found.distributed_world_size, found.distributed_rank) == (2, 1)
+
+
+@pytest.fixture
+def srun(monkeypatch):
+    """The second of four tasks that srun started on two nodes; the configuration of a training in it."""
+    environment = {"SLURM_STEP_NODELIST": "node[7-8]", "SLURM_NTASKS": "4", "SLURM_PROCID": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(subprocess, "check_output", lambda command, **_: f"{command[-1]}-first\nother\n")
+    cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), {"common": {"cpu": True}})
+    cfg.model, cfg.distributed_training.distributed_port = {"_name": "transformer_lm"}, 12345
+    return cfg
+
+
+def test_on_a_cpu_the_tasks_of_a_slurm_job_train_together(srun):
+    """fairseq sets a GPU for each."""
+    srun.distributed_training.distributed_world_size = 4
+    data_parallel.join_processes(srun)
+    found = srun.distributed_training
+    assert found.distributed_init_method == "tcp://node[7-8]-first:12345"
+    assert (found.distributed_rank, found.distributed_backend, found.distributed_no_spawn) == (1, "gloo", True)
+
+
+def test_on_a_cpu_a_job_of_another_number_of_tasks_is_refused(srun):
+    srun.distributed_training.distributed_world_size = 8
+    with refuses("--distributed-world-size 8: the SLURM job has 4 tasks; .* give the same number"):
+        data_parallel.join_processes(srun)
