@@ -14,7 +14,7 @@ from typing import Any
 
 import fairseq.checkpoint_utils
 
-from . import broadcast, data_parallel, literals, loading, mistakes, numpy_names, precision, saving
+from . import broadcast, data_parallel, literals, loading, mistakes, numpy_names, precision, saving, submission
 from .models import any_model, layers
 from .training import divergence, ema, half_precision, hooks, resume, stages
 
@@ -63,7 +63,7 @@ def _of_half_precision() -> Iterator[Patch]:
 
 
 _TRAINER = "fairseq.trainer.Trainer"
-_COMMAND = mistakes.in_a_line(precision.call_main, is_program=True)
+_COMMAND = submission.leaves_error(mistakes.in_a_line(precision.call_main, is_program=True))
 _LOADING = mistakes.in_a_line(fairseq.checkpoint_utils.load_model_ensemble_and_task, is_program=False)
 
 PATCHES = (

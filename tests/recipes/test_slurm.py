@@ -20,6 +20,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra_fixture import CONFIGS, NAMES
 from lm_fixture import ROOT, USER_DIR, state_of
 
+from fairseq_quant_noise.plugin import hydra_jobs
+
 RUN_CONFIGS = ["slurm_node", "slurm_nodes"]
 UPDATES = 40
 
@@ -36,7 +38,7 @@ def test_a_job_has_a_task_for_each_process_and_may_be_requeued(run_config):
     assert job.nodes * job.tasks_per_node == training.distributed_world_size
     assert job.gpus_per_node == job.tasks_per_node
     assert (job.nodes > 1) == (run_config == "slurm_nodes")
-    assert training.distributed_port > 0  # or fairseq starts a training of its own in each task
+    assert training.distributed_port == hydra_jobs.port() > 0  # or fairseq starts a training of its own in each task
     assert job.max_num_timeout > 0
     assert job.additional_parameters.requeue is True
     assert 0 < cfg.checkpoint.save_interval_updates <= 1000
@@ -60,6 +62,7 @@ def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(lab, monkey
     keys = [f"task.data={lab.data}", f"common.user_dir={USER_DIR}", f"checkpoint.save_dir={folder}"]
     keys += ["common.cpu=true", "run_config=slurm_node", "distributed_training.distributed_world_size=1"]
     keys += ["task.tokens_per_sample=32", "dataset.max_tokens=64", f"optimization.max_update={UPDATES}"]
+    keys += ["checkpoint.finetune_from_model=null"]
     keys += ["dataset.disable_validation=true", "checkpoint.save_interval_updates=1", "model.decoder_layers=1"]
     command = ["fairseq-hydra-train", "--config-dir", str(CONFIGS), "--config-name", "language_modeling/small_ipq"]
     killer = threading.Thread(target=preempt, args=(folder, stand_in), daemon=True)
@@ -69,6 +72,7 @@ def test_a_preempted_job_is_requeued_and_goes_on_from_its_checkpoint(lab, monkey
         fairseq_cli.hydra_train.cli_main()  # returns when the job has ended
     killer.join()
 
+    assert "export SLURM_KILL_BAD_EXIT=1" in (stand_in / "script").read_text()
     script = (stand_in / "script").read_text()
     for option in (
         "--nodes=1",

@@ -57,7 +57,8 @@ def composed(name: str, *keys: str) -> DictConfig:
     Leave what it returns unchanged: a configuration is composed once.
     """
     found: list[DictConfig] = []
-    keys = ("task.data=DATA", "common.user_dir=PLUGIN", *keys)
+    dense = ("checkpoint.finetune_from_model=DENSE",) if name.endswith("_ipq") else ()
+    keys = ("task.data=DATA", "common.user_dir=PLUGIN", *dense, *keys)
     command = ["fairseq-hydra-train", "--config-dir", str(CONFIGS), "--config-name", name, *QUIET, *keys]
     GlobalHydra.instance().clear()
     with (
