@@ -99,8 +99,8 @@ def survived(monkeypatch):
         seen.append([kept(controller.trainer)])
         of(controller, stage)
 
-    def spy(controller):
-        rebuild(controller)
+    def spy(controller, first):
+        rebuild(controller, first)
         seen[-1].append(kept(controller.trainer))
 
     monkeypatch.setattr(StageController, "_quantize_stage", quantize)
