@@ -16,7 +16,7 @@ from lm import OURS, STOCK, build, device, step
 from side_by_side import Claim, at_least, at_most, parser, positive, report, rounds
 from torch import Tensor, nn
 
-from fairseq_quant_noise.layers import quantize_weight_, quantize_with_latent_
+from fairseq_quant_noise.layers import LatentPQWeight, quantize_weight_
 from fairseq_quant_noise.plan.rules import Codes
 from fairseq_quant_noise.quantization.code_training import encode_in_training
 from fairseq_quant_noise.weights.discovery import find_weights
@@ -42,8 +42,9 @@ def by_ours(model: nn.Module) -> nn.Module:
 def by_ours_with_codes(model: nn.Module) -> nn.Module:
     """The same, with codes that train."""
     for weight in find_weights(model):
-        codes, centroids = codes_and_centroids(weight.stored)  # type: ignore[arg-type]
-        quantize_with_latent_(weight, codes.to(torch.uint8), centroids, 16, None, factor=0.5)
+        latent: Tensor = weight.stored  # type: ignore[assignment]
+        codes, centroids = codes_and_centroids(latent)
+        quantize_weight_(weight, codes.to(torch.uint8), centroids, kind=LatentPQWeight).set_latent(latent, 0.5)
     encode_in_training(model, Codes(kind="train"))
     return model
 

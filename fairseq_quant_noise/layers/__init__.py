@@ -7,7 +7,7 @@ from .adopt import adopt_quantized
 from .inputs import calibrating, input_quantizers, quantize_inputs_
 from .latent import LatentIntWeight, to_int_
 from .pq import PQWeight, quantize_weight_
-from .pq_latent import LatentPQWeight, quantize_with_latent_
+from .pq_latent import LatentPQWeight
 from .quantized import QuantizedWeight, quantized_weights
 from .registry import join_
 from .scalar import IntWeight
@@ -24,7 +24,6 @@ __all__ = [
     "join_",
     "quantize_inputs_",
     "quantize_weight_",
-    "quantize_with_latent_",
     "quantized_weights",
     "to_int_",
 ]

@@ -212,10 +212,10 @@ class _Scaled(torch.autograd.Function):
         shape = (-1, *[1] * (latent.dim() - 1))
         scale, zero = affine.scale.view(shape), affine.zero_point.float().view(shape)
         exact = latent.float() * (1 / scale)  # (rows, …); as in `Affine.rounded`, so that the codes are the same
-        whole = exact.round() + zero
-        codes = whole.clamp(0, 2**affine.bits - 1)
-        inside = whole == codes
-        ctx.save_for_backward(inside, torch.where(inside, exact.round() - exact, codes - zero) * scale)
+        nearest = exact.round()
+        codes = (nearest + zero).clamp_(0, 2**affine.bits - 1)
+        inside = nearest + zero == codes
+        ctx.save_for_backward(inside, torch.where(inside, nearest - exact, codes - zero) * scale)
         ctx.channels, ctx.dtype = log_scale.numel(), log_scale.dtype
         ctx.weight = (latent.numel() / ctx.channels * (2**affine.bits - 1)) ** -0.5
         return ((codes - zero) * scale).to(latent.dtype)

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 
 from ..pq.encode import nearest
 from ..weights.blocks import as_blocks
-from ..weights.discovery import Weight
 from .parts import CENTROIDS, CODES, DISTANCES, LATENT_FACTOR, LATENT_WEIGHT
-from .pq import PQWeight, quantize_weight_
-from .quantized import dense_weight
+from .pq import PQWeight
 from .registry import register
 
 
@@ -40,13 +38,16 @@ class LatentPQWeight(PQWeight):
     distances: Tensor | None  # (n,), squared
     factor: float  # `latent_factor` as a number
 
-    def set_latent(self, latent: Tensor, factor: float) -> None:
-        """Let a dense weight, (rows, …), train at `factor` times the optimizer's learning rate."""
+    def set_latent(self, latent: Tensor, factor: float, share: float = 1.0) -> None:
+        """Let a dense weight, (rows, …), train at `factor` times the optimizer's learning rate.
+
+        With a `share` of the blocks below 1, remember how far each is from its centroid: `encode_again` chooses by it.
+        """
         rounded = torch.tensor(factor)  # float32, as a checkpoint will hold it
         self.factor = float(rounded)
-        self.latent_weight = nn.Parameter(latent.detach() / self.factor)
+        self.latent_weight = nn.Parameter((latent.detach() / self.factor).contiguous())  # a turned one is a view
         self.register_buffer(LATENT_FACTOR, rounded.to(latent.device))
-        self.register_buffer(DISTANCES, None)
+        self.register_buffer(DISTANCES, None if share >= 1 else self._distances(self.blocks(), self._centroids()))
 
     def blocks(self) -> Tensor:
         """The blocks of the latent weight: (n, d) float32."""
@@ -55,11 +56,7 @@ class LatentPQWeight(PQWeight):
     def error(self) -> Tensor:
         """(|| W_hat - latent ||^2, || latent ||^2): (2,), by the centroids as the file holds them."""
         blocks = self.blocks()
-        return torch.stack([self._distances(blocks).sum(), blocks.square().sum()])
-
-    def remember_distances(self) -> None:
-        """Keep from now on how far each block was from its centroid, by which `encode_again` chooses a share."""
-        self.distances = self._distances(self.blocks())
+        return torch.stack([self._distances(blocks, self._centroids()).sum(), blocks.square().sum()])
 
     @torch.no_grad()
     def encode_again(self, share: float = 1.0) -> Tensor:
@@ -67,17 +64,17 @@ class LatentPQWeight(PQWeight):
 
         Args:
             share: of the blocks; below 1 those whose squared distance to their centroid grew most since they were last
-                encoded, or since `remember_distances`.
+                encoded.
 
         Returns:
             How many codes changed, ().
         """
-        blocks, centroids = self.blocks(), self._rounded().float()
+        blocks, centroids = self.blocks(), self._centroids()
         before = self.codes.flatten()  # (n,)
         if share >= 1:
             found = nearest(blocks, centroids).to(torch.uint8)
         else:
-            distances = self._distances(blocks)
+            distances = self._distances(blocks, centroids)
             if self.distances is None:
                 self.distances = distances
             most = (distances - self.distances).topk(max(1, round(share * len(blocks)))).indices
@@ -86,13 +83,17 @@ class LatentPQWeight(PQWeight):
             found = before.clone()
             found[most] = new.to(torch.uint8)
             self.distances[most] = (some - centroids[new]).square().sum(1)
+        changed = (found != before).sum()  # now, for `before` may be a view of the codes
         self.codes.copy_(found.view(self.codes.shape))
-        return (found != before).sum()
+        return changed
 
-    def _distances(self, blocks: Tensor) -> Tensor:
-        """Squared distances of (n, d) blocks to their centroids: (n,)."""
-        seen = self._rounded().detach().float().index_select(0, self.codes.flatten().long())
-        return (blocks - seen).square().sum(1)
+    def _centroids(self) -> Tensor:
+        """The centroids (K, d) as the file holds them, in float32."""
+        return self._rounded().detach().float()
+
+    def _distances(self, blocks: Tensor, centroids: Tensor) -> Tensor:
+        """Squared distances of (n, d) blocks to those of the centroids (K, d) that their codes name: (n,)."""
+        return (blocks - centroids.index_select(0, self.codes.flatten().long())).square().sum(1)
 
     def prepare(self, parts: Mapping[str, Tensor]) -> None:
         """Make room for the latent weight of a state, (rows, …), and for its distances, (n,), if it has any."""
@@ -110,35 +111,3 @@ class LatentPQWeight(PQWeight):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         if self.latent_factor.device.type != "meta":
             self.factor = float(self.latent_factor)
-
-
-def quantize_with_latent_(
-    weight: Weight,
-    codes: Tensor,
-    centroids: Tensor,
-    centroid_bits: int,
-    codebook: int | None,
-    *,
-    factor: float,
-    share: float = 1.0,
-) -> LatentPQWeight:
-    """Call `quantize_weight_`, and let the dense weight train on as the latent one; returns the new weight.
-
-    Args:
-        weight: a weight of the model, not quantized yet.
-        codes: (rows, blocks a row) uint8.
-        centroids: (K, d), taken in the dtype of the stored weight.
-        centroid_bits: 16 (fp16) or 8 (int8).
-        codebook: the number of a shared one.
-        factor: of the learning rate, for the latent weight.
-        share: of the blocks that `encode_again` will encode at a time.
-
-    Raises:
-        UserError: the weight is quantized already.
-    """
-    dense = dense_weight(weight)
-    quantized = quantize_weight_(weight, codes, centroids, centroid_bits, codebook, LatentPQWeight)
-    quantized.set_latent(dense, factor)
-    if share < 1:
-        quantized.remember_distances()
-    return quantized

@@ -13,14 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers import (
-    calibrating,
-    join_,
-    quantize_inputs_,
-    quantize_weight_,
-    quantize_with_latent_,
-    quantized_weights,
-)
+from ..layers import LatentPQWeight, calibrating, join_, quantize_inputs_, quantize_weight_, quantized_weights
 from ..layers.batch_statistics import batch_norms, estimating
 from ..layers.pq import PQWeight
 from ..layers.quantized import QuantizedWeight, dense_weight
@@ -167,9 +160,10 @@ def quantize_targets(
     quantized: list[QuantizedWeight] = []
     for target, pair in zip(targets, found, strict=True):
         if pair is not None and codes is not None and codes.train:
-            parts = *pair, target.centroid_bits, target.codebook
-            factor, share = codes.learning_rate, codes.share
-            quantized.append(quantize_with_latent_(target.weight, *parts, factor=factor, share=share))
+            latent = dense_weight(target.weight)
+            made = quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook, LatentPQWeight)
+            made.set_latent(latent, codes.learning_rate, codes.share)
+            quantized.append(made)
         elif pair is not None:
             quantized.append(quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook))
         else:

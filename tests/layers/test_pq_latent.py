@@ -126,12 +126,36 @@ def test_every_kind_of_weight_trains_its_codes(plan):
         torch.nn.functional.cross_entropy(model(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
         assert all(weight.latent_weight.grad.abs().sum() > 0 for weight in weights.values())
         optimizer.step()
-    encode_again(model)
+    last = {name: weight.codes.clone() for name, weight in weights.items()}
+    share = encode_again(model)
+    changed = sum(int((weight.codes != last[name]).sum()) for name, weight in weights.items())
+    assert share * sum(codes.numel() for codes in last.values()) == pytest.approx(changed)
+    assert changed > 0
     for name, weight in weights.items():
         assert not torch.equal(weight.codes, before[name]), name
         blocks = latent(weight).reshape(-1, weight.block_size)
         assert torch.equal(weight.codes.flatten().long(), nearest(blocks, weight.stored_centroids().detach()))
     assert model.emb._modules["weight"] is model.out._modules["weight"]
+
+
+def test_a_weight_with_its_inputs_first_trains_its_codes_too_and_its_latent_weight_lies_as_its_blocks():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.ConvTranspose1d(8, 6, 1))
+    dense, x = model[0].weight.detach().clone(), torch.randn(2, 8, 3)
+    plan = {"stages": [{"match": "0", "block_size": 4, "n_centroids": 2}], "codes": {"kind": "train", "share": 0.5}}
+    weight = only(quantize_(model, plan, progress=quiet).train())
+    assert torch.equal(weight.latent_weight, dense.transpose(0, 1))
+    assert weight.latent_weight.is_contiguous()
+    model(x).square().sum().backward()
+    twin = torch.nn.ConvTranspose1d(8, 6, 1)
+    twin.load_state_dict({"weight": model.eval()[0].weight.detach(), "bias": model[0].bias.detach()})
+    twin(x).square().sum().backward()
+    assert torch.allclose(weight.latent_weight.grad, twin.weight.grad.transpose(0, 1), rtol=1e-2, atol=1e-2)  # fp16
+    before = weight.codes.clone()
+    with torch.no_grad():
+        weight.latent_weight.mul_(-1)
+    assert weight.encode_again() > 0
+    assert weight.codes.shape == before.shape
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
