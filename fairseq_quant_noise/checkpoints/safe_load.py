@@ -9,7 +9,7 @@ import pickletools
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +70,10 @@ def safe_load(path: str | Path) -> dict[str, Any]:
         UserError: the file does not exist, is of another kind, or holds codes that were averaged.
         DamagedFileError: the checkpoint is not whole, or holds anything outside the allow-list.
     """
-    try:
+    with _says_what_is_wrong(path, "checkpoint ", "a checkpoint"):
         _check_kind(path)
         _check_zip(path)
         state = _load(path)
-    except UserError:
-        raise
-    except RefusedError as error:
-        raise DamagedFileError(f"checkpoint {path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise UserError(f"checkpoint {path}: {error.strerror}; give the path of a checkpoint") from None
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file it cannot read
-        raise _refusal(path, error) from None
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"checkpoint {path}: has no 'model'; give a checkpoint that fairseq-train wrote")
     try:
@@ -106,18 +98,25 @@ def safe_weights(path: str | Path) -> dict[str, Tensor]:
         UserError: the file cannot be opened, or is of another kind.
         DamagedFileError: the file is not whole, or holds anything but tensors by name.
     """
-    try:
+    with _says_what_is_wrong(path, "", "a file of weights"):
         _check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         _check_weights(state, "it")
         return dict(state)
+
+
+@contextlib.contextmanager
+def _says_what_is_wrong(path: str | Path, prefix: str, wanted: str) -> Iterator[None]:
+    """Inside, any error in reading a file becomes one that names it, with `prefix` before, and the cure."""
+    try:
+        yield
     except UserError:
         raise
     except RefusedError as error:
-        raise DamagedFileError(f"{path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
+        raise DamagedFileError(f"{prefix}{path}: refused, {_printable(error)}; {_IF_TRUSTED}") from None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path}: {error.strerror}; give the path of a file of weights") from None
-    except Exception as error:  # as in `safe_load`
+        raise UserError(f"{prefix}{path}: {error.strerror}; give the path of {wanted}") from None
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError, ... for a file it cannot read
         raise _refusal(path, error) from None
 
 
