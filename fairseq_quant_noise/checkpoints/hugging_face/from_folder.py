@@ -40,14 +40,10 @@ _BUFFERS = ("position_ids", "token_type_ids")  # stored by older versions
 class Converted:
     """A fairseq checkpoint, and the files beside it."""
 
-    checkpoint: Checkpoint
-    # with its configuration
-    files: dict[str, bytes]
-    # by path from the checkpoint's folder: dict.txt, the tokenizer's files, label/dict.txt
-    notes: list[str]
-    # what the user should know of the conversion
-    flags: list[str]
-    # the options of fairseq-train that make this network
+    checkpoint: Checkpoint  # with its configuration
+    files: dict[str, bytes]  # by path from the checkpoint's folder: dict.txt, the tokenizer's files, label/dict.txt
+    notes: list[str]  # what the user should know of the conversion
+    flags: list[str]  # the options of fairseq-train that make this network
 
 
 def from_folder(path: str | Path) -> Converted:

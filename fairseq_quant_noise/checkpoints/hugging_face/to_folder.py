@@ -52,19 +52,18 @@ def to_folder(path: str | Path, dictionary: str | Path | None = None) -> tuple[d
     if config.activation_fn != "gelu":
         notes.append(f"left out encoder.lm_head: theirs has gelu, not {config.activation_fn}")
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("encoder.lm_head.")}
-    files = {
-        CONFIG: as_json(_options(config, head)),
-        WEIGHTS[0]: safetensors.torch.save(_renamed(weights, config, head), {"format": "pt"}),
-    }
+    theirs = _renamed(weights, config, head)
     place = Path(dictionary) if dictionary is not None else Path(path).absolute().parent
     found, said = tokenizer_files(place, config.vocab_size, config.max_positions, required=dictionary is not None)
+    options = _options(config, head)
     labels = labels_in(place) if head is not None else None
-    if labels is not None and len(labels) == model.config.classification_heads[head or ""][1]:
-        named = {
-            "id2label": {str(i): label for i, label in enumerate(labels)},
-            "label2id": {label: i for i, label in enumerate(labels)},
-        }
-        files[CONFIG] = as_json({**_options(config, head), **named})
+    if labels is not None and len(labels) == config.classification_heads[head or ""][1]:
+        options["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        options["label2id"] = {label: i for i, label in enumerate(labels)}
+    files = {
+        CONFIG: as_json(options),
+        WEIGHTS[0]: safetensors.torch.save(theirs, {"format": "pt"}),
+    }
     return {**files, **found}, notes + said
 
 

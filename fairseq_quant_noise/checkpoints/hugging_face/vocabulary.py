@@ -30,24 +30,17 @@ _COPIED = ("tokenizer.json", "sentencepiece.bpe.model", "tokenizer_config.json")
 class Vocabulary:
     """The words of a network in fairseq's order."""
 
-    order: list[int]
-    # the row of Hugging Face's embedding for each row of fairseq's
-    files: dict[str, bytes]
-    # by name: dict.txt, and what turns text into its symbols
-    notes: list[str] = field(default_factory=list)
-    # what the user should know
+    order: list[int]  # the row of Hugging Face's embedding for each row of fairseq's
+    files: dict[str, bytes]  # by name: dict.txt, and what turns text into its symbols
+    notes: list[str] = field(default_factory=list)  # what the user should know
 
 
 @dataclass
 class _Tokens:
-    scheme: str | None
-    # a type of tokenizer.json; None without a tokenizer
-    ids: dict[str, int]
-    # the number of each token
-    merges: list[tuple[str, str]] = field(default_factory=list)
-    # of byte pairs, in the order in which they apply
-    options: dict[str, Any] = field(default_factory=dict)
-    # of word pieces: how text is prepared
+    scheme: str | None  # a type of tokenizer.json; None without a tokenizer
+    ids: dict[str, int]  # the number of each token
+    merges: list[tuple[str, str]] = field(default_factory=list)  # of byte pairs, in the order in which they apply
+    options: dict[str, Any] = field(default_factory=dict)  # of word pieces: how text is prepared
 
 
 def read_vocabulary(folder: Path, kind: str, rows: int) -> Vocabulary:
