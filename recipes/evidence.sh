@@ -26,9 +26,7 @@ SEEDS="${SEEDS:-1 2 3}" ONLY="${ONLY:-$NETWORKS}" JOBS="${JOBS:-2}"
 UPDATES="${UPDATES:-1800}" IPQ_UPDATES="${IPQ_UPDATES:-150}"
 export VOCAB_SIZE="${VOCAB_SIZE:-1000}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 whole_numbers JOBS UPDATES IPQ_UPDATES VOCAB_SIZE
-for name in $ONLY; do
-  [[ " $NETWORKS " == *" $name "* ]] || die "ONLY names a network '$name'; there are: $NETWORKS"
-done
+known_names "ONLY names a network" "$NETWORKS" "$ONLY"
 MADE="$(module recipes.evidence.grid --list | cut -d: -f2 | tr '\n' ' ')"
 for name in ${ONLY_FILES:-}; do
   [[ " $MADE " == *" $name "* ]] || die "ONLY_FILES names a file '$name'; --list shows what there is"

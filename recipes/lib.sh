@@ -74,6 +74,15 @@ whole_numbers() {
   done
 }
 
+# known_names WHAT KNOWN LIST: stops if a word of LIST is not one of KNOWN. WHAT says of a word what it is, such as "ONLY
+# names a run".
+known_names() {
+  local word
+  for word in $3; do
+    [[ " $2 " == *" $word "* ]] || die "$1 '$word'; there are: $2"
+  done
+}
+
 # method: reads METHOD. `paper`, the default, is the paper's iPQ: one group of weights after the other, with fixed codes.
 # `best` quantizes all weights at once and trains their codes too (docs/codes.md). It sets METHOD_FLAGS for fairseq-train
 # with --criterion ipq, and BEST, which is added to the names of files, so that one folder can hold both.

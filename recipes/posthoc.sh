@@ -13,14 +13,15 @@
 #     METHODS: plans. PLAN@once quantizes without training; PLAN@best trains the codes too, all weights together (docs/codes.md).
 #     Default: posthoc@once posthoc posthoc@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8; posthoc_shared for sapiens
 #
-# On one core, MNLI takes about 70 minutes to fine-tune and 60 for each trained method and seed; a residue network 15 in all.
+# Estimated, for it has not been run in full: on one core, MNLI takes about 70 minutes to fine-tune and 60 for each trained
+# method and seed; a residue network 15 in all.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 NETWORK="" OUT="" DATA="" TASK=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --data | --task)
       [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/posthoc.sh --help"
       case "$1" in --data) DATA="$2" ;; *) TASK="$2" ;; esac

@@ -48,9 +48,7 @@ SEED="${SEED:-1}"
 export VOCAB_SIZE="${VOCAB_SIZE:-4000}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # one core for each run
 whole_numbers JOBS UPDATES IPQ_UPDATES SEED VOCAB_SIZE
-for name in $ONLY; do
-  [[ " $RUNS " == *" $name "* ]] || die "ONLY names a run '$name'; there are: $RUNS"
-done
+known_names "ONLY names a run" "$RUNS" "$ONLY"
 method
 need python fairseq-train fairseq-eval-lm fairseq-quant-noise
 
