@@ -6,10 +6,13 @@ The computation follows the papers and Hugging Face's names of tensors; it share
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fairseq_quant_noise.cli.main import main
 
 SPECIAL = {
     "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
@@ -20,6 +23,15 @@ PIECES = ["the", "dog", "##s", "##g", "a", "!", "un", "##aff", "##able", "ü"]
 SENTENCE_PIECES = ["▁the", "▁dog", "s", "▁", "g"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 POSITIONS = 20
+
+
+def refusal(capsys, verb: str, source: Path, out: Path) -> str:
+    """What a conversion that is refused says: one line, and exit code 2."""
+    with pytest.raises(SystemExit, match="2"):
+        main([verb, str(source), "--out", str(out)])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
 
 
 def tokens(kind: str) -> list[str]:

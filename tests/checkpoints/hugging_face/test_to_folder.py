@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hf_folders import MERGES, PIECES, POSITIONS, config, logits, rows, tokens, weights, write_folder
+from hf_folders import MERGES, PIECES, POSITIONS, config, logits, refusal, rows, tokens, weights, write_folder
 from safetensors.torch import load_file
 
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
@@ -133,11 +133,7 @@ def test_what_their_roberta_does_not_compute_is_refused(tmp_path, capsys, head, 
     setattr(state["args"], option, value)
     torch.save(state | {"model": state["model"] | extra}, path)
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(["to-hf", str(path), "--out", str(tmp_path / "back")])
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
+    assert said in refusal(capsys, "to-hf", path, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
