@@ -65,7 +65,13 @@ def _network(args: argparse.Namespace) -> nn.Module:
     if args.path is not None:
         if args.set or args.head:
             raise UserError("plan: --set and --head go with --arch, for a checkpoint has its own; leave them out")
-        return Checkpoint(args.path).network
+        model = Checkpoint(args.path).network
+        if quantized_weights(model):
+            raise UserError(
+                f"plan: {args.path} holds quantized weights already; give the dense checkpoint, or look at this one by "
+                "`fairseq-quant-noise export` and `inspect`"
+            )
+        return model
     _need_fairseq("--arch", "give --path CKPT instead")
     from ..plugin.models.architectures import architecture_options
 

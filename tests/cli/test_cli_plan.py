@@ -1,8 +1,9 @@
-"""What `plan` says of the memory that tuning takes."""
+"""What `plan` says of the memory that tuning takes, and of a checkpoint that is quantized already."""
 
 import json
 
-from lm_fixture import PLANS
+import pytest
+from lm_fixture import PLANS, one_error
 
 from fairseq_quant_noise.cli.main import main
 
@@ -16,3 +17,11 @@ def test_plan_says_what_codes_that_train_take_in_memory(lab, runs, capsys):
     assert json.loads(capsys.readouterr().out)["latent_bytes"] == 4 * numbers
     main(arguments)
     assert "codes: train keeps 0.03 MiB of latent weights while the network is tuned" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_quantized_already_is_refused(lab, runs, capsys):
+    """Its codes and centroids came as rows of a dense network, at x1.00."""
+    path = runs.ipq("plain").path
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--path", str(path), "--plan", lab.plan(PLANS["plain"])])
+    assert one_error(capsys.readouterr()).startswith(f"plan: {path} holds quantized weights already; give the dense")
