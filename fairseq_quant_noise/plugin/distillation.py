@@ -19,12 +19,26 @@ class Recorder:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._log_probs: Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model, and keep the arguments and the output."""
         self.call = (args, kwargs)
         self.output = self._model(*args, **kwargs)
+        self._log_probs = None
         return self.output
+
+    def get_normalized_probs(self, net_output: Any, log_probs: bool, *sample: Any) -> Tensor:
+        """The model's own probabilities; those that the criterion and the distillation both want are computed once.
+
+        Over a large vocabulary they are a good part of an update.
+        """
+        model: Any = self._model
+        if not log_probs or net_output is not self.output:
+            return model.get_normalized_probs(net_output, log_probs, *sample)
+        if self._log_probs is None:
+            self._log_probs = model.get_normalized_probs(net_output, log_probs, *sample)
+        return self._log_probs
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -34,17 +48,23 @@ def kl_sum(student: Tensor, teacher: Tensor, keep: Tensor | None = None) -> Tens
     """sum over rows of KL(teacher || student).
 
     Args:
-        student: (N, V) logits or log-probabilities.
-        teacher: (N, V), the teacher's.
+        student: (N, V) log-probabilities.
+        teacher: (N, V), the teacher's, without a gradient.
         keep: (N,) bool, the rows that count; all of them by default.
 
     Returns:
         The sum in nats, of shape ().
     """
-    log_q = F.log_softmax(student.float(), dim=-1)  # (N, V)
-    log_p = F.log_softmax(teacher.float(), dim=-1)  # (N, V)
-    rows = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)  # (N,)
-    return rows.sum() if keep is None else rows[keep].sum()
+    log_q, log_p = student.float(), teacher.float()
+    p = log_p.exp()  # (N, V)
+    if keep is not None:
+        p *= keep.unsqueeze(-1)
+    return (p * log_p).sum() - (p * log_q).sum()
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in fp32."""
+    return F.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 
 def distillation_loss(
@@ -86,5 +106,6 @@ def distillation_loss(
     total = clusters[0].new_zeros(())
     for mine, theirs, cluster_target in zip(clusters, taught_clusters, targets, strict=True):
         if mine is not None:
-            total = total + kl_sum(mine, theirs, cluster_target != padding_idx if mine is clusters[0] else None)
+            keep = cluster_target != padding_idx if mine is clusters[0] else None
+            total = total + kl_sum(log_softmax(mine), log_softmax(theirs), keep)
     return total

@@ -13,7 +13,7 @@ RUN = {task: f'bash "$REPO/recipes/{task}/run.sh" data out' for task in TASKS}
 RUN["mnli"] = 'bash "$REPO/recipes/mnli/run.sh" data out pre.pt'
 QUICKSTART = """
 . "$REPO/recipes/lib.sh"
-DATA=data UPDATES=2000 IPQ_UPDATES=1000 SEED=1 # of quickstart.sh
+DATA=data UPDATES=2000 IPQ_UPDATES=400 SEED=1 # of quickstart.sh
 lm_flags
 lm_train out/dense --quant-noise-pq 0.05 --quant-noise-pq-block-size 8
 lm_ipq out/dense "$REPO/configs/plans/small.yaml" out/ipq --quant-noise-pq 0.05
