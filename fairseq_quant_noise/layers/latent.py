@@ -307,7 +307,7 @@ def to_int_(weight: Weight, bits: int, range_: str, *, noise: bool = False) -> L
     dense_weight(weight)
     parameter: Any = weight.parameter
     quantized = _kind(range_)(parameter, bits, range_, weight.name, weight.turned)
-    if isinstance(quantized, LearnedIntWeight):
+    if isinstance(quantized, LearnedIntWeight) and not parameter.is_meta:  # else the state to come has the scales
         quantized.start()
     (_swap_with_noise if noise else swap_in)(weight, quantized)
     return quantized

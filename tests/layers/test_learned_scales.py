@@ -7,7 +7,7 @@ import torch
 from toys import TOKENS, adopting, quiet, refuses, zoo
 
 from fairseq_quant_noise import load, quantize_, save
-from fairseq_quant_noise.layers import quantized_weights
+from fairseq_quant_noise.layers import adopt_quantized, quantized_weights
 from fairseq_quant_noise.layers.latent import LatentIntWeight, LearnedIntWeight
 from fairseq_quant_noise.layers.registry import weights_in
 from fairseq_quant_noise.scalar import LEARNED_RANGES, fake_quantize, fit_affine
@@ -104,6 +104,15 @@ def test_a_checkpoint_brings_the_scales_back(range_):
     assert torch.equal(held.dense(), model.eval().fc.weight)
     back = adopting(twin, quantize_(zoo(), plan("tensor", 4), progress=quiet).state_dict())
     assert all(type(w) is LatentIntWeight for w in quantized_weights(back).values())
+
+
+@every_range
+def test_a_network_without_numbers_yet_takes_a_checkpoint(range_):
+    state = quantize_(zoo(), plan(range_), progress=quiet).state_dict()
+    twin = zoo(1).to("meta")
+    adopt_quantized(twin, state)
+    twin.load_state_dict(state, assign=True)
+    assert all(torch.equal(t, twin.state_dict()[name]) for name, t in state.items())
 
 
 def test_a_weight_that_is_not_finite_is_refused():
