@@ -36,11 +36,20 @@ class Claim:
         return self.ratio <= float(bound) if sign == "<=" else self.ratio >= float(bound)
 
 
-def rounds(contenders: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each contender in each round, after some rounds to warm up."""
+def rounds(
+    contenders: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 2, rest: float = 0
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, after some rounds to warm up.
+
+    With `rest` seconds, the machine rests before each contender, which then runs once more before it is timed: threads
+    of two libraries would otherwise compete, since both stay awake for a while after their work.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warm_up + repeats):
         for name, run in contenders.items():
+            if rest:
+                time.sleep(rest)
+                run()
             synchronize()
             start = time.perf_counter()
             run()

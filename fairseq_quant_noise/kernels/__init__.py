@@ -6,6 +6,7 @@ a GPU (`gpu.py`).
     nearest(points, centroids, weights)    the E-step of k-means; the forms have its core, `least`
     decode(codes, centroids)               a weight from its codes
     linear(x, codes, centroids, bias)      a product with a weight in codes, without decoding it
+    linear_of_codes, linear_of_centroids   the same with both in 8 bits, on a CPU
 
 `FAIRSEQ_QUANT_NOISE_KERNELS=reference` in the environment turns the CPU's compiled form off.
 """
@@ -16,7 +17,18 @@ from torch import Tensor
 from . import cpu, gpu, reference
 from .cpu import SETTLED
 
-__all__ = ["SETTLED", "decode", "linear", "nearest", "takes_linear"]
+__all__ = [
+    "SETTLED",
+    "decode",
+    "linear",
+    "linear_of_centroids",
+    "linear_of_codes",
+    "nearest",
+    "takes_integers",
+    "takes_linear",
+]
+
+_LONGEST = 1 << 15  # a row of the weight: the sum of so many products of two numbers of 8 bits fits 32 bits
 
 
 def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -76,3 +88,51 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     """
     form = cpu if cpu.takes(x) else gpu if gpu.takes(x) else reference
     return form.linear(x, codes, centroids, bias)
+
+
+def takes_integers(x: Tensor) -> bool:
+    """Whether `linear_of_codes` and `linear_of_centroids` have a fast form for x (..., I)."""
+    return x.dtype == torch.float32 and 0 < x.shape[-1] <= _LONGEST and x.numel() > 0 and cpu.takes(x)
+
+
+def linear_of_codes(
+    x: Tensor, codes: Tensor, affine: Tensor, bias: Tensor | None = None, grid: Tensor | None = None
+) -> Tensor:
+    """x_hat W_hat^T + bias, W_hat = (codes - z) s, and x_hat the input rounded to 8 bits; summed in whole numbers.
+
+    Args:
+        x: (..., I) float32.
+        codes: (O, I) uint8.
+        affine: (2, 1) or (2, O) float32, s and z of the weight.
+        bias: (O,), or None.
+        grid: (2,) float32, scale and zero point of the input. By default each row of I numbers has its own, from its
+            least to its largest number, 0 included.
+
+    Returns:
+        (..., O). A row of x that is not finite gives NaN.
+    """
+    return (cpu if takes_integers(x) else reference).linear_of_codes(x, codes, affine, bias, grid)
+
+
+def linear_of_centroids(
+    x: Tensor,
+    codes: Tensor,
+    centroids: Tensor,
+    affine: Tensor,
+    bias: Tensor | None = None,
+    grid: Tensor | None = None,
+) -> Tensor:
+    """As `linear_of_codes`, with W_hat of centroids in 8 bits.
+
+    Args:
+        x: (..., I) float32.
+        codes: (I/d, O) uint8, a row for each block of the input.
+        centroids: (256, d) uint8, one for every code that a byte can be.
+        affine: (2, 1) float32, their scale and zero point.
+        bias: (O,), or None.
+        grid: as there.
+
+    Returns:
+        (..., O).
+    """
+    return (cpu if takes_integers(x) else reference).linear_of_centroids(x, codes, centroids, affine, bias, grid)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
 SETTLED = "_settled"  # an attribute of centroids that nobody will change
 _NATIVE = Path(__file__).with_name("native")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
 
 
@@ -114,6 +114,8 @@ _ARGUMENTS = {
     "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N],
     "linear_by_tables": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
     "linear_by_pieces": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
+    "linear_of_codes": [_AT, _N, _N, _AT, _AT, _N, _AT, _N, _AT, _AT, _N],
+    "linear_of_centroids": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _AT, _AT, _N],
 }
 
 
@@ -154,14 +156,54 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     d, (blocks, rows) = centroids.shape[1], codes.shape
     x, codes, all_codes = x.contiguous(), codes.contiguous(), _all_codes(centroids)
     n = x.numel() // (blocks * d)
-    out, added = x.new_empty(*x.shape[:-1], rows), None if bias is None else bias.contiguous()
+    out, added = x.new_empty(*x.shape[:-1], rows), _contiguous(bias)
     by_tables = n < _rows_by_tables() * d
     product = library().linear_by_tables if by_tables else library().linear_by_pieces
     product(
         *(x.data_ptr(), n, blocks, d, all_codes[by_tables].data_ptr(), codes.data_ptr(), rows),
-        *(None if added is None else added.data_ptr(), out.data_ptr(), torch.get_num_threads()),
+        *(_pointer(added), out.data_ptr(), torch.get_num_threads()),
     )
     return out
+
+
+def linear_of_codes(
+    x: Tensor, codes: Tensor, affine: Tensor, bias: Tensor | None = None, grid: Tensor | None = None
+) -> Tensor:
+    """As `kernels.linear_of_codes`, for x (..., I), codes (O, I), affine (2, C), bias (O,) and grid (2,): (..., O)."""
+    (rows, inner), x, codes, affine = codes.shape, x.contiguous(), codes.contiguous(), affine.contiguous()
+    out, bias = x.new_empty(*x.shape[:-1], rows), _contiguous(bias)
+    library().linear_of_codes(
+        *(x.data_ptr(), x.numel() // inner, inner, _pointer(grid), codes.data_ptr(), rows),
+        *(affine.data_ptr(), affine.shape[1], _pointer(bias), out.data_ptr(), torch.get_num_threads()),
+    )
+    return out
+
+
+def linear_of_centroids(
+    x: Tensor,
+    codes: Tensor,
+    centroids: Tensor,
+    affine: Tensor,
+    bias: Tensor | None = None,
+    grid: Tensor | None = None,
+) -> Tensor:
+    """As `kernels.linear_of_centroids`, for x (..., I), codes (I/d, O), centroids (256, d), affine (2, 1): (..., O)."""
+    (blocks, rows), d = codes.shape, centroids.shape[1]
+    x, codes, affine, bias = x.contiguous(), codes.contiguous(), affine.contiguous(), _contiguous(bias)
+    out = x.new_empty(*x.shape[:-1], rows)
+    library().linear_of_centroids(
+        *(x.data_ptr(), x.numel() // (blocks * d), blocks, d, _pointer(grid), codes.data_ptr(), rows),
+        *(centroids.data_ptr(), affine.data_ptr(), _pointer(bias), out.data_ptr(), torch.get_num_threads()),
+    )
+    return out
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 @functools.cache

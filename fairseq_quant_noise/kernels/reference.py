@@ -27,3 +27,35 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `kernels.linear`, for x (..., I), codes (I/d, O) uint8, centroids (K, d) and bias (O,): (..., O)."""
     return F.linear(x, decode(codes.t(), centroids), bias)
+
+
+def linear_of_codes(
+    x: Tensor, codes: Tensor, affine: Tensor, bias: Tensor | None = None, grid: Tensor | None = None
+) -> Tensor:
+    """As `kernels.linear_of_codes`, for x (..., I), codes (O, I), affine (2, C), bias (O,) and grid (2,): (..., O)."""
+    scale, zero = affine.unsqueeze(-1)  # (C, 1) each
+    return F.linear(_rounded(x, grid), (codes - zero) * scale, bias)
+
+
+def linear_of_centroids(
+    x: Tensor,
+    codes: Tensor,
+    centroids: Tensor,
+    affine: Tensor,
+    bias: Tensor | None = None,
+    grid: Tensor | None = None,
+) -> Tensor:
+    """As `kernels.linear_of_centroids`, for x (..., I), codes (I/d, O), centroids (256, d), affine (2, 1): (..., O)."""
+    return linear_of_codes(x, decode(codes.t(), centroids), affine, bias, grid)
+
+
+def _rounded(x: Tensor, grid: Tensor | None) -> Tensor:
+    """x (..., I) in 8 bits and back: by the grid (2,), scale and zero point, or by a range for each row."""
+    if grid is not None:
+        scale, zero = grid
+    else:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)  # (..., 1)
+        scale = high / 255 - low / 255
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=2.0**-100))
+        zero = (-low / scale).round()
+    return ((x * (1 / scale)).round().add(zero).clamp(0, 255) - zero) * scale

@@ -28,6 +28,7 @@ from ..weights.discovery import find_weights
 from .parts import numbers_in
 
 NAME = "input_quantizer"
+GRID = "_grid"  # an attribute of a rounded input: scale and zero point, (2,) float32, for a product in whole numbers
 FAST_PATH_OFF = "skip_embed_dim_check"  # an attention's attribute; true keeps it from torch's fast path
 SPARSE = 100  # in training, one forward in so many is looked at after the first ones
 
@@ -64,7 +65,11 @@ class InputQuantizer(nn.Module):
         if self.calibrating or self.training:
             return x
         low, high = self.range if self.count else x.detach().float().aminmax()
-        return fake_quantize(x, Affine.of_range(low.reshape(1), high.reshape(1), self.bits))
+        affine = Affine.of_range(low.reshape(1), high.reshape(1), self.bits)
+        rounded = fake_quantize(x, affine)
+        if not torch.compiler.is_compiling():
+            setattr(rounded, GRID, affine.to_tensor().flatten())
+        return rounded
 
     @property
     def count(self) -> int:

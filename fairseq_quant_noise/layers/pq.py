@@ -4,7 +4,7 @@ Several weights may share one codebook: they hold the same Parameter, and in a s
 """
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..accounting import pq_bytes
 from ..errors import UserError
-from ..kernels import SETTLED, decode, linear, takes_linear
+from ..kernels import SETTLED, decode, linear, linear_of_centroids, takes_integers, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine, is_affine
 from ..utils.bits import code_bits, largest_code, unpack_bits
 from ..weights.discovery import Weight
+from .inputs import GRID
 from .lookup import Lookup
 from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, LATENT_WEIGHT
 from .quantized import QuantizedWeight, dense_weight, swap_in
@@ -116,7 +117,7 @@ class PQWeight(QuantizedWeight):
         """Copies of the centroids in memory for look-ups: two (K, d); with the CPU's kernels (256, d), (d, 256) too."""
         if self._stored is None:
             return []
-        return [*self._stored, *getattr(self._stored[1], "_all_codes", ())]
+        return [*self._stored, *(t for kept in ("_all_codes", "_in_bytes") for t in getattr(self._stored[1], kept, ()))]
 
     def _rounded(self) -> Tensor:
         if self.bits == 16:
@@ -150,14 +151,33 @@ class PQWeight(QuantizedWeight):
     def multiplies(self, x: Tensor) -> bool:
         """Whether `linear` takes x (..., I): gradients are off, the weight is (O, I), and codes are faster."""
         centroids: Tensor = self._parameters[CENTROIDS]  # type: ignore[assignment]
-        return not torch.is_grad_enabled() and len(self.shape) == 2 and takes_linear(x, centroids)
+        if torch.is_grad_enabled() or len(self.shape) != 2:
+            return False
+        return self._in_integers(x) or takes_linear(x, centroids)
+
+    def _in_integers(self, x: Tensor) -> bool:
+        return self.bits == 8 and self.centroids.dtype == torch.float32 and takes_integers(x)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
         codes, kept = self.codes, self._turned
         if kept is None or kept[0] is not codes:  # a view takes as long as a small product
             self._turned = kept = codes, codes.t()
+        if self._in_integers(x):
+            return linear_of_centroids(x, kept[1], *self._centroids_in_bytes(), bias, getattr(x, GRID, None))
         return linear(x, kept[1], self.stored_centroids(), bias)
+
+    def _centroids_in_bytes(self) -> tuple[Tensor, Tensor]:
+        """The 8-bit centroids (256, d) uint8, zeros beyond K, and their scale and zero point (2, 1)."""
+        stored = self.stored_centroids()
+        kept: tuple[Tensor, Tensor] | None = getattr(stored, "_in_bytes", None)
+        if kept is None:
+            affine = self.affine()
+            numbers = torch.zeros(256, self.block_size, dtype=torch.uint8)
+            numbers[: self.n_centroids] = affine.codes(self.centroids.detach())
+            kept = numbers, affine.to_tensor()
+            stored._in_bytes = kept  # type: ignore[attr-defined]
+        return kept
 
     def _laid_out(self, codes: Tensor) -> Tensor:
         return codes.t().contiguous().t() if self.block_major else codes
@@ -348,14 +368,6 @@ class PQWeight(QuantizedWeight):
 
 
 P = TypeVar("P", bound=PQWeight)
-
-
-def row_major(state: MutableMapping[str, Tensor]) -> None:
-    """Make the codes (rows, blocks a row) in a model's state contiguous, in place; tied ones stay one tensor."""
-    laid_out: dict[int, Tensor] = {}
-    for name, tensor in state.items():
-        if name.endswith(f".{CODES}") and not tensor.is_contiguous():
-            state[name] = laid_out.setdefault(tensor.data_ptr(), tensor.contiguous())
 
 
 def is_multiplied(weight: Weight) -> bool:

@@ -4,7 +4,7 @@ It is a module of the Parameter's name, so a checkpoint holds `….fc1.weight.co
 weight holds the same module: quantized once, stored once, fine-tuned once. `registry.py` lists the formats.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from itertools import chain
 from typing import Any
 
@@ -134,3 +134,11 @@ def code_shapes(model: nn.Module) -> dict[str, dict[str, Any]]:
     held = ((w, w.stored) for w in find_weights(model) if w.turned or len(w.shape) > 2)
     blocks = [w for w, stored in held if isinstance(stored, QuantizedWeight) and stored.has_codebook]
     return {w.tensor_name: {"shape": [*w.shape], "turned": w.turned} for w in blocks}
+
+
+def row_major(state: MutableMapping[str, Tensor]) -> None:
+    """Make the codes (rows, blocks a row) in a model's state contiguous, in place; tied ones stay one tensor."""
+    laid_out: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        if name.endswith(f".{CODES}") and not tensor.is_contiguous():
+            state[name] = laid_out.setdefault(tensor.data_ptr(), tensor.contiguous())

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ..accounting import int_bytes
 from ..errors import UserError
+from ..kernels import linear_of_codes, takes_integers
 from ..scalar import SCHEMES, STAGE_RANGES, Affine, bits_of, is_affine
 from ..utils.bits import unpack_bits
 from ..weights.discovery import Weight
+from .inputs import GRID
 from .parts import AFFINE, CODES, SPEC, numbers_in
 from .quantized import QuantizedWeight, swap_in
 from .registry import QuantizedTensor, register
@@ -71,6 +73,30 @@ class IntWeight(ScalarWeight):
     def decode(self) -> Tensor:
         """(q - z) * s, (rows, …)."""
         return Affine.of_tensor(self.affine, self.bits).decode(self.codes).to(self._dtype)
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether `linear` takes x (..., I): gradients are off, the weight is (O, I) in float32, and so is x."""
+        settled = not torch.is_grad_enabled() and self.codes.dim() == 2 and self._dtype == torch.float32
+        return settled and takes_integers(x)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias in whole numbers, for (..., I) where `multiplies` says so: (..., O).
+
+        x is rounded to 8 bits: to the codes of an input quantizer (`inputs.py`), else on the range of each row.
+        """
+        return linear_of_codes(x, self.codes, self.affine, bias, getattr(x, GRID, None))
+
+    def has_rows(self) -> bool:
+        """Always."""
+        return True
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """The rows of these numbers, decoded: (...) int64 -> (..., I)."""
+        flat, affine = numbers.flatten(), self.affine
+        if affine.shape[1] > 1:
+            affine = affine[:, flat]
+        found = Affine.of_tensor(affine, self.bits).decode(self.codes[flat]).to(self._dtype)
+        return found.view(*numbers.shape, *self.shape[1:])
 
     def parts(self) -> dict[str, Tensor]:
         """Codes (rows, …) uint8; scales and zero points (2, 1) or (2, rows)."""

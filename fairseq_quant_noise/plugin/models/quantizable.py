@@ -19,7 +19,7 @@ from ...checkpoints.options import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_
 from ...checkpoints.safe_load import clear_unwritten
 from ...errors import UserError
 from ...layers import adopt_quantized, quantize_inputs_, quantized_weights, to_int_
-from ...layers.pq import row_major
+from ...layers.quantized import row_major
 from ...noise import attach_rules, detach_noise, fitted_rules, noise_of
 from ...plan.rules import Activations, NoiseRule, Structure
 from ...weights.discovery import find_weights

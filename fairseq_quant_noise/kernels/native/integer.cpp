@@ -1,0 +1,365 @@
+// A product of inputs in 8 bits with a weight in at most 8 bits, summed in 32 bits.
+//
+//   x = (a - za) sx, a range for each row of x;   w = (q - zw) sw, a range for each row of the weight
+//   sum_k x_k w_k = sx sw (sum a q - za sum q - zw (sum a - K za))
+//
+// Shapes: x (n, inner), the weight (rows, inner), out (n, rows). Inputs a are kept as a - 128, a signed byte, in rows
+// of `pitch` numbers, a multiple of 64 with zeros at the end.
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "amx.h"
+#include "dot.h"
+#include "threads.h"
+
+namespace kernels {
+
+extern "C" void linear_by_tables(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids,
+                                 const uint8_t* codes, int64_t rows, const float* bias, float* out, int64_t threads);
+
+namespace {
+
+// How the rows of x are kept. `zero` is za - 128.
+struct Inputs8 {
+  int64_t n, inner, pitch;
+  const int8_t* numbers;
+  const float* scale;
+  const int32_t *zero, *sums;
+};
+
+// The numbers that belong to the 64 rows of a panel.
+struct alignas(64) Rows {
+  float scale[width], bias[width];
+  int32_t zero[width], sums[width];
+};
+
+struct alignas(64) Line {
+  uint8_t bytes[64];
+};
+
+// A row of x in codes of the range from its least to its largest number, 0 included, as Affine.of_range (affine.py); or
+// of a range that is given: scale and zero point. A row that is not finite gets the scale NaN.
+void quantize_row(const float* x, int64_t inner, const float* given, int8_t* to, int64_t pitch, float* scale,
+                  int32_t* zero, int32_t* sum) {
+  float step, offset;
+  if (given != nullptr) {
+    step = given[0], offset = given[1];
+  } else {
+    float low = 0, most = 0, wrong = 0;  // x - x is 0, or NaN where x is not finite
+#pragma omp simd reduction(min : low) reduction(max : most) reduction(+ : wrong)
+    for (int64_t k = 0; k < inner; ++k) {
+      low = x[k] < low ? x[k] : low, most = x[k] > most ? x[k] : most;
+      wrong += x[k] - x[k];
+    }
+    step = most / 255 - low / 255;
+    step = wrong != 0 ? std::numeric_limits<float>::quiet_NaN() : step > 0 ? std::max(step, 0x1p-100f) : 1;
+    offset = wrong != 0 ? 0 : std::min(std::nearbyint(-low / step), 255.0f);
+  }
+  constexpr float whole = 3 << 22;  // a small number added to this is rounded to a whole one, halves to even
+  const float inverse = 1 / step, least = -offset, largest = 255 - offset, middle = whole + 128 - offset;
+  int32_t total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t k = 0; k < inner; ++k) {
+    float code = x[k] * inverse;
+    code = code > least ? code : least;  // NaN too
+    code = code < largest ? code : largest;
+    const int32_t a = static_cast<int32_t>((code + whole) - middle);
+    to[k] = static_cast<int8_t>(a);
+    total += a;
+  }
+  std::memset(to + inner, 0, pitch - inner);
+  *scale = step, *zero = static_cast<int32_t>(offset) - 128, *sum = total;
+}
+
+// out (tall, wide), its rows a pitch apart, from the sums of products (tall, width).
+void finish(const Inputs8& x, int64_t first, int64_t tall, const Rows& rows, const int32_t* products, int64_t wide,
+            float* out, int64_t pitch) {
+  for (int64_t i = 0; i < tall; ++i, products += width, out += pitch) {
+    const float scale = x.scale[first + i];
+    const int32_t zero = x.zero[first + i];
+    const int32_t rest = x.sums[first + i] - static_cast<int32_t>(x.inner) * zero;
+    float some[width], *const __restrict to = wide == width ? out : some;
+    for (int r = 0; r < width; ++r) {
+      const int32_t sum = products[r] - zero * rows.sums[r] - rows.zero[r] * rest;
+      to[r] = static_cast<float>(sum) * (scale * rows.scale[r]) + rows.bias[r];
+    }
+    if (to == some) std::memcpy(out, some, wide * sizeof(float));
+  }
+}
+
+void multiply_bytes_of(int64_t tall, const int8_t* inputs, int64_t pitch, const uint8_t* panel, int64_t quads,
+                       int32_t* out) {
+  switch (tall) {
+    case 1: return multiply_bytes<1>(inputs, pitch, panel, quads, out);
+    case 2: return multiply_bytes<2>(inputs, pitch, panel, quads, out);
+    case 3: return multiply_bytes<3>(inputs, pitch, panel, quads, out);
+    case 4: return multiply_bytes<4>(inputs, pitch, panel, quads, out);
+    case 5: return multiply_bytes<std::min(5, high)>(inputs, pitch, panel, quads, out);
+    default: return multiply_bytes<high>(inputs, pitch, panel, quads, out);
+  }
+}
+
+// Each panel is filled by fill(first row, panel, Rows), and multiplied with all rows of x while it is in the cache.
+template <typename Fill>
+void multiply(const Inputs8& x, int64_t rows, float* out, int64_t threads, const Fill& fill) {
+  const int64_t quads = x.pitch / 4, size = width * x.pitch, panels = parts(rows, width);
+#ifdef KERNELS_AMX
+  const bool tiles = x.n > 4 && have_tiles();
+#else
+  constexpr bool tiles = false;
+#endif
+  // Of a task: as many panels as half a MiB holds, for they are read again with each tile of x; but some tasks a thread.
+  const int64_t together = std::max<int64_t>(1, std::min((1 << 19) / size, panels / (4 * threads)));
+  const int64_t tasks = parts(panels, together);
+  // Where there are fewer tasks than threads, the rows of x are split too, at multiples of 96 = lcm(6, 32).
+  const int64_t split = std::max<int64_t>(1, std::min(parts(threads, tasks), x.n / 96));
+  const int64_t share = parts(parts(x.n, split), 96) * 96;
+  std::vector<int8_t> ones(x.pitch, 1);
+  parallel(tasks * split, threads, [&](int64_t task) {
+    static thread_local std::vector<Line> memory;
+    memory.resize(std::max<int64_t>(memory.size(), together * size / 64));
+    static thread_local std::vector<Rows> of;
+    of.resize(together);
+    const int64_t first = task % tasks * together, count = std::min(together, panels - first);
+    alignas(64) int32_t products[32 * width];
+    for (int64_t p = 0; p < count; ++p) {
+      uint8_t* const panel = memory[p * size / 64].bytes;
+      fill((first + p) * width, panel, of[p]);
+      multiply_bytes<1>(ones.data(), x.pitch, panel, quads, of[p].sums);
+    }
+    const int64_t end = std::min((task / tasks + 1) * share, x.n);
+    [[maybe_unused]] int64_t shaped = 0;
+    for (int64_t i = task / tasks * share; i < end;) {
+      const int64_t tall = std::min<int64_t>(end - i, tiles ? 32 : high);
+#ifdef KERNELS_AMX
+      if (tiles && tall != shaped) shape_tiles(shaped = tall);
+#endif
+      for (int64_t p = 0; p < count; ++p) {
+        const uint8_t* const panel = memory[p * size / 64].bytes;
+        const int8_t* const inputs = x.numbers + i * x.pitch;
+#ifdef KERNELS_AMX
+        if (tiles) {
+          multiply_tiles(inputs, tall, x.pitch, panel, quads, products);
+        } else {
+          multiply_bytes_of(tall, inputs, x.pitch, panel, quads, products);
+        }
+#else
+        multiply_bytes_of(tall, inputs, x.pitch, panel, quads, products);
+#endif
+        const int64_t row = (first + p) * width;
+        finish(x, i, tall, of[p], products, std::min<int64_t>(width, rows - row), out + i * rows + row, rows);
+      }
+      i += tall;
+    }
+#ifdef KERNELS_AMX
+    if (shaped != 0) _tile_release();
+#endif
+  });
+}
+
+// to = four numbers of row l of a group, at quad q.
+inline uint8_t* place(uint8_t* panel, int64_t quads, int64_t row, int64_t q) {
+  return panel + (row / lanes * quads + q) * lanes * 4 + row % lanes * 4;
+}
+
+inline void shifted(uint8_t* bytes, int64_t count) {
+  if (shift != 0) {
+    for (int64_t i = 0; i < count; ++i) bytes[i] ^= 128;
+  }
+}
+
+// A panel of `wide` rows of a weight's codes (rows, inner).
+void fill_from_codes(const uint8_t* codes, int64_t inner, int64_t wide, uint8_t* panel, int64_t quads) {
+  int64_t row = 0;
+#ifdef __AVX512VNNI__
+  const int64_t whole = inner / 4;
+  // Sixteen quads of sixteen rows at a time, transposed: by quads of bytes, then by pairs of those, then by lanes.
+  for (; row + 16 <= wide && whole >= 16; row += 16) {
+    uint8_t* const to = panel + row * quads * 4;
+    for (int64_t q = 0; q<whole; q = q + 32> whole && q + 16 < whole ? whole - 16 : q + 16) {
+      __m512i r[16], t[16];
+      for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(codes + (row + i) * inner + q * 4);
+      for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+      }
+      for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+      }
+      for (int c = 0; c < 4; ++c) {
+        const __m512i even = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88),
+                      odd = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+        const __m512i even2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+        const __m512i odd2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        uint8_t* const at = to + (q + c) * 64;
+        _mm512_storeu_si512(at, _mm512_shuffle_i32x4(even, even2, 0x88));
+        _mm512_storeu_si512(at + 4 * 64, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+        _mm512_storeu_si512(at + 8 * 64, _mm512_shuffle_i32x4(even, even2, 0xdd));
+        _mm512_storeu_si512(at + 12 * 64, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+      }
+    }
+  }
+  const int64_t done = row;
+  if (whole >= 16) {  // what is left of the rows: quads beyond the whole ones
+    for (int64_t r = 0; r < done; ++r) {
+      for (int64_t q = whole; q < quads; ++q) {
+        uint8_t* const to = place(panel, quads, r, q);
+        std::memset(to, 0, 4);
+        if (q * 4 < inner) std::memcpy(to, codes + r * inner + q * 4, inner - q * 4);
+      }
+    }
+  }
+#endif
+  for (; row < width; ++row) {
+    for (int64_t q = 0; q < quads; ++q) {
+      uint8_t* const to = place(panel, quads, row, q);
+      const int64_t here = row < wide ? std::min<int64_t>(4, std::max<int64_t>(inner - q * 4, 0)) : 0;
+      std::memset(to + here, 0, 4 - here);
+      if (here > 0) std::memcpy(to, codes + row * inner + q * 4, here);
+      shifted(to, here);
+    }
+  }
+}
+
+// A panel of the centroids of `wide` rows of codes (blocks, rows).
+//   centroids  (256, d);   turned  (d, 256)
+void fill_from_centroids(const uint8_t* codes, int64_t stride, int64_t blocks, const uint8_t* centroids,
+                         [[maybe_unused]] const uint8_t* turned, int64_t d, int64_t wide, uint8_t* panel,
+                         int64_t quads) {
+  uint8_t some[width] = {};
+  for (int64_t b = 0; b < blocks; ++b, codes += stride) {
+    const uint8_t* of = codes;
+    if (wide < width) std::memcpy(some, codes, wide), of = some;
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+    if (d % 4 == 0) {
+      // A byte of each of 64 centroids is picked from registers. Four such bytes are interleaved, which takes rows 16
+      // apart to one register, so the codes are put in that order first.
+      alignas(64) static const uint8_t order[width] = {0,  1,  2,  3,  16, 17, 18, 19, 32, 33, 34, 35, 48, 49, 50, 51,
+                                                       4,  5,  6,  7,  20, 21, 22, 23, 36, 37, 38, 39, 52, 53, 54, 55,
+                                                       8,  9,  10, 11, 24, 25, 26, 27, 40, 41, 42, 43, 56, 57, 58, 59,
+                                                       12, 13, 14, 15, 28, 29, 30, 31, 44, 45, 46, 47, 60, 61, 62, 63};
+      const __m512i code = _mm512_permutexvar_epi8(_mm512_load_si512(order), _mm512_loadu_si512(of));
+      const __mmask64 upper = _mm512_movepi8_mask(code);
+      for (int64_t j = 0; j < d; j += 4) {
+        __m512i found[4];
+        for (int t = 0; t < 4; ++t) {
+          const uint8_t* table = turned + (j + t) * 256;
+          const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), code, _mm512_loadu_si512(table + 64));
+          const __m512i top =
+              _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), code, _mm512_loadu_si512(table + 192));
+          found[t] = _mm512_mask_blend_epi8(upper, low, top);
+        }
+        const __m512i a = _mm512_unpacklo_epi8(found[0], found[1]), b2 = _mm512_unpackhi_epi8(found[0], found[1]);
+        const __m512i c = _mm512_unpacklo_epi8(found[2], found[3]), e = _mm512_unpackhi_epi8(found[2], found[3]);
+        uint8_t* const to = panel + (b * d + j) / 4 * 64;
+        _mm512_storeu_si512(to, _mm512_unpacklo_epi16(a, c));
+        _mm512_storeu_si512(to + quads * 64, _mm512_unpackhi_epi16(a, c));
+        _mm512_storeu_si512(to + 2 * quads * 64, _mm512_unpacklo_epi16(b2, e));
+        _mm512_storeu_si512(to + 3 * quads * 64, _mm512_unpackhi_epi16(b2, e));
+      }
+      continue;
+    }
+#endif
+    for (int64_t row = 0; row < width; ++row) {
+      const uint8_t* const from = centroids + of[row] * d;
+      if (d % 4 == 0) {
+        for (int64_t j = 0; j < d; j += 4) std::memcpy(place(panel, quads, row, (b * d + j) / 4), from + j, 4);
+      } else {
+        for (int64_t j = 0; j < d; ++j) place(panel, quads, row, (b * d + j) / 4)[(b * d + j) % 4] = from[j];
+      }
+    }
+  }
+  const int64_t inner = blocks * d;
+  for (int64_t row = 0; row < width; ++row) {
+    for (int64_t k = inner; k < quads * 4; ++k) place(panel, quads, row, k / 4)[k % 4] = 0;
+  }
+}
+
+// The numbers of the weight that belong to a panel; `channels` is 1, or a range for each row.
+void describe(const float* scale, const float* zero, bool channels, const float* bias, int64_t first, int64_t wide,
+              Rows& of) {
+  for (int64_t r = 0; r < width; ++r) {
+    const int64_t row = first + (r < wide ? r : 0), range = channels ? row : 0;
+    of.scale[r] = scale[range];
+    of.zero[r] = static_cast<int32_t>(zero[range]) - shift;
+    of.bias[r] = bias == nullptr ? 0 : bias[row];
+  }
+}
+
+// The rows of x (n, inner) in 8 bits; by the range `given`, scale and zero point, or by one for each row.
+struct Rounded {
+  std::unique_ptr<Line[]> numbers;
+  std::vector<float> scale;
+  std::vector<int32_t> zero, sums;
+  Inputs8 inputs;
+
+  Rounded(const float* x, int64_t n, int64_t inner, const float* given, int64_t threads) : scale(n), zero(n), sums(n) {
+    constexpr int64_t together = 8;
+    const int64_t pitch = parts(inner, 64) * 64;
+    numbers.reset(new Line[n * pitch / 64]);
+    int8_t* const to = reinterpret_cast<int8_t*>(numbers.get());
+    parallel(parts(n, together), n * inner < 1 << 16 ? 1 : threads, [&](int64_t part) {
+      for (int64_t i = part * together; i < std::min(n, (part + 1) * together); ++i) {
+        quantize_row(x + i * inner, inner, given, to + i * pitch, pitch, &scale[i], &zero[i], &sums[i]);
+      }
+    });
+    inputs = {n, inner, pitch, to, scale.data(), zero.data(), sums.data()};
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// out (n, rows) = x (n, inner) in 8 bits times the weight of the codes (rows, inner), transposed, plus the bias (rows),
+// if any.
+//   given   scale and zero point of x, or none
+//   affine  (2, channels): scales and zero points of the weight
+void linear_of_codes(const float* x, int64_t n, int64_t inner, const float* given, const uint8_t* codes, int64_t rows,
+                     const float* affine, int64_t channels, const float* bias, float* out, int64_t threads) {
+  const Rounded rounded(x, n, inner, given, threads);
+  multiply(rounded.inputs, rows, out, threads, [&](int64_t first, uint8_t* panel, Rows& of) {
+    const int64_t wide = std::min<int64_t>(width, rows - first);
+    fill_from_codes(codes + first * inner, inner, wide, panel, rounded.inputs.pitch / 4);
+    describe(affine, affine + channels, channels > 1, bias, first, wide, of);
+  });
+}
+
+// The same for the codes (blocks, rows) of centroids (256, d) in 8 bits; their affine is (2, 1).
+void linear_of_centroids(const float* x, int64_t n, int64_t blocks, int64_t d, const float* given, const uint8_t* codes,
+                         int64_t rows, const uint8_t* centroids, const float* affine, const float* bias, float* out,
+                         int64_t threads) {
+  const Rounded rounded(x, n, blocks * d, given, threads);
+  if (n * 4 <= d) {  // tables are faster
+    const Inputs8& in = rounded.inputs;
+    std::vector<float> back(n * in.inner), columns(d * 256);
+    for (int64_t i = 0; i < n * in.inner; ++i) {
+      const int64_t row = i / in.inner;
+      back[i] = static_cast<float>(in.numbers[row * in.pitch + i % in.inner] - in.zero[row]) * in.scale[row];
+    }
+    for (int64_t i = 0; i < d * 256; ++i) columns[i] = (centroids[i % 256 * d + i / 256] - affine[1]) * affine[0];
+    return linear_by_tables(back.data(), n, blocks, d, columns.data(), codes, rows, bias, out, threads);
+  }
+  std::vector<uint8_t> in_panel(centroids, centroids + 256 * d), turned(256 * d);
+  shifted(in_panel.data(), 256 * d);
+  for (int64_t k = 0; k < 256; ++k) {
+    for (int64_t j = 0; j < d; ++j) turned[j * 256 + k] = in_panel[k * d + j];
+  }
+  multiply(rounded.inputs, rows, out, threads, [&](int64_t first, uint8_t* panel, Rows& of) {
+    const int64_t wide = std::min<int64_t>(width, rows - first);
+    fill_from_centroids(codes + first, rows, blocks, in_panel.data(), turned.data(), d, wide, panel,
+                        rounded.inputs.pitch / 4);
+    describe(affine, affine + 1, false, bias, first, wide, of);
+  });
+}
+}
+
+}  // namespace kernels
