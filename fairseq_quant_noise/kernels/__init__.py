@@ -8,18 +8,22 @@ a GPU (`gpu.py`).
     linear(x, codes, centroids, bias)      a product with a weight in codes, without decoding it
     linear_of_codes, linear_of_centroids   the same with both in 8 bits, on a CPU
 
+In a graph of torch.compile or torch.export a product is an operator (`operators.py`).
+
 `FAIRSEQ_QUANT_NOISE_KERNELS=reference` in the environment turns the CPU's compiled form off.
 """
 
 import torch
 from torch import Tensor
 
-from . import cpu, gpu, reference
+from . import cpu, gpu, operators, reference
 from .cpu import SETTLED
+from .operators import in_graph
 
 __all__ = [
     "SETTLED",
     "decode",
+    "in_graph",
     "linear",
     "linear_of_centroids",
     "linear_of_codes",
@@ -63,7 +67,8 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
     Returns:
         (O, I), of the centroids' dtype.
     """
-    form = cpu if centroids.dtype == torch.float32 and cpu.takes(centroids) else reference
+    fits = centroids.dtype == torch.float32 and not in_graph() and cpu.takes(centroids)
+    form = cpu if fits else reference  # which a graph can hold
     return form.decode(codes, centroids)
 
 
@@ -86,6 +91,8 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     Returns:
         (..., O).
     """
+    if in_graph():
+        return operators.linear(x, codes, centroids, bias)
     form = cpu if cpu.takes(x) else gpu if gpu.takes(x) else reference
     return form.linear(x, codes, centroids, bias)
 
@@ -111,6 +118,8 @@ def linear_of_codes(
     Returns:
         (..., O). A row of x that is not finite gives NaN.
     """
+    if in_graph():
+        return operators.linear_of_codes(x, codes, affine, bias, grid)
     return (cpu if takes_integers(x) else reference).linear_of_codes(x, codes, affine, bias, grid)
 
 
@@ -135,4 +144,6 @@ def linear_of_centroids(
     Returns:
         (..., O).
     """
+    if in_graph():
+        return operators.linear_of_centroids(x, codes, centroids, affine, bias, grid)
     return (cpu if takes_integers(x) else reference).linear_of_centroids(x, codes, centroids, affine, bias, grid)

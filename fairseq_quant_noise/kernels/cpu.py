@@ -31,9 +31,14 @@ _LANES = 16  # K is padded to a multiple of it
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the compiled form takes this tensor, of any shape (…); not under torch.compile, which cannot trace it."""
-    fits = tensor.device.type == "cpu" and tensor.dtype in _LEAST and not torch.compiler.is_compiling()
-    return fits and library() is not None
+    """Whether the compiled form takes this tensor, of any shape (…)."""
+    return tensor.device.type == "cpu" and tensor.dtype in _LEAST and is_there()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_there() -> bool:
+    """Whether there are compiled kernels on this machine."""
+    return library() is not None
 
 
 @functools.cache

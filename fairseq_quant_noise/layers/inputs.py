@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels import in_graph
 from ..scalar import INPUT_RANGES, RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
 from ..utils.autograd import in_backward
@@ -67,7 +68,7 @@ class InputQuantizer(nn.Module):
         low, high = self.range if self.count else x.detach().float().aminmax()
         affine = Affine.of_range(low.reshape(1), high.reshape(1), self.bits)
         rounded = fake_quantize(x, affine)
-        if not torch.compiler.is_compiling():
+        if not in_graph():
             setattr(rounded, GRID, affine.to_tensor().flatten())
         return rounded
 

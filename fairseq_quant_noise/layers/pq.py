@@ -8,19 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..accounting import pq_bytes
 from ..errors import UserError
-from ..kernels import SETTLED, decode, linear, linear_of_centroids, takes_integers, takes_linear
+from ..kernels import SETTLED, decode, in_graph, linear, linear_of_centroids, takes_integers, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine, is_affine
 from ..utils.bits import code_bits, largest_code, unpack_bits
 from ..weights.discovery import Weight
 from .inputs import GRID
 from .lookup import Lookup
 from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, LATENT_WEIGHT
-from .quantized import QuantizedWeight, dense_weight, swap_in
+from .quantized import QuantizedWeight, dense_weight, is_multiplied, swap_in
 from .registry import QuantizedTensor, register
+
+_DERIVED = ("_all_codes", "_in_bytes")  # attributes of rounded centroids: what the CPU's kernels keep of them
 
 
 @register("pq")
@@ -95,7 +98,7 @@ class PQWeight(QuantizedWeight):
         """
         if self.file_affine is not None:
             affine = Affine.of_tensor(self.file_affine, self.bits)
-            if torch.equal(fake_quantize(self.centroids, affine), self.centroids):
+            if in_graph() or torch.equal(fake_quantize(self.centroids, affine), self.centroids):
                 return affine
         return fit_affine("centroids", self.centroids, self.bits, "tensor")
 
@@ -103,7 +106,7 @@ class PQWeight(QuantizedWeight):
         """The centroids (K, d) as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""
         # From `_parameters` at once: nn.Module finds an attribute there in half a microsecond.
         centroids: Tensor = self._parameters[CENTROIDS]  # type: ignore[assignment]
-        if torch.is_grad_enabled() or centroids.device.type != "cpu":  # a GPU would have to wait for a comparison
+        if torch.is_grad_enabled() or in_graph() or centroids.device.type != "cpu":  # a GPU would have to wait
             return self._rounded()
         # A generation asks for them at every token. By value: optimizers write to `.data`, which no version counts.
         kept = self._stored
@@ -115,9 +118,8 @@ class PQWeight(QuantizedWeight):
 
     def kept(self) -> list[Tensor]:
         """Copies of the centroids in memory for look-ups: two (K, d); with the CPU's kernels (256, d), (d, 256) too."""
-        if self._stored is None:
-            return []
-        return [*self._stored, *(t for kept in ("_all_codes", "_in_bytes") for t in getattr(self._stored[1], kept, ()))]
+        stored = self._stored or ()
+        return [*stored, *(t for name in _DERIVED for of in stored[1:] for t in getattr(of, name, ()))]
 
     def _rounded(self) -> Tensor:
         if self.bits == 16:
@@ -125,10 +127,9 @@ class PQWeight(QuantizedWeight):
         return fake_quantize(self.centroids, self.affine())
 
     def decode(self) -> Tensor:
-        """The dense weight, of `shape` (rows, …).
+        """The dense weight, of `shape` (rows, …); in eval mode of the centroids as the file holds them.
 
-        In eval mode it is made from the centroids as the file holds them, so that scores agree. In training, 8-bit
-        centroids are seen rounded too, with straight-through gradients.
+        So scores agree. In training, 8-bit centroids are seen rounded too, with straight-through gradients.
         """
         if not self.training and not torch.is_grad_enabled():
             return decode(self.codes, self.stored_centroids()).view(self.shape)
@@ -150,10 +151,9 @@ class PQWeight(QuantizedWeight):
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether `linear` takes x (..., I): gradients are off, the weight is (O, I), and codes are faster."""
-        centroids: Tensor = self._parameters[CENTROIDS]  # type: ignore[assignment]
         if torch.is_grad_enabled() or len(self.shape) != 2:
             return False
-        return self._in_integers(x) or takes_linear(x, centroids)
+        return self._in_integers(x) or takes_linear(x, self._parameters[CENTROIDS])  # type: ignore[arg-type]
 
     def _in_integers(self, x: Tensor) -> bool:
         return self.bits == 8 and self.centroids.dtype == torch.float32 and takes_integers(x)
@@ -169,15 +169,17 @@ class PQWeight(QuantizedWeight):
 
     def _centroids_in_bytes(self) -> tuple[Tensor, Tensor]:
         """The 8-bit centroids (256, d) uint8, zeros beyond K, and their scale and zero point (2, 1)."""
+        if in_graph():
+            return self._found_in_bytes()
         stored = self.stored_centroids()
-        kept: tuple[Tensor, Tensor] | None = getattr(stored, "_in_bytes", None)
-        if kept is None:
-            affine = self.affine()
-            numbers = torch.zeros(256, self.block_size, dtype=torch.uint8)
-            numbers[: self.n_centroids] = affine.codes(self.centroids.detach())
-            kept = numbers, affine.to_tensor()
-            stored._in_bytes = kept  # type: ignore[attr-defined]
-        return kept
+        if not hasattr(stored, "_in_bytes"):
+            stored._in_bytes = self._found_in_bytes()  # type: ignore[attr-defined]
+        return stored._in_bytes  # type: ignore[attr-defined]
+
+    def _found_in_bytes(self) -> tuple[Tensor, Tensor]:
+        affine = self.affine()
+        numbers = affine.codes(self.centroids.detach())
+        return F.pad(numbers, (0, 0, 0, 256 - len(numbers))), affine.to_tensor()
 
     def _laid_out(self, codes: Tensor) -> Tensor:
         return codes.t().contiguous().t() if self.block_major else codes
@@ -188,8 +190,7 @@ class PQWeight(QuantizedWeight):
 
     def rows(self, numbers: Tensor) -> Tensor:
         """The rows of these numbers, decoded: (...) int64 -> (..., I)."""
-        codes = self.codes[numbers.flatten()]  # (n, blocks a row)
-        found = self.stored_centroids().index_select(0, codes.flatten().long())
+        found = self.stored_centroids().index_select(0, self.codes[numbers.flatten()].flatten().long())
         return found.view(*numbers.shape, *self.shape[1:])
 
     def facts(self) -> dict[str, Any]:
@@ -368,11 +369,6 @@ class PQWeight(QuantizedWeight):
 
 
 P = TypeVar("P", bound=PQWeight)
-
-
-def is_multiplied(weight: Weight) -> bool:
-    """Whether a holder multiplies by this weight as a matrix; an embedding looks its rows up."""
-    return len(weight.shape) == 2 and any(not isinstance(module, nn.Embedding) for _, module in weight.holders)
 
 
 def quantize_weight_(

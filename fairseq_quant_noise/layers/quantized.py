@@ -96,6 +96,11 @@ class QuantizedWeight(Format, nn.Module):
         return self
 
 
+def is_multiplied(weight: Weight) -> bool:
+    """Whether a holder multiplies by this weight as a matrix; an embedding looks its rows up."""
+    return len(weight.shape) == 2 and any(not isinstance(module, nn.Embedding) for _, module in weight.holders)
+
+
 def swap_in(weight: Weight, quantized: QuantizedWeight) -> None:
     """Put `quantized` in the place of a stored weight, for its owner and every alias; their noise ends."""
     quantized.train(weight.module.training)

@@ -189,6 +189,7 @@ def decoded(model):
     return dense.eval()
 
 
+@pytest.mark.upstream(36)
 def test_a_file_of_integers_multiplies_integers(from_file, monkeypatch):
     model, called = from_file(), []
     forms = {name: getattr(cpu, name) for name in ("linear_of_codes", "linear_of_centroids")}

@@ -113,7 +113,8 @@ void multiply(const Inputs8& x, int64_t rows, float* out, int64_t threads, const
 #else
   constexpr bool tiles = false;
 #endif
-  // Of a task: as many panels as half a MiB holds, for they are read again with each tile of x; but some tasks a thread.
+  // Of a task: as many panels as half a MiB holds, for they are read again with each tile of x; but some tasks a
+  // thread.
   const int64_t together = std::max<int64_t>(1, std::min((1 << 19) / size, panels / (4 * threads)));
   const int64_t tasks = parts(panels, together);
   // Where there are fewer tasks than threads, the rows of x are split too, at multiples of 96 = lcm(6, 32).

@@ -1,0 +1,69 @@
+"""Quantized networks as one graph: torch.compile, torch.export, and the operators that such a graph calls."""
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_quant_noise import load, quantize_, save
+from fairseq_quant_noise.kernels import operators
+
+PLANS = {
+    "pq": {"stages": [{"match": ".*", "block_size": 8}]},
+    "int8": {"stages": [{"match": ".*", "scheme": "int8", "range": "channel"}]},
+    "pq + int8": {"stages": [{"match": ".*", "block_size": 8}], "centroids": {"dtype": "int8"}},
+}
+OPERATORS = {"pq": "linear", "int8": "linear_of_codes", "pq + int8": "linear_of_centroids"}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(50, 64), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).eval()
+
+
+@pytest.fixture(params=PLANS)
+def packed(request, tmp_path):
+    """(name of the plan, a network of its packed file, input)."""
+    model = quantize_(network(), PLANS[request.param])
+    save(model, tmp_path / "m.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    return (
+        request.param,
+        load(tmp_path / "m.safetensors", into=network()),
+        torch.randint(50, (3, 8), generator=generator),
+    )
+
+
+def test_compile_takes_the_network_whole(packed):
+    _, model, x = packed
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+def test_export_gives_a_graph_of_products_with_codes_for_any_batch(packed):
+    name, model, x = packed
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), strict=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        assert torch.equal(exported.module()(x[:2]), model(x[:2]))
+    called = [str(node.target) for node in exported.graph.nodes if "fairseq_quant_noise" in str(node.target)]
+    assert called == [f"fairseq_quant_noise.{OPERATORS[name]}.default"] * 2
+
+
+def test_compile_after_a_call_sees_centroids_that_change():
+    model, x = quantize_(network(), PLANS["pq"]), torch.arange(8)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        before = compiled(x)
+        model[3]._modules["weight"].centroids.mul_(2)
+        assert not torch.equal(compiled(x), before)
+        assert torch.equal(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("bias", [torch.ones(24), None], ids=["bias", "none"])
+def test_the_operators_keep_torchs_contract(bias):
+    x, codes = torch.randn(2, 3, 16), torch.randint(256, (2, 24), dtype=torch.uint8)
+    affine, grid = torch.tensor([[0.1], [3.0]]), torch.tensor([0.05, 128.0])
+    centroids = torch.randint(256, (256, 8), dtype=torch.uint8)
+    torch.library.opcheck(operators.linear, (x, codes, torch.randn(256, 8), bias))
+    torch.library.opcheck(operators.linear_of_centroids, (x, codes, centroids, affine, bias, grid))
+    rows = torch.randint(256, (24, 16), dtype=torch.uint8)
+    torch.library.opcheck(operators.linear_of_codes, (x, rows, affine, bias, None))
