@@ -65,10 +65,9 @@ bash recipes/quickstart/prepare.sh "$OUT"
 MADE="$UPDATES-$NOISE"
 step "train without and with noise, $UPDATES updates each" "$OUT/.trained-$MADE" side_by_side 2 \
   "no-noise: train no-noise 0" "quant-noise: train quant-noise $NOISE"
-step "quantize in three ways, $IPQ_UPDATES updates each" "$OUT/.quantized-$MADE-$IPQ_UPDATES" side_by_side 2 \
-  "ours: best" "no-noise: ipq no-noise 0 && evaluate no-noise" "quant-noise: ipq quant-noise $NOISE && evaluate quant-noise"
-step "write the packed files and evaluate" "$OUT/.evaluated-$MADE-$IPQ_UPDATES" side_by_side 2 \
-  "no-noise: pack no-noise" "quant-noise: pack quant-noise" "ours: pack ours"
+step "quantize in three ways, $IPQ_UPDATES updates each, and evaluate" "$OUT/.quantized-$MADE-$IPQ_UPDATES" side_by_side 2 \
+  "ours: best && pack ours" "no-noise: ipq no-noise 0 && pack no-noise" "quant-noise: ipq quant-noise $NOISE && pack quant-noise" \
+  "no-noise: evaluate no-noise" "quant-noise: evaluate quant-noise"
 cp "$OUT"/no-noise/eval-{dense,one-shot}.log "$OUT/ours" # ours starts from the same model
 for run in "no-noise 0" "quant-noise $NOISE" "ours 0"; do python recipes/results.py "$OUT/${run% *}" --noise "${run#* }"; done
 python recipes/quickstart/summary.py "$OUT"
