@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import cpu, gpu, operators, reference
 from .cpu import SETTLED
-from .operators import in_graph
+from .tracing import in_graph
 
 __all__ = [
     "SETTLED",
@@ -53,7 +53,7 @@ def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) ->
     if weights is not None:
         points, slope = torch.cat([weights * points, weights], 1), torch.cat([slope, squares.t()])  # (n, 2 d), (2 d, K)
         bias = torch.zeros_like(bias)
-    form = cpu if cpu.takes(points) else reference
+    form = cpu if not in_graph() and cpu.takes(points) else reference
     return form.least(points, slope, bias)
 
 

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tracing import in_graph
+
 logger = logging.getLogger(__name__)
 
 SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
@@ -32,13 +34,8 @@ _LANES = 16  # K is padded to a multiple of it
 
 def takes(tensor: Tensor) -> bool:
     """Whether the compiled form takes this tensor, of any shape (…)."""
-    return tensor.device.type == "cpu" and tensor.dtype in _LEAST and is_there()
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_there() -> bool:
-    """Whether there are compiled kernels on this machine."""
-    return library() is not None
+    fits = tensor.device.type == "cpu" and tensor.dtype in _LEAST
+    return fits and (in_graph() or library() is not None)  # a graph's operators look again when they run
 
 
 @functools.cache

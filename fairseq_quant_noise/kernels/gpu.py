@@ -10,6 +10,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from .tracing import in_graph
+
 _MOST_ROWS = 8  # rows of x that the kernel takes
 _ROWS, _BLOCKS = 64, 16  # rows and blocks of the weight that one program handles
 _PROGRAMS = 512  # enough to fill a GPU: with fewer rows than that gives, the blocks are split too
@@ -18,13 +20,12 @@ _PROGRAMS = 512  # enough to fill a GPU: with fewer rows than that gives, the bl
 def takes(x: Tensor) -> bool:
     """Whether this form is there for `x` (..., I), and faster than decoding."""
     few = x.numel() <= _MOST_ROWS * x.shape[-1]
-    return few and x.device.type == "cuda" and x.dtype in _DTYPES and _installed()
+    return few and x.device.type == "cuda" and x.dtype in _DTYPES and (in_graph() or _installed())
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -33,8 +33,7 @@ def linear_of_codes(
     x: Tensor, codes: Tensor, affine: Tensor, bias: Tensor | None = None, grid: Tensor | None = None
 ) -> Tensor:
     """As `kernels.linear_of_codes`, for x (..., I), codes (O, I), affine (2, C), bias (O,) and grid (2,): (..., O)."""
-    scale, zero = affine.unsqueeze(-1)  # (C, 1) each
-    return F.linear(_rounded(x, grid), (codes - zero) * scale, bias)
+    return F.linear(_rounded(x, grid), dense(codes, affine), bias)
 
 
 def linear_of_centroids(
@@ -47,6 +46,12 @@ def linear_of_centroids(
 ) -> Tensor:
     """As `kernels.linear_of_centroids`, for x (..., I), codes (I/d, O), centroids (256, d), affine (2, 1): (..., O)."""
     return linear_of_codes(x, decode(codes.t(), centroids), affine, bias, grid)
+
+
+def dense(codes: Tensor, affine: Tensor) -> Tensor:
+    """(codes - z) s, for codes (O, I) and affine (2, 1) or (2, O): (O, I) float32."""
+    scale, zero = affine.unsqueeze(-1)  # (C, 1) each
+    return (codes - zero) * scale
 
 
 def _rounded(x: Tensor, grid: Tensor | None) -> Tensor:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from toys import python
 
 from fairseq_quant_noise import load, quantize_, save
-from fairseq_quant_noise.kernels import operators
+from fairseq_quant_noise.kernels import cpu, operators
 
 PLANS = {
     "pq": {"stages": [{"match": ".*", "block_size": 8}]},
@@ -67,3 +68,17 @@ def test_the_operators_keep_torchs_contract(bias):
     torch.library.opcheck(operators.linear_of_centroids, (x, codes, centroids, affine, bias, grid))
     rows = torch.randint(256, (24, 16), dtype=torch.uint8)
     torch.library.opcheck(operators.linear_of_codes, (x, rows, affine, bias, None))
+
+
+def test_the_package_does_not_wait_for_torchs_compiler():
+    """It takes almost as long to import as torch itself."""
+    python("import sys, fairseq_quant_noise; assert 'torch._dynamo' not in sys.modules")
+
+
+def test_a_graph_without_compiled_kernels_has_products_in_fp32(packed, monkeypatch):
+    name, model, x = packed
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled(x)
+        monkeypatch.setattr(cpu, "library", lambda: None)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
