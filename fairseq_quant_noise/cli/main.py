@@ -38,12 +38,8 @@ def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, An
 
 
 _PATH = _option("--path", metavar="CKPT", required=True, help="a fairseq checkpoint")
-_PLAN = _option(
-    "--plan",
-    metavar="PLAN",
-    required=True,
-    help="a YAML plan, ours or fairseq's, or the name of a plan that comes with the package, such as small_int8",
-)
+_PLAN_HELP = "a YAML plan, ours or fairseq's, or the name of a plan that comes with the package, such as small_int8"
+_PLAN = _option("--plan", metavar="PLAN", required=True, help=_PLAN_HELP)
 _OUT = _option(
     "--out", metavar="FILE", required=True, help="the file to write; replaced only once the new one is whole"
 )
@@ -75,7 +71,21 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
                 default=[],
                 help="an option of the model, with --arch; may be given again",
             ),
-            _PLAN,
+            _option("--plan", metavar="PLAN", help=_PLAN_HELP),
+            _option(
+                "--budget",
+                metavar="SIZE",
+                help="find the plan whose packed file has at most this size and loses least, with --path: 10MiB, 10MB, "
+                "bytes, or x17 for a 17th of the dense network",
+            ),
+            _option(
+                "--calibration-data",
+                metavar="DATA",
+                help="with --budget: binarized data, or images, on whose training split the loss is measured before "
+                "and after, and the gradients that errors are weighed by, of a checkpoint without Adam's second "
+                "moments",
+            ),
+            _option("--out", metavar="PLAN", help="with --budget: the plan to write, in YAML"),
             _STRICT,
             _JSON,
         ],

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from ..accounting import MIB
 from ..artifact import pack, read, write
 from ..artifact.reader import SUFFIX
 from ..checkpoints.checkpoint import Checkpoint
@@ -26,14 +27,18 @@ from ..errors import UserError
 from ..layers import quantized_weights
 from ..networks.registry import has_words, meta_model
 from ..plan.plan import Plan
-from ..quantization.quantize import quantize_
+from ..quantization.budget.options import price
+from ..quantization.budget.text import plan_text
+from ..quantization.quantize import quantize_, quantized_values
 from ..quantization.structure import apply_structure
 from ..quantization.table import make_table
-from ..quantization.targets import resolve_stages
+from ..quantization.targets import Target, resolve_stages
 from ..report import write_report
 from ..structure.state import stack_sizes
 from ..utils.files import replace_file
+from ..utils.progress import now_and_then
 from ..weights.discovery import warn_of_uncovered
+from .budget import best_plan, budget_of, smallest_plan
 from .printing import print_inspection, print_table
 
 
@@ -43,7 +48,15 @@ def user_dir(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Show what a plan would do to each tensor, and the totals; nothing is computed."""
+    """Show what a plan would do to each tensor, and the totals; or find the plan for a size, with --budget."""
+    if (args.plan is None) == (args.budget is None):
+        raise UserError("plan: give either --plan PLAN, to see what it does, or --budget SIZE, to find one")
+    if args.budget is not None:
+        _find_plan(args)
+        return
+    for option in ("out", "calibration_data"):
+        if getattr(args, option) is not None:
+            raise UserError(f"plan: --{option.replace('_', '-')} goes with --budget; leave it out")
     model = _network(args)
     the_plan = Plan.of(args.plan)
     original = make_table(model)
@@ -58,20 +71,55 @@ def plan(args: argparse.Namespace) -> None:
         print_table(table)
 
 
+def _find_plan(args: argparse.Namespace) -> None:
+    """The plan of least predicted loss whose file has at most so many bytes: as a table, and in a file with --out."""
+    if args.path is None or args.arch is not None:
+        raise UserError("plan: --budget needs --path CKPT and no --arch, for it asks the weights what they lose")
+    if args.out is not None:
+        _check_out(args.out, args.path)
+    if args.calibration_data is not None:
+        _need_fairseq("--calibration-data", "leave it out")
+    checkpoint = _dense_checkpoint(args)
+    model = checkpoint.network
+    warn_of_uncovered(model, args.strict)
+    budget = budget_of(args.budget, make_table(model).dense_bytes)
+    smallest = smallest_plan(checkpoint, budget)
+    loss = None
+    if args.calibration_data is not None:
+        from ..plugin.calibration import loss_on
+
+        loss = loss_on(checkpoint, args.calibration_data)
+    importance = _importance(args, checkpoint)
+    checkpoint.forget_optimizer()
+    found = best_plan(checkpoint, price(model, importance, _progress), budget, smallest)
+    targets = resolve_stages(found.plan, model)
+    losses = None if loss is None else (loss({}), loss(_values(targets, importance)))
+    table = make_table(model, targets)
+    summary = f"The packed file has {found.bytes:,} bytes ({found.bytes / MIB:.3f} MiB)"
+    if losses is not None:
+        summary += f"; loss {losses[0]:.3f} before and {losses[1]:.3f} after, on {args.calibration_data}"
+    if args.out is not None:
+        heading = f"Found by `fairseq-quant-noise plan --budget {args.budget}`.", f"{summary}."
+        replace_file(args.out, plan_text(found.chosen, heading).encode())
+    if args.json:
+        print(json.dumps({**table.to_dict(), "file_bytes": found.bytes, "losses": losses}))
+        return
+    print_table(table)
+    print(summary)
+
+
+def _values(targets: Sequence[Target], importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The targets' weights as `quantize` would give them to evaluation, by the tensor's name, of their own shapes."""
+    values = quantized_values(targets, seed=0, importance=importance, progress=now_and_then(_progress))
+    return {target.weight.tensor_name: value for target, (_, value) in zip(targets, values, strict=True)}
+
+
 def _network(args: argparse.Namespace) -> nn.Module:
     """The network that `plan` is about: of a checkpoint, or of an architecture."""
     if (args.path is None) == (args.arch is None):
         raise UserError("plan: give either --path CKPT or --arch ARCH")
     if args.path is not None:
-        if args.set or args.head:
-            raise UserError("plan: --set and --head go with --arch, for a checkpoint has its own; leave them out")
-        model = Checkpoint(args.path).network
-        if quantized_weights(model):
-            raise UserError(
-                f"plan: {args.path} holds quantized weights already; give the dense checkpoint, or look at this one by "
-                "`fairseq-quant-noise export` and `inspect`"
-            )
-        return model
+        return _dense_checkpoint(args).network
     _need_fairseq("--arch", "give --path CKPT instead")
     from ..plugin.models.architectures import architecture_options
 
@@ -79,6 +127,19 @@ def _network(args: argparse.Namespace) -> nn.Module:
         raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
     options = architecture_options(args.arch, args.set, args.head)
     return meta_model(args.arch, options, args.vocab_size or 0)
+
+
+def _dense_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that `plan` is about. Raises UserError where it is quantized already."""
+    if args.set or args.head:
+        raise UserError("plan: --set and --head go with --arch, for a checkpoint has its own; leave them out")
+    checkpoint = Checkpoint(args.path)
+    if quantized_weights(checkpoint.network):
+        raise UserError(
+            f"plan: {args.path} holds quantized weights already; give the dense checkpoint, or look at this one by "
+            "`fairseq-quant-noise export` and `inspect`"
+        )
+    return checkpoint
 
 
 def quantize(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Run fairseq's task and criterion on a few batches, to calibrate ranges or to measure squared gradients.
+"""Run fairseq's task and criterion on a few batches, to calibrate ranges or to measure squared gradients and losses.
 
 These are the ranges of activations, the statistics of batch normalisation, and the squared gradients that replace
 Adam's second moments where a checkpoint has none.
@@ -6,12 +6,13 @@ Adam's second moments where a checkpoint has none.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import fairseq.checkpoint_utils
+import torch
 from torch import Tensor, nn
 
 from ..checkpoints.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from ..layers import adopt_quantized, input_quantizers
 from ..layers.batch_statistics import batch_norms
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..plan.plan import Plan
+from ..quantization.quantize import swapped
 from ..utils.progress import watched
 from .batches import FIRST_BATCHES
 from .gradients import squared_gradients
@@ -97,6 +99,35 @@ def gradients_on(
     samples = _samples(task, str(data), FIRST_BATCHES)
     watching = watched(samples, FIRST_BATCHES, "measuring gradients", progress)
     return squared_gradients(theirs, criterion, watching)
+
+
+def loss_on(checkpoint: Checkpoint, data: str | Path) -> Callable[[Mapping[str, Tensor]], float]:
+    """Measure the criterion's loss a token over the first batches of the training split of `data`, without dropout.
+
+    Args:
+        checkpoint: as in `calibration_on`.
+        data: as there.
+
+    Returns:
+        A function that measures it with other values for the tensors of some names, each of the tensor's shape, such
+        as (out, in) for a Linear.
+
+    Raises:
+        UserError: `data` is no such folder, or has no training split.
+    """
+    _check_data(data)
+    theirs, criterion, task = _prepared(checkpoint, str(data))
+    theirs.eval()
+    samples = list(_samples(task, str(data), FIRST_BATCHES))
+    parameters = dict(theirs.named_parameters(remove_duplicate=False))
+
+    @torch.no_grad()
+    def loss(values: Mapping[str, Tensor]) -> float:
+        with swapped([(parameters[name], value) for name, value in values.items()]):
+            found = [criterion(theirs, sample)[:2] for sample in samples]
+        return sum(float(loss) for loss, _ in found) / sum(float(size) for _, size in found)
+
+    return loss
 
 
 def _prepared(checkpoint: Checkpoint, data: str, **options: Any) -> tuple[nn.Module, Any, Any]:

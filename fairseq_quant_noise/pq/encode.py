@@ -27,7 +27,14 @@ class Encoded:
 
 
 def encode(
-    name: str, weight: Tensor, block_size: int, n_centroids: int, *, seed: int = 0, importance: Tensor | None = None
+    name: str,
+    weight: Tensor,
+    block_size: int,
+    n_centroids: int,
+    *,
+    seed: int = 0,
+    importance: Tensor | None = None,
+    iterations: int = ITERATIONS,
 ) -> Encoded:
     """Quantize `weight` by k-means over all its blocks.
 
@@ -39,11 +46,13 @@ def encode(
         seed: of k-means; with the same weight and importance it gives the same bits.
         importance: of the numbers' squared errors (`quantization/importance.py`), of the weight's shape; all alike
             without.
+        iterations: of k-means.
 
     Raises:
         UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 256.
     """
-    return encode_together([name], [weight], block_size, n_centroids, seed=seed, importance=[importance])[0]
+    sizes = block_size, n_centroids
+    return encode_together([name], [weight], *sizes, seed=seed, importance=[importance], iterations=iterations)[0]
 
 
 def encode_together(
@@ -54,6 +63,7 @@ def encode_together(
     *,
     seed: int,
     importance: Sequence[Tensor | None],
+    iterations: int = ITERATIONS,
 ) -> list[Encoded]:
     """`encode` of several weights with one codebook, by k-means over the blocks of all.
 
@@ -66,6 +76,7 @@ def encode_together(
         n_centroids: K.
         seed: of k-means.
         importance: for each weight one of its shape, or None.
+        iterations: of k-means.
 
     Returns:
         For each weight its codes (rows, blocks a row), with the centroids (K, d) that all have in common.
@@ -81,7 +92,7 @@ def encode_together(
     counts = None
     if len(given) == len(weights):
         counts = _normalized(torch.cat([as_blocks(tensor.to(blocks.device), block_size) for tensor in given]))
-    found = kmeans(blocks, n_centroids, iterations=ITERATIONS, seed=seed, weights=counts)
+    found = kmeans(blocks, n_centroids, iterations=iterations, seed=seed, weights=counts)
     parts = found.codes.split([weight.numel() // block_size for weight in weights])
     encoded = []
     for weight, codes in zip(weights, parts, strict=True):

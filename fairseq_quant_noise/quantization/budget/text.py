@@ -1,0 +1,93 @@
+"""Write the choice for each weight as a plan: a YAML file whose comments say what each part costs."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from ...weights.discovery import Weight
+from .names import expression
+from .options import DENSE, PQ, RANGE, Option
+
+T = TypeVar("T")
+K = TypeVar("K")
+OTHERS, EMBEDDINGS, ATTENTION = "Feed-forward and other layers", "Embeddings", "Attention"
+ORDER = (OTHERS, EMBEDDINGS, ATTENTION)  # of the stages, as the paper's
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A weight and the option taken for it."""
+
+    weight: Weight
+    option: Option
+
+    @property
+    def name(self) -> str:
+        """What a plan calls the weight."""
+        return self.weight.name
+
+    @property
+    def kind(self) -> str:
+        """The group of stages that it belongs to, one of ORDER."""
+        module, name = self.weight.module, self.name
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or "embed" in name:
+            return EMBEDDINGS
+        return ATTENTION if isinstance(module, nn.MultiheadAttention) or "att" in name else OTHERS
+
+
+def plan_text(chosen: Sequence[Chosen], heading: Sequence[str] = ()) -> str:
+    """The plan in YAML; its rules give each weight its option, and no other weight a stage.
+
+    Args:
+        chosen: every weight of the model that a plan can name.
+        heading: lines of the comment that the file begins with.
+    """
+    names = [one.name for one in chosen]
+    losses = sum(one.option.loss for one in chosen)
+    lines = [f"# {line}" for line in heading] + ["stages:"]
+    groups = _grouped(chosen, lambda one: (ORDER.index(one.kind), one.option.scheme))
+    for (kind, scheme), group in sorted(groups.items()):
+        if scheme == DENSE:
+            continue
+        lines += [f"  # {ORDER[kind]}: {_cost(group, losses)}"]
+        of = _grouped(group, lambda one: (one.option.block_size, one.option.n_centroids)) if scheme == PQ else {}
+        lines += [f"  #   d {d}, K {k}: {_cost(some, losses)}" for (d, k), some in of.items() if len(of) > 1]
+        lines += [f"  - match: {_quoted(expression((one.name for one in group), names))}", f"    scheme: {scheme}"]
+        if scheme == PQ:
+            lines += _setting("block_size", {one.name: one.option.block_size or 0 for one in group})
+            lines += _setting("n_centroids", {one.name: one.option.n_centroids or 0 for one in group})
+        else:
+            lines += [f"    range: {RANGE}"]
+    dense = [one for one in chosen if one.option.scheme == DENSE]
+    lines += [f"# As they are: {', '.join(one.name for one in dense)}; {_cost(dense, losses)}"] if dense else []
+    return "\n".join([*lines, ""])
+
+
+def _setting(key: str, values: Mapping[str, int]) -> list[str]:
+    """The lines of a setting: one number, or by name, with the commonest as the default."""
+    groups = sorted(_grouped(values, values.__getitem__).items(), key=lambda item: -len(item[1]))
+    (usual, _), *others = groups
+    if not others:
+        return [f"    {key}: {usual}"]
+    lines = [f"      {_quoted(expression(names, values))}: {value}" for value, names in others]
+    return [f"    {key}:", f"      default: {usual}", *lines]
+
+
+def _quoted(text: str) -> str:
+    """A text in YAML, with backslashes as they are."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _cost(group: Sequence[Chosen], losses: float) -> str:
+    share = sum(one.option.loss for one in group) / losses if losses else 0.0
+    size = sum(one.option.bytes for one in group)
+    return f"{len(group)} weight{'s' * (len(group) > 1)}, {size:,} bytes, {share:.1%} of the predicted loss"
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups

@@ -1,0 +1,110 @@
+"""`plan --budget`: the plan for a size, as the file that `quantize` then writes."""
+
+import json
+
+import pytest
+from lm_fixture import PLANS, one_error
+
+from fairseq_quant_noise.artifact import read
+from fairseq_quant_noise.checkpoints.safe_load import safe_load
+from fairseq_quant_noise.cli.main import main
+from fairseq_quant_noise.quantization.budget import options
+
+BUDGET = 40_000  # bytes; the networks have 85,000 and more dense
+
+
+@pytest.fixture(autouse=True)
+def few_ways(monkeypatch):
+    """Time is in the number of ways to store a weight."""
+    monkeypatch.setattr(options, "BLOCK_SIZES", (4, 8))
+    monkeypatch.setattr(options, "CENTROIDS", (16, 64))
+
+
+def verb(*arguments):
+    main(list(map(str, arguments)))
+
+
+def planned(capsys, *arguments):
+    verb("plan", *arguments, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["plain", "adaptive"])
+def test_quantize_by_the_plan_writes_the_file_that_was_promised(lab, runs, kind, capsys):
+    path, plan, out = runs.stock(kind).path, lab.new("plan.yaml"), lab.new("packed.safetensors")
+    found = planned(capsys, "--path", path, "--budget", BUDGET, "--out", plan)
+    verb("quantize", "--path", path, "--plan", plan, "--out", out)
+    assert found["file_bytes"] == out.stat().st_size
+    assert 0.9 * BUDGET < found["file_bytes"] <= BUDGET
+    assert found["losses"] is None
+    entries = read(out).manifest.tensors
+    chosen = {t["name"]: t for t in found["tensors"] if t["scheme"] != "dense" and t["tied_to"] is None}
+    assert {name: (e.scheme, e.block_size, e.n_centroids) for name, e in entries.items()} == {
+        name: (t["scheme"], t["block_size"], t["n_centroids"]) for name, t in chosen.items()
+    }
+
+
+def test_data_say_the_loss_before_and_after(lab, runs, capsys):
+    """A network of 32 numbers a word can lose little to more bytes."""
+    path = runs.stock("plain").path
+    small, large = (
+        planned(capsys, "--path", path, "--budget", size, "--calibration-data", lab.data)["losses"]
+        for size in (30_000, 60_000)
+    )
+    assert small[0] == large[0]
+    assert small[1] - small[0] > abs(large[1] - large[0])
+
+
+def test_the_table_ends_with_the_size_and_the_plan_begins_with_it(lab, runs, capsys):
+    plan = lab.new("plan.yaml")
+    verb("plan", "--path", runs.stock("plain").path, "--budget", "x2.5", "--out", plan)
+    *_, total, last = capsys.readouterr().out.splitlines()
+    assert "by the paper's accounting" in total
+    assert last.startswith("The packed file has ")
+    assert plan.read_text().splitlines()[:2] == ["# Found by `fairseq-quant-noise plan --budget x2.5`.", f"# {last}."]
+
+
+def test_without_moments_errors_count_alike_and_a_note_says_so(lab, runs, capsys):
+    state = safe_load(runs.stock("plain").path)
+    path = lab.checkpoint({**state, "last_optimizer_state": None})
+    verb("plan", "--path", path, "--budget", BUDGET)
+    assert "holds no second moments of Adam, so all errors count alike" in capsys.readouterr().err
+
+
+WRONG = {
+    "too small": ("--path {stock} --budget 9KB", ["9,000 bytes", "the smallest file of this network has"]),
+    "larger than dense": ("--path {stock} --budget 1GiB", ["--budget 1GiB", "the dense network has"]),
+    "as large as dense": ("--path {stock} --budget x1", ["--budget x1", "give less"]),
+    "unknown unit": ("--path {stock} --budget 10Mb", ["--budget 10Mb", "10MiB"]),
+    "no number": ("--path {stock} --budget small", ["--budget small"]),
+    "nothing": ("--path {stock} --budget 0", ["--budget 0"]),
+    "a ratio with a unit": ("--path {stock} --budget x2MB", ["--budget x2MB"]),
+    "a plan too": ("--path {stock} --budget 40KB --plan {plan}", ["--plan", "--budget"]),
+    "neither": ("--path {stock}", ["--plan", "--budget"]),
+    "an architecture": ("--arch quant_noise_transformer_lm --budget 40KB", ["--path"]),
+    "quantized already": ("--path {ipq} --budget 40KB", ["{ipq}", "holds quantized weights already"]),
+    "the checkpoint's name": ("--path {stock} --budget 40KB --out {stock}", ["--out {stock}"]),
+    "no data": ("--path {stock} --budget 40KB --calibration-data /nowhere", ["--calibration-data /nowhere"]),
+    "a file without a budget": ("--path {stock} --plan {plan} --out {plan}", ["--out", "--budget"]),
+    "data without a budget": ("--path {stock} --plan {plan} --calibration-data {plan}", ["--calibration-data"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_line(lab, runs, case, capsys):
+    line, said = WRONG[case]
+    paths = {"stock": runs.stock("plain").path, "ipq": runs.ipq("plain").path, "plan": lab.plan(PLANS["plain"])}
+    before = paths["stock"].read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        verb("plan", *line.format(**paths).split())
+    error = one_error(capsys.readouterr())
+    assert all(text.format(**paths) in error for text in said), error
+    assert paths["stock"].read_bytes() == before
+
+
+def test_the_smallest_budget_that_an_error_names_is_enough(runs, capsys):
+    path = runs.stock("plain").path
+    with pytest.raises(SystemExit, match="2"):
+        verb("plan", "--path", path, "--budget", "1KiB")
+    least = one_error(capsys.readouterr()).partition("network has ")[2].split()[0].replace(",", "")
+    assert planned(capsys, "--path", path, "--budget", least)["file_bytes"] <= int(least)
