@@ -84,6 +84,7 @@ def _round_inputs(module: nn.Module, of: Mapping[str, Any]) -> None:
     affine = Affine.of_range(torch.tensor([of["low"]]), torch.tensor([of["high"]]), of["bits"])
 
     def rounded(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return affine.decode(affine.rounded(given[0])), *given[1:]
+        first, *others = given
+        return affine.decode(affine.rounded(first)) if first.is_floating_point() else first, *others
 
     module.register_forward_pre_hook(rounded)
