@@ -1,7 +1,7 @@
 """Make an ONNX model of a packed file: the traced graph of its network, and the file's tensors in the place of weights.
 
-Scores are those of `load`, up to the order of sums. The model takes about the bytes of the packed file, since its codes
-are decoded by operators of the graph.
+Scores are those of the decoded weights, up to the order of sums. The model takes about the bytes of the packed file,
+since its codes are decoded by operators of the graph.
 """
 
 from pathlib import Path

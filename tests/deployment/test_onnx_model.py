@@ -1,10 +1,10 @@
-"""ONNX models in onnxruntime: scores are those of `load`, for any batch and length, from codes."""
+"""ONNX models in onnxruntime: scores are those of the decoded weights, for any batch and length, from codes."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from exported import LM, PAD, ROBERTA, TRANSLATION, WORDS, packed_file, runtime, scores, session, texts
+from exported import LM, PAD, ROBERTA, TRANSLATION, WORDS, decoded, packed_file, runtime, scores, session, texts
 from lm_cases import CASES
 
 from fairseq_quant_noise import load
@@ -39,12 +39,11 @@ def same(found, expected, words=None):
     torch.testing.assert_close(found[words], expected[words], rtol=0, atol=1e-4)
 
 
-@torch.no_grad()
 def check_texts(path, part=None, longest=None):
     network, model = load(path), session(path, part)
     for tokens in texts():
         tokens = tokens[:, :longest]
-        expected = network(tokens) if part is None else network(tokens, part)
+        expected = decoded(network, tokens, *filter(None, [part]))
         same(scores(model, tokens=tokens), expected, tokens.ne(PAD) if part is None else None)
 
 
@@ -62,8 +61,7 @@ def test_every_format_of_a_weight_is_decoded_as_in_torch(plan, tmp_path):
 def test_positions_of_a_long_text_are_as_exact(tmp_path):
     path = packed_file(tmp_path)
     tokens = torch.randint(4, WORDS, (1, 1500), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        same(scores(session(path), tokens=tokens), load(path)(tokens))
+    same(scores(session(path), tokens=tokens), decoded(load(path), tokens))
 
 
 @pytest.mark.parametrize("part", [None, "mnli", "other"])
@@ -71,7 +69,6 @@ def test_a_roberta_scores_words_or_the_classes_of_a_head(part, tmp_path):
     check_texts(packed_file(tmp_path, "roberta", ROBERTA), part, longest=20)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize(
     "changed", [{}, {"encoder_learned_pos": True, "decoder_learned_pos": True}], ids=["sines", "learned"]
 )
@@ -83,10 +80,9 @@ def test_a_translation_s_encoder_and_decoder_together_score_as_the_model(changed
         source[:, -1] = 2
         memory = scores(encoder, source=source)
         found = scores(decoder, tokens=tokens, memory=memory, source=source)
-        same(found, network(source, tokens), tokens.ne(PAD))
+        same(found, decoded(network, source, tokens), tokens.ne(PAD))
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("plan", ["pq", "int8"])
 def test_an_efficientnet_scores_images_of_any_size(plan, tmp_path):
     pytest.importorskip("timm")
@@ -96,16 +92,15 @@ def test_an_efficientnet_scores_images_of_any_size(plan, tmp_path):
     network, model = load(path), session(path)
     for shape in ((1, 3, 64, 64), (2, 3, 50, 34)):
         images = torch.randn(shape)
-        same(scores(model, images=images), network(images))
+        same(scores(model, images=images), decoded(network, images))
 
 
-@torch.no_grad()
 def test_inputs_are_rounded_where_the_file_says_so(tmp_path):
     """A number on the border between two codes may fall to the other side: so most scores are asked for, not all."""
     plan = FORMATS["int8"] | {"activations": {"range": "tensor"}}
     path = packed_file(tmp_path, plan=plan, calibration=[texts()[3]])
     packed, tokens = read(path), texts()[2]
-    expected = load(path)(tokens)
+    expected = decoded(load(path), tokens)
     plain = onnx_model(path, Packed(packed.tensors, replace(packed.manifest, inputs={})))
     found, unrounded = scores(session(path), tokens=tokens), scores(runtime(plain), tokens=tokens)
     assert ((found - expected).abs() < 1e-4).float().mean() > 0.9
