@@ -176,7 +176,7 @@ def test_the_wheel_says_what_it_is(built):
 
 def test_each_file_of_requirements_is_in_the_metadata(built):
     (about,) = importlib.metadata.distributions(path=[str(built)])
-    for name in ("core", "recipes", "vision", "cluster", "transformers", "dev"):
+    for name in ("core", "recipes", "vision", "cluster", "transformers", "onnx", "dev"):
         lines = (ROOT / f"requirements/{name}.txt").read_text().splitlines()
         wanted = {re.match(r"[\w.-]+", line)[0] for line in lines if re.match(r"\w", line)}
         extra = "" if name == "core" else f'; extra == "{name}"'

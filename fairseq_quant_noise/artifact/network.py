@@ -60,10 +60,13 @@ def _for_hugging_face(path: str | Path, packed: Packed, into: nn.Module) -> dict
         raise UserError(f"{path}: {error}") from None
 
 
-def check_network(path: str | Path, packed: Packed) -> None:
+def check_network(path: str | Path, packed: Packed) -> nn.Module:
     """Refuse a file whose tensors are not, by name and shape, those of the network that it describes.
 
     It costs neither memory for that network nor a look at a weight.
+
+    Returns:
+        The network, dense and without ties, on the meta device.
 
     Raises:
         UserError: the file has other tensors, or holds a network of the user's own.
@@ -80,6 +83,7 @@ def check_network(path: str | Path, packed: Packed) -> None:
     reasons += [f"{name}: rounds its input, and is not in the network" for name in sorted(unknown)]
     if reasons:
         raise _misfit(path, reasons[0])
+    return model
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:

@@ -15,6 +15,7 @@ from ..structure.layer_map import START
 from .verbs import (
     bench,
     export,
+    export_onnx,
     from_hf,
     inspect,
     plan,
@@ -171,6 +172,20 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
         to_dense,
         "fairseq-quant-noise to-dense model.safetensors --out stock.pt",
         [_option("file", metavar="FILE", help="a packed file or a checkpoint"), _OUT],
+    ),
+    "export-onnx": (
+        export_onnx,
+        "fairseq-quant-noise export-onnx model.safetensors --out model.onnx",
+        [
+            _FILE,
+            _OUT,
+            _option(
+                "--part",
+                metavar="PART",
+                help="of a RoBERTa, the head whose classes are scored (default: words); of a model for translation, "
+                "encoder or decoder",
+            ),
+        ],
     ),
     "from-hf": (
         from_hf,

@@ -23,6 +23,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hugging_face import from_folder, to_folder
 from ..checkpoints.stock import difference, stock_checkpoint
 from ..checkpoints.structure import pruned, restructured, shared
+from ..deployment import onnx_model
 from ..errors import UserError
 from ..layers import quantized_weights
 from ..networks.registry import has_words, meta_model
@@ -269,6 +270,15 @@ def to_dense(args: argparse.Namespace) -> None:
     if (different := difference(stock)) is not None:
         _progress(f"note: {different}; scores may differ in the third digit")
     print(f"{args.out}: a stock fairseq checkpoint")
+
+
+def export_onnx(args: argparse.Namespace) -> None:
+    """Write the network of a packed file as an ONNX model, about as small, which onnxruntime runs without torch."""
+    _check_out(args.out, args.file)
+    content = onnx_model(args.file, read(args.file), args.part)
+    replace_file(args.out, content)
+    file_bytes = Path(args.file).stat().st_size
+    print(f"{args.out}: {len(content) / MIB:.3f} MiB, from a packed file of {file_bytes / MIB:.3f} MiB")
 
 
 def from_hf(args: argparse.Namespace) -> None:

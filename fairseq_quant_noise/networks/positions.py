@@ -30,14 +30,16 @@ def number_positions(tokens: Tensor, padding_idx: int) -> Tensor:
     return word.cumsum(dim=1) * word + padding_idx
 
 
-def sinusoids(n_positions: int, dim: int, padding_idx: int) -> Tensor:
-    """(P, C): sines in the first half of the channels, cosines in the second; zeros for padding.
-
-    The wavelengths are tensor2tensor's: frequency i of h = C // 2 is 10000 ** (-i / (h - 1)).
-    """
+def frequencies(dim: int) -> Tensor:
+    """Those of h = C // 2 sines, tensor2tensor's: frequency i is 10000 ** (-i / (h - 1)); (h,)."""
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
-    angles = torch.outer(torch.arange(n_positions).float(), frequencies)  # (P, half)
+    return torch.exp(torch.arange(half).float() * -(math.log(10000) / (half - 1)))
+
+
+def sinusoids(n_positions: int, dim: int, padding_idx: int) -> Tensor:
+    """(P, C): sines in the first half of the channels, cosines in the second; zeros for padding."""
+    half = dim // 2
+    angles = torch.outer(torch.arange(n_positions).float(), frequencies(dim))  # (P, half)
     table = torch.zeros(n_positions, dim)
     table[:, :half] = angles.sin()
     table[:, half : 2 * half] = angles.cos()
