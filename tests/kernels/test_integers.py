@@ -104,6 +104,8 @@ def test_a_row_that_is_not_finite_spoils_itself_alone(form):
     found = form.linear_of_codes(x, codes, affine, bias)
     assert found[[1, 3]].isnan().all()
     assert torch.equal(found[[0, 2, 4]], expected[[0, 2, 4]])
+    found = form.linear_of_codes(x, codes, affine, bias, torch.tensor([0.02, 128.0]))
+    assert found.isnan().all(1).tolist() == [False, True, False, False, False]  # infinity is cut
 
 
 def test_rows_of_zeros_give_the_bias():

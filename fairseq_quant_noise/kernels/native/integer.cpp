@@ -43,7 +43,7 @@ struct alignas(64) Line {
 };
 
 // A row of x in codes of the range from its least to its largest number, 0 included, as Affine.of_range (affine.py); or
-// of a range that is given: scale and zero point. A row that is not finite gets the scale NaN.
+// of a range that is given: scale and zero point. A row that has no range, or holds NaN, gets the scale NaN.
 void quantize_row(const float* x, int64_t inner, const float* given, int8_t* to, int64_t pitch, float* scale,
                   int32_t* zero, int32_t* sum) {
   float step, offset;
@@ -62,10 +62,11 @@ void quantize_row(const float* x, int64_t inner, const float* given, int8_t* to,
   }
   constexpr float whole = 3 << 22;  // a small number added to this is rounded to a whole one, halves to even
   const float inverse = 1 / step, least = -offset, largest = 255 - offset, middle = whole + 128 - offset;
-  int32_t total = 0;
-#pragma omp simd reduction(+ : total)
+  int32_t total = 0, missing = 0;
+#pragma omp simd reduction(+ : total, missing)
   for (int64_t k = 0; k < inner; ++k) {
     float code = x[k] * inverse;
+    missing += code != code;
     code = code > least ? code : least;  // NaN too
     code = code < largest ? code : largest;
     const int32_t a = static_cast<int32_t>((code + whole) - middle);
@@ -73,6 +74,7 @@ void quantize_row(const float* x, int64_t inner, const float* given, int8_t* to,
     total += a;
   }
   std::memset(to + inner, 0, pitch - inner);
+  if (missing != 0) step = std::numeric_limits<float>::quiet_NaN();
   *scale = step, *zero = static_cast<int32_t>(offset) - 128, *sum = total;
 }
 
