@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MIB = 2**20
-RUNS = {"no-noise": "iPQ, as in the paper", "quant-noise": "+ Quant-Noise", "ours": "ours: codes that train"}
+RUNS = {"no-noise": "iPQ, as in the paper", "quant-noise": "+ Quant-Noise", "ours": "ours: budget, codes that train"}
 COLORS = ("#c9793f", "#5f6b75", "#1e6fb3")
 HEADER = ("run", "dense PPL", "one-shot PPL", "PPL", "dense MiB", "file MiB", "ratio")
 
