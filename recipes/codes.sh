@@ -7,13 +7,13 @@
 #     bash recipes/codes.sh --list     the runs
 #
 #     OUT=runs/codes   SEEDS="1 2 3"   ONLY="paper best"   only these runs   JOBS=2   runs side by side
-#     UPDATES=2000  IPQ_UPDATES=1000  VOCAB_SIZE=4000      the same values for all runs in one OUT
+#     UPDATES=2000  IPQ_UPDATES=1000  VOCAB_SIZE=4000  BUDGET=308000      the same values for all runs in one OUT
 # It ends with the table, and a line for each run and seed in OUT/codes.jsonl.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 cd "$REPO"
 
-RUNS="paper fixed best noise noise-best k64 k64-best d16 d16-best int4 int4-learned int2 int2-learned"
+RUNS="paper fixed best budget-best noise noise-best k64 k64-best d16 d16-best int4 int4-learned int2 int2-learned"
 case "${1:-}" in
   '') ;;
   -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 0 ;;
@@ -22,6 +22,7 @@ case "${1:-}" in
 esac
 OUT="${OUT:-$REPO/runs/codes}" SEEDS="${SEEDS:-1 2 3}" ONLY="${ONLY:-$RUNS}" JOBS="${JOBS:-2}"
 UPDATES="${UPDATES:-2000}" IPQ_UPDATES="${IPQ_UPDATES:-1000}"
+BUDGET="${BUDGET:-308000}" # bytes of the file of budget-best, no more than those of the others
 export VOCAB_SIZE="${VOCAB_SIZE:-4000}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 whole_numbers JOBS UPDATES IPQ_UPDATES VOCAB_SIZE
 known_names "ONLY names a run" "$RUNS" "$ONLY"
@@ -46,6 +47,10 @@ tune() {
     int*) plan="$OUT/plans/$2.yaml" ;;
   esac
   from="$OUT/seed-$1/$network/dense"
+  if [ "$2" = budget-best ]; then
+    plan="$to.yaml"
+    [ -f "$plan" ] || fairseq-quant-noise plan --path "$from/checkpoint_best.pt" --budget "$BUDGET" --out "$plan"
+  fi
   case "$2" in
     *best) how=lm_best ;;
     fixed | int*) flags+=(--ipq-stages joint --ipq-teacher "$from/checkpoint_best.pt" --lr 2e-3 --dropout 0) ;;

@@ -26,6 +26,7 @@ RUNS = {  # in the order of the table
     "noise": "the same, after training with Quant-Noise (p .05)",
     "fixed": "all at once, fixed codes, otherwise as ours",
     "best": "**ours**: all at once, codes that train",
+    "budget-best": "**ours**, with the plan that `plan --budget` finds",
     "noise-best": "ours, after training with Quant-Noise",
     "k64": "K 64, as in the paper",
     "k64-best": "K 64, ours",
