@@ -56,3 +56,12 @@ def flat():
 
     with flattening():
         yield
+
+
+@pytest.fixture
+def fp32_products(monkeypatch):
+    """Products with integer weights are in fp32 here, and in every program that the test starts, as on a GPU."""
+    from fairseq_quant_noise.kernels import cpu
+
+    monkeypatch.setenv(cpu.SWITCH, "reference")
+    monkeypatch.setattr(cpu, "library", lambda: None)

@@ -165,6 +165,7 @@ def test_the_measurement_of_noise_runs_on_the_device():
 THERE = ("a shared codebook in int8", "mixed", "int3 by histogram", "inputs")  # k-means takes seconds here
 
 
+@pytest.mark.usefixtures("fp32_products")
 @pytest.mark.parametrize(
     ("name", "way"),
     [*product(QUANTIZED, ["moved", "loaded"]), *((name, "quantized there") for name in THERE)],

@@ -234,6 +234,7 @@ def test_a_checkpoint_in_stages_is_pruned_with_its_codes(lab, runs, capsys):
     assert read(file).manifest.plan["stages"]
 
 
+@pytest.mark.usefixtures("fp32_products")
 @both_kinds
 def test_everything_together_in_one_plan(lab, deep, capsys, kind):
     """Noise, sharing, LayerDrop, pruning, iPQ with int8 centroids: training, the file and stock fairseq agree."""

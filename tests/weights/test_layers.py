@@ -129,6 +129,7 @@ def test_a_training_forward_sees_noise_and_the_store_none(name, kind):
     assert type(model.layer) is type(build(name).layer) or "Parametrized" in type(model.layer).__name__
 
 
+@pytest.mark.usefixtures("fp32_products")
 @ALL
 @pytest.mark.parametrize("stage", [{}, {"scheme": "int4", "range": "channel"}], ids=["pq", "int4"])
 def test_a_file_gives_the_quantized_layer_back(name, stage, tmp_path):
@@ -214,6 +215,7 @@ def test_a_block_size_that_does_not_fit_names_the_parameter():
         noise(build("MultiheadAttention"), 3)
 
 
+@pytest.mark.usefixtures("fp32_products")
 @pytest.mark.parametrize("name", TURNED)
 @pytest.mark.parametrize("how", ["codes", "scales"])
 def test_codes_and_scales_that_train_are_for_weights_with_the_inputs_first_too(name, how, tmp_path):

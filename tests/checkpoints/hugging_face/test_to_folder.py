@@ -68,6 +68,7 @@ def test_there_and_back(tmp_path, kind, head):
     assert path.with_name("dict.txt").read_bytes() == again.with_name("dict.txt").read_bytes()
 
 
+@pytest.mark.usefixtures("fp32_products")
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 def test_a_packed_file_becomes_a_folder(tmp_path, kind, capsys):
     path, plan, packed = checkpoint(tmp_path, kind, "classes"), tmp_path / "plan.yaml", tmp_path / "small.safetensors"
