@@ -64,7 +64,7 @@ mkdir -p "$OUT/plans"
 OUT="$(cd "$OUT" && pwd)"
 DATA="$OUT/data-bin"
 lock "$OUT"
-one_set_of UPDATES IPQ_UPDATES VOCAB_SIZE
+one_set_of UPDATES IPQ_UPDATES VOCAB_SIZE BUDGET
 bash recipes/quickstart/prepare.sh "$OUT"
 module recipes.codes.table "$OUT" --plans
 for seed in $SEEDS; do

@@ -91,10 +91,8 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     Returns:
         (..., O).
     """
-    if in_graph():
-        return operators.linear(x, codes, centroids, bias)
-    form = cpu if cpu.takes(x) else gpu if gpu.takes(x) else reference
-    return form.linear(x, codes, centroids, bias)
+    found: Tensor = (operators if in_graph() else operators.form_of(x)).linear(x, codes, centroids, bias)
+    return found
 
 
 def takes_integers(x: Tensor) -> bool:

@@ -17,6 +17,11 @@ from . import cpu, gpu, reference
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def form_of(x: Tensor) -> Any:
+    """The module with the fastest form of `linear` for x (..., I)."""
+    return cpu if cpu.takes(x) else gpu if gpu.takes(x) else reference
+
+
 def _operator(rows: Callable[[Tensor], int]) -> Callable[[Function], Function]:
     """Make an operator of a product x, codes, ... -> (..., O); `rows` finds O from the codes."""
 
@@ -32,8 +37,8 @@ def _operator(rows: Callable[[Tensor], int]) -> Callable[[Function], Function]:
 @_operator(lambda codes: codes.shape[1])
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None) -> Tensor:
     """As `kernels.linear`, for x (..., I), codes (I/d, O), centroids (K, d) and bias (O,): (..., O)."""
-    form = cpu if cpu.takes(x) else gpu if gpu.takes(x) else reference
-    return form.linear(x, codes, centroids, bias)
+    found: Tensor = form_of(x).linear(x, codes, centroids, bias)
+    return found
 
 
 @_operator(lambda codes: codes.shape[0])
