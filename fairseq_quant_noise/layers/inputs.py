@@ -25,6 +25,7 @@ from ..kernels import in_graph
 from ..scalar import INPUT_RANGES, RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
 from ..utils.autograd import in_backward
+from ..weights.access import multiplier
 from ..weights.discovery import find_weights
 from .parts import numbers_in
 
@@ -51,6 +52,7 @@ class InputQuantizer(nn.Module):
         spec = [bits, RANGES.index(range_), min(batches, 255)]
         self.register_buffer("spec", torch.tensor(spec, dtype=torch.uint8))
         self.calibrating = False
+        self._grid: tuple[Tensor, int, Tensor] | None = None  # the range, its version, and scale and zero point (2,)
         self._count: int | None = None  # `seen` as a number: reading the buffer makes a GPU wait
 
     range: Tensor
@@ -65,12 +67,24 @@ class InputQuantizer(nn.Module):
             self._observe(x.detach())
         if self.calibrating or self.training:
             return x
-        low, high = self.range if self.count else x.detach().float().aminmax()
-        affine = Affine.of_range(low.reshape(1), high.reshape(1), self.bits)
+        affine = self._affine(x)
         rounded = fake_quantize(x, affine)
         if not in_graph():
             setattr(rounded, GRID, affine.to_tensor().flatten())
         return rounded
+
+    def with_grid(self, x: Tensor) -> Tensor:
+        """x (…) itself, to be rounded by the product in whole numbers that takes it: its range is a `GRID`."""
+        kept, version = self._grid, -1 if self.range.is_inference() else self.range._version
+        if kept is None or kept[0] is not self.range or kept[1] != version or version < 0 or not self.count:
+            self._grid = kept = self.range, version, self._affine(x).to_tensor().flatten()
+        alias = x.view_as(x)  # x may be the input of other modules too
+        setattr(alias, GRID, kept[2])
+        return alias
+
+    def _affine(self, x: Tensor) -> Affine:
+        low, high = self.range if self.count else x.detach().float().aminmax()
+        return Affine.of_range(low.reshape(1), high.reshape(1), self.bits)
 
     @property
     def count(self) -> int:
@@ -124,11 +138,26 @@ def _quantize_input(
     module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[object, dict[str, object]]:
     """Round the first argument."""
-    quantizer: Any = module._modules[NAME]
     if args:
-        return (quantizer(args[0]), *args[1:]), kwargs
+        return (_rounded(module, args[0]), *args[1:]), kwargs
     first = next(iter(kwargs))
-    return args, kwargs | {first: quantizer(kwargs[first])}
+    return args, kwargs | {first: _rounded(module, kwargs[first])}
+
+
+def in_integers(module: nn.Module, x: Tensor) -> bool:
+    """Whether `module` multiplies x (..., I) by a quantized weight in whole numbers."""
+    weight = multiplier(module, x)
+    return weight is not None and weight.in_integers(x)
+
+
+def _rounded(module: nn.Module, x: Any) -> Tensor:
+    """The input x (…), rounded; or about to be, by a product that does so itself."""
+    quantizer = module._modules[NAME]
+    assert isinstance(quantizer, InputQuantizer)
+    settled = not (quantizer.training or quantizer.calibrating or in_graph())
+    if settled and quantizer.bits == 8 and in_integers(module, x):
+        return quantizer.with_grid(x)
+    return quantizer(x)
 
 
 def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: str, batches: int) -> None:

@@ -151,11 +151,11 @@ class PQWeight(QuantizedWeight):
 
     def multiplies(self, x: Tensor) -> bool:
         """Whether `linear` takes x (..., I): gradients are off, the weight is (O, I), and codes are faster."""
-        if torch.is_grad_enabled() or len(self.shape) != 2:
-            return False
-        return self._in_integers(x) or takes_linear(x, self._parameters[CENTROIDS])  # type: ignore[arg-type]
+        settled, centroids = not torch.is_grad_enabled() and len(self.shape) == 2, self._parameters[CENTROIDS]
+        return settled and (self.in_integers(x) or takes_linear(x, centroids))  # type: ignore[arg-type]
 
-    def _in_integers(self, x: Tensor) -> bool:
+    def in_integers(self, x: Tensor) -> bool:
+        """Whether `linear` multiplies x (..., I) by 8-bit centroids in whole numbers."""
         return self.bits == 8 and self.centroids.dtype == torch.float32 and takes_integers(x)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -163,7 +163,7 @@ class PQWeight(QuantizedWeight):
         codes, kept = self.codes, self._turned
         if kept is None or kept[0] is not codes:  # a view takes as long as a small product
             self._turned = kept = codes, codes.t()
-        if self._in_integers(x):
+        if self.in_integers(x):
             return linear_of_centroids(x, kept[1], *self._centroids_in_bytes(), bias, getattr(x, GRID, None))
         return linear(x, kept[1], self.stored_centroids(), bias)
 

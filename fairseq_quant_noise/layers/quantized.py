@@ -38,6 +38,10 @@ class QuantizedWeight(Format, nn.Module):
         """Whether `linear` multiplies x (..., I), and faster than the decoded weight would; by default not."""
         return False
 
+    def in_integers(self, x: Tensor) -> bool:
+        """Whether `linear` rounds x (..., I) to 8 bits for a product in whole numbers; by default not."""
+        return False
+
     def has_rows(self) -> bool:
         """Whether `rows` decodes rows by themselves; by default not."""
         return False

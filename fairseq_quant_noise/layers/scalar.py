@@ -74,6 +74,10 @@ class IntWeight(ScalarWeight):
         """(q - z) * s, (rows, …)."""
         return Affine.of_tensor(self.affine, self.bits).decode(self.codes).to(self._dtype)
 
+    def in_integers(self, x: Tensor) -> bool:
+        """As `multiplies`: there is no other way."""
+        return self.multiplies(x)
+
     def multiplies(self, x: Tensor) -> bool:
         """Whether `linear` takes x (..., I): gradients are off, the weight is (O, I) in float32, and so is x."""
         settled = not torch.is_grad_enabled() and self.codes.dim() == 2 and self._dtype == torch.float32

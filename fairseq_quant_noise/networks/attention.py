@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import in_graph
+
 #: fairseq's nonlinearities, by its names.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -22,6 +24,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "linear": lambda x: x,
 }
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu_, "gelu": torch.ops.aten.gelu_}
+
+
+def spendable(x: Tensor) -> bool:
+    """Whether x (...), just computed, may be overwritten: in inference mode, where nothing asks for it again.
+
+    A large tensor costs more to allocate than to fill. A graph has its own memory, and no_grad leaves hooks their x.
+    """
+    return torch.is_inference_mode_enabled() and not in_graph() and x.is_inference()
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The nonlinearity `name`, one of ACTIVATIONS, of a tensor (...) that the caller does not read again: (...)."""
+    return (_IN_PLACE.get(name, ACTIVATIONS[name]) if spendable(x) else ACTIVATIONS[name])(x)
 
 
 class Attention(nn.Module):
@@ -113,10 +129,18 @@ class TransformerLayer(nn.Module):
         return self._block(x, self.final_layer_norm, self._feed_forward)
 
     def _block(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
-        return x + block(norm(x)) if self.normalize_before else norm(x + block(x))
+        if self.normalize_before:
+            return _add(x, block(norm(x)))
+        normalized: Tensor = norm(_add(x, block(x)))
+        return normalized
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ACTIVATIONS[self.activation_fn](self.fc1(x)))
+        return self.fc2(activate(self.fc1(x), self.activation_fn))
+
+
+def _add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, both (B, T, C); y is not read again."""
+    return y.add_(x) if spendable(y) and x.dtype == y.dtype else x + y
 
 
 def causal_mask(padding: Tensor) -> Tensor | None:

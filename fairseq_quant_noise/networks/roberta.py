@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .attention import ACTIVATIONS
+from .attention import activate
 from .encoder import TransformerEncoder
 from .roberta_config import RobertaConfig
 
@@ -39,7 +39,7 @@ class LMHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C) -> (..., V)."""
-        x = self.layer_norm(ACTIVATIONS[self.activation_fn](self.dense(x)))
+        x = self.layer_norm(activate(self.dense(x), self.activation_fn))
         return F.linear(x, self.weight) + self.bias
 
 
@@ -54,7 +54,7 @@ class ClassificationHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C) -> (B, K)."""
-        return self.out_proj(ACTIVATIONS[self.activation_fn](self.dense(x[:, 0])))
+        return self.out_proj(activate(self.dense(x[:, 0]), self.activation_fn))
 
 
 class RobertaEncoder(nn.Module):

@@ -72,10 +72,19 @@ class _Linear(WeightAccess):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The class's own product, (..., I) to (..., O), from the codes where the quantized weight multiplies."""
-        quantized = self._modules.get("weight")
-        if quantized is not None and not (quantized.training or self.transpose) and quantized.multiplies(input):
+        quantized = multiplier(self, input)
+        if quantized is not None:
             return quantized.linear(input, self._parameters.get("bias"))
         return super().forward(input)  # type: ignore[misc]
+
+
+def multiplier(module: Any, x: Tensor) -> Any:
+    """The quantized weight by which a Linear multiplies x (..., I) without decoding it, or None."""
+    if not isinstance(module, _Linear):
+        return None
+    quantized = module._modules.get("weight")
+    multiplies = quantized is not None and not (quantized.training or module.transpose) and quantized.multiplies(x)
+    return quantized if multiplies else None
 
 
 class _Embedding(WeightAccess):

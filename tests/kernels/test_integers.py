@@ -1,5 +1,6 @@
 """Products in 8 bits: every processor's form against the formula, and the modules that use them."""
 
+import copy
 import ctypes
 import platform
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 
 from fairseq_quant_noise import kernels, load, quantize_, save
 from fairseq_quant_noise.kernels import cpu, reference
+from fairseq_quant_noise.layers.inputs import GRID
 from fairseq_quant_noise.layers.quantized import quantized_weights
 from fairseq_quant_noise.scalar import Affine, fake_quantize
 
@@ -225,6 +227,33 @@ def test_calibrated_inputs_agree_with_fake_quantization(from_file):
         hidden = dense[1](inputs[0](x))
         expected = dense[3](inputs[1](F.gelu(hidden)))
         torch.testing.assert_close(model(torch.arange(30)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_the_product_alone_rounds_calibrated_inputs_and_follows_their_range(from_file, calibrated, monkeypatch):
+    layer, x = from_file(activations={"bits": 8})[1], torch.randn(5, 32)
+    quantizer = layer.input_quantizer
+    if not calibrated:
+        quantizer.reset()
+    for _ in range(2):
+        with torch.no_grad():
+            expected = F.linear(quantizer(x), layer.weight, layer.bias)
+            with monkeypatch.context() as patch:
+                patch.setattr("fairseq_quant_noise.layers.inputs.fake_quantize", None)
+                torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        quantizer.range.mul_(3)
+
+
+def test_an_input_of_several_layers_is_rounded_for_each_by_its_own_range(from_file):
+    model, x = from_file(activations={"bits": 8}), torch.randn(5, 32)
+    first, second = model[1], copy.deepcopy(model[1])
+    second.input_quantizer.range.mul_(0.3)
+    with torch.no_grad():
+        kept, expected = x.clone(), F.linear(second.input_quantizer(x), second.weight, second.bias)
+        first(x)
+        torch.testing.assert_close(second(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, kept)
+    assert not hasattr(x, GRID)
 
 
 def test_an_embedding_in_codes_decodes_the_rows_that_it_looks_up(from_file, monkeypatch):
