@@ -147,7 +147,8 @@ def test_each_form_of_a_processor_computes_the_same(processor, tmp_path, monkeyp
     for name, arguments in cpu._ARGUMENTS.items():
         getattr(compiled, name).argtypes, getattr(compiled, name).restype = arguments, None
     monkeypatch.setattr(cpu, "library", lambda: compiled)
-    for n, inner, rows in ((1, 64, 64), (4, 70, 50), (7, 5, 3), (33, 130, 100), (100, 257, 129)):
+    whole_tiles = ((1, 64, 64), (5, 128, 64), (16, 192, 128), (33, 64, 192), (48, 256, 64), (70, 128, 128))
+    for n, inner, rows in (*whole_tiles, (4, 70, 50), (7, 5, 3), (33, 130, 100), (100, 257, 129)):
         arguments = case(n, inner, rows)
         assert_same_products(cpu.linear_of_codes(*arguments), reference.linear_of_codes(*arguments))
     for n, blocks, d, rows in ((1, 9, 8, 70), (3, 10, 4, 64), (40, 7, 9, 130), (17, 33, 16, 20)):

@@ -69,5 +69,47 @@ inline void multiply_tiles(const int8_t* inputs, int64_t tall, int64_t pitch, co
   }
 }
 
+// The sum of `count` bytes, a multiple of 64.
+inline int32_t sum_of(const uint8_t* bytes, int64_t count) {
+  Sums sums{};
+  for (int64_t k = 0; k < count; k += 64) sums = dot(sums, read(bytes + k), _mm512_set1_epi8(1));
+  return _mm512_reduce_add_epi32(sums);
+}
+
+// out (tall_tiles, width) = inputs times `width` rows of a weight (width, inner), which are the first factor here.
+//   inputs  a group of 16 in a panel (quads, 16, 4), or, if `both`, two of them; without, half of out is left alone
+inline void multiply_rows(const uint8_t* weight, int64_t inner, const uint8_t* inputs, bool both, int32_t* out) {
+  const uint8_t* const second = inputs + tile * inner;
+  alignas(64) int32_t found[4][tile * tile];
+  for (int half = 0; half < 2; ++half, weight += tall_tiles * inner, out += tall_tiles) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < inner; k += 64) {
+      _tile_loadd(4, weight + k, inner);
+      _tile_loadd(5, weight + tile * inner + k, inner);
+      _tile_loadd(6, inputs + k * tile, 64);
+      _tile_dpbusd(0, 4, 6);
+      _tile_dpbusd(1, 5, 6);
+      if (both) {
+        _tile_loadd(7, second + k * tile, 64);
+        _tile_dpbusd(2, 4, 7);
+        _tile_dpbusd(3, 5, 7);
+      }
+    }
+    _tile_stored(0, found[0], 64);
+    _tile_stored(1, found[1], 64);
+    _tile_stored(2, found[2], 64);
+    _tile_stored(3, found[3], 64);
+    for (int t = 0; t < (both ? 4 : 2); ++t) {
+      __m512i r[tile];
+      std::memcpy(r, found[t], sizeof r);
+      transpose(r);
+      for (int i = 0; i < tile; ++i) _mm512_storeu_si512(out + (t / 2 * tile + i) * width + t % 2 * tile, r[i]);
+    }
+  }
+}
+
 }  // namespace kernels
 #endif

@@ -101,6 +101,33 @@ inline Sums dot(Sums sums, const Weights& w, Inputs x) {
 inline void write(int32_t* to, const Sums& sums) { std::memcpy(to, sums.of, sizeof sums.of); }
 #endif
 
+#if defined(__AVX512VNNI__)
+// Rows and columns of 16 x 16 numbers of 32 bits exchanged: first of pairs, then of quads, then of lanes of 128 bits.
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), odd = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+    const __m512i even2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512i odd2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+    t[c] = _mm512_shuffle_i32x4(even, even2, 0x88);
+    t[4 + c] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(even, even2, 0xdd);
+    t[12 + c] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
+  }
+  std::memcpy(r, t, sizeof t);
+}
+#endif
+
 // out (Tall, width) = inputs times the panel.
 template <int Tall>
 void multiply_bytes(const int8_t* inputs, int64_t pitch, const uint8_t* panel, int64_t quads, int32_t* out) {

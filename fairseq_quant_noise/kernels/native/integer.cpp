@@ -176,38 +176,19 @@ inline void shifted(uint8_t* bytes, int64_t count) {
   }
 }
 
-// A panel of `wide` rows of a weight's codes (rows, inner).
-void fill_from_codes(const uint8_t* codes, int64_t inner, int64_t wide, uint8_t* panel, int64_t quads) {
+// A panel of `wide` rows of a weight's codes (rows, inner), and of zeros up to `height` rows.
+void fill_from_codes(const uint8_t* codes, int64_t inner, int64_t wide, uint8_t* panel, int64_t quads,
+                     int64_t height = width) {
   int64_t row = 0;
 #ifdef __AVX512VNNI__
   const int64_t whole = inner / 4;
-  // Sixteen quads of sixteen rows at a time, transposed: by quads of bytes, then by pairs of those, then by lanes.
-  for (; row + 16 <= wide && whole >= 16; row += 16) {
+  for (; row + 16 <= wide && whole >= 16; row += 16) {  // sixteen quads of sixteen rows at a time
     uint8_t* const to = panel + row * quads * 4;
     for (int64_t q = 0; q<whole; q = q + 32> whole && q + 16 < whole ? whole - 16 : q + 16) {
-      __m512i r[16], t[16];
+      __m512i r[16];
       for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(codes + (row + i) * inner + q * 4);
-      for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-      }
-      for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-      }
-      for (int c = 0; c < 4; ++c) {
-        const __m512i even = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88),
-                      odd = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-        const __m512i even2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-        const __m512i odd2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        uint8_t* const at = to + (q + c) * 64;
-        _mm512_storeu_si512(at, _mm512_shuffle_i32x4(even, even2, 0x88));
-        _mm512_storeu_si512(at + 4 * 64, _mm512_shuffle_i32x4(odd, odd2, 0x88));
-        _mm512_storeu_si512(at + 8 * 64, _mm512_shuffle_i32x4(even, even2, 0xdd));
-        _mm512_storeu_si512(at + 12 * 64, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
-      }
+      transpose(r);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (q + i) * 64, r[i]);
     }
   }
   const int64_t done = row;
@@ -221,7 +202,7 @@ void fill_from_codes(const uint8_t* codes, int64_t inner, int64_t wide, uint8_t*
     }
   }
 #endif
-  for (; row < width; ++row) {
+  for (; row < height; ++row) {
     for (int64_t q = 0; q < quads; ++q) {
       uint8_t* const to = place(panel, quads, row, q);
       const int64_t here = row < wide ? std::min<int64_t>(4, std::max<int64_t>(inner - q * 4, 0)) : 0;
@@ -240,6 +221,7 @@ void fill_from_centroids(const uint8_t* codes, int64_t stride, int64_t blocks, c
   uint8_t some[width] = {};
   for (int64_t b = 0; b < blocks; ++b, codes += stride) {
     const uint8_t* of = codes;
+    __builtin_prefetch(codes + 24 * stride);  // a processor does not foresee so long a stride
     if (wide < width) std::memcpy(some, codes, wide), of = some;
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
     if (d % 4 == 0) {
@@ -297,6 +279,41 @@ void describe(const float* scale, const float* zero, bool channels, const float*
   }
 }
 
+#ifdef KERNELS_AMX
+// Whether `multiply_in_place` takes the product: whole tiles of the weight, and an x that stays in the cache.
+bool takes_in_place(const Inputs8& x, int64_t rows) {
+  return rows % width == 0 && x.inner == x.pitch && x.n * x.pitch <= 1 << 19 && have_tiles();
+}
+
+// As `multiply`, for codes (rows, inner) that are read once, where they lie: x takes the part of the panels.
+template <typename Describe>
+void multiply_in_place(const Inputs8& x, const uint8_t* codes, int64_t rows, float* out, int64_t threads,
+                       const Describe& describe) {
+  const int64_t quads = x.inner / 4, groups = parts(x.n, lanes), of_group = lanes * x.inner;
+  std::unique_ptr<Line[]> memory(new Line[groups * of_group / 64]);
+  uint8_t* const panels = memory[0].bytes;
+  for (int64_t g = 0; g < groups; ++g) {
+    fill_from_codes(reinterpret_cast<const uint8_t*>(x.numbers) + g * of_group, x.inner,
+                    std::min<int64_t>(lanes, x.n - g * lanes), panels + g * of_group, quads, lanes);
+  }
+  parallel(rows / width, threads, [&](int64_t task) {
+    const int64_t first = task * width;
+    const uint8_t* const from = codes + first * x.inner;
+    Rows of;
+    describe(first, of);
+    alignas(64) int32_t products[tall_tiles * width];
+    shape_tiles(tall_tiles);
+    for (int64_t g = 0; g < groups; g += 2) {
+      const int64_t i = g * lanes;
+      multiply_rows(from, x.inner, panels + g * of_group, g + 1 < groups, products);
+      for (int r = 0; g == 0 && r < width; ++r) of.sums[r] = sum_of(from + r * x.inner, x.inner);
+      finish(x, i, std::min<int64_t>(x.n - i, tall_tiles), of, products, width, out + i * rows + first, rows);
+    }
+    _tile_release();
+  });
+}
+#endif
+
 // The rows of x (n, inner) in 8 bits; by the range `given`, scale and zero point, or by one for each row.
 struct Rounded {
   std::unique_ptr<Line[]> numbers;
@@ -329,10 +346,19 @@ extern "C" {
 void linear_of_codes(const float* x, int64_t n, int64_t inner, const float* given, const uint8_t* codes, int64_t rows,
                      const float* affine, int64_t channels, const float* bias, float* out, int64_t threads) {
   const Rounded rounded(x, n, inner, given, threads);
-  multiply(rounded.inputs, rows, out, threads, [&](int64_t first, uint8_t* panel, Rows& of) {
+  const auto describes = [&](int64_t first, Rows& of) {
     const int64_t wide = std::min<int64_t>(width, rows - first);
-    fill_from_codes(codes + first * inner, inner, wide, panel, rounded.inputs.pitch / 4);
     describe(affine, affine + channels, channels > 1, bias, first, wide, of);
+    return wide;
+  };
+#ifdef KERNELS_AMX
+  if (takes_in_place(rounded.inputs, rows)) {
+    return multiply_in_place(rounded.inputs, codes, rows, out, threads, describes);
+  }
+#endif
+  multiply(rounded.inputs, rows, out, threads, [&](int64_t first, uint8_t* panel, Rows& of) {
+    const int64_t wide = describes(first, of);
+    fill_from_codes(codes + first * inner, inner, wide, panel, rounded.inputs.pitch / 4);
   });
 }
 
