@@ -11,7 +11,8 @@
 # OUT/TASK/seed-S/noise-P/METHOD.safetensors. After a kill, the same command resumes.
 #     TASKS="mnli sst2 stsb"   SEEDS="1 2 3"   NOISES="0 0.1"   UPDATES, IPQ_UPDATES (by task)   TRAIN=N: the first N rows alone
 #     METHODS: plans. PLAN@once quantizes without training; PLAN@best trains the codes too, all weights together (docs/codes.md).
-#     Default: posthoc@once posthoc posthoc@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8; posthoc_shared for sapiens
+#     The plan `budget` is the one that `plan --budget` finds for the bytes of posthoc@once (or posthoc_shared@once).
+#     Default: posthoc@once posthoc budget@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8; posthoc_shared for sapiens
 #
 # Estimated, for it has not been run in full: on one core, MNLI takes about 70 minutes to fine-tune and 60 for each trained
 # method and seed; a residue network 15 in all.
@@ -21,7 +22,7 @@ set -euo pipefail
 NETWORK="" OUT="" DATA="" TASK=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --data | --task)
       [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/posthoc.sh --help"
       case "$1" in --data) DATA="$2" ;; *) TASK="$2" ;; esac
@@ -42,7 +43,7 @@ case "$NETWORK" in
   sapiens-v[hl]) PLAN=posthoc_shared ;; # codebooks of their own would weigh as much as the codes
   *) PLAN=posthoc ;;
 esac
-METHODS="${METHODS:-$PLAN@once $PLAN $PLAN@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8}"
+METHODS="${METHODS:-$PLAN@once $PLAN budget@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8}"
 case "$NETWORK" in
   minilm) TASKS="${TASK:-${TASKS:-mnli sst2 stsb}}" ;;
   sapiens-v[hl]) TASKS=residues ;;
@@ -129,7 +130,7 @@ if [ "$TASKS" = residues ] && [ -z "$DATA" ]; then
   DATA="$OUT/download/abnativ/abnativ/model/percentiles/test_${NETWORK#sapiens-}_v2_abnativ_seq_scores.csv"
 fi
 
-# settings TASK: sets COMMON, the options of all trainings on the task, and UPDATES, IPQ_UPDATES, TUNE, CRITERION
+# settings TASK: sets COMMON, the options of all trainings on the task, and DENSE_UPDATES, STAGES_UPDATES, BEST_LR, CRITERION
 settings() {
   local classes=3 metric=(--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric)
   case "$1" in
@@ -138,7 +139,9 @@ settings() {
     stsb) DENSE_UPDATES="${UPDATES:-900}" STAGES_UPDATES="${IPQ_UPDATES:-450}" classes=1 metric=() ;;
     residues) DENSE_UPDATES="${UPDATES:-600}" STAGES_UPDATES="${IPQ_UPDATES:-600}" metric=() ;;
   esac
+  BEST_LR=2e-4
   if [ "$1" = residues ]; then
+    BEST_LR=1e-3 # a network a tenth as wide
     CRITERION=masked_lm
     TASK_FLAGS=(--task masked_lm --sample-break-mode eos --tokens-per-sample "$(positions)" --skip-invalid-size-inputs-valid-test)
   else
@@ -150,7 +153,7 @@ settings() {
   COMMON=("$OUT/$1-bin" --user-dir "$PLUGIN" "${MODEL[@]}" "${TASK_FLAGS[@]}" ${metric[@]+"${metric[@]}"}
     --batch-size 32 --required-batch-size-multiple 1 --dropout 0.1 --attention-dropout 0.1 --clip-norm 1.0 --weight-decay 0.01
     --optimizer adam --adam-betas "(0.9,0.98)" --adam-eps 1e-6 --lr-scheduler polynomial_decay --ddp-backend legacy_ddp
-    --no-epoch-checkpoints --keep-interval-updates 1 --no-progress-bar --log-format simple --log-interval 50 --num-workers 0)
+    --no-epoch-checkpoints --save-interval-updates 200 --keep-interval-updates 1 --no-progress-bar --log-format simple --log-interval 50 --num-workers 0)
   if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then COMMON+=(--cpu); fi
 }
 # positions: prints the most tokens of a row of the network
@@ -166,17 +169,22 @@ fine_tune() {
 }
 # compress DIR METHOD SEED DENSE: writes DIR/METHOD.safetensors, by the plan in METHOD
 compress() {
-  local plan="${2%@*}" run="$1/$2"
-  if [ "$2" = "$plan@once" ]; then
+  local plan="${2%@*}" run="$1/$2" best=()
+  if [ "$plan" = budget ]; then
+    plan="$1/budget.yaml"
+    [ -f "$1/$PLAN@once.safetensors" ] || die "$2: budget takes the bytes of $PLAN@once; name that before it in METHODS"
+    [ -f "$plan" ] || quietly "$run.log" fairseq-quant-noise plan --path "$4" --budget "$(wc -c <"$1/$PLAN@once.safetensors")" --out "$plan"
+  fi
+  if [[ "$2" == *@once ]]; then
     quietly "$run.log" fairseq-quant-noise quantize --path "$4" --plan "$plan" --seed "$3" --out "$run.safetensors"
     return
   fi
   METHOD=paper
-  if [ "$2" = "$plan@best" ]; then METHOD=best; fi
+  if [[ "$2" == *@best ]]; then METHOD=best best=(--ipq-codes-lr 2 --lr "$BEST_LR" --dropout 0 --attention-dropout 0 --weight-decay 0); fi
   method
   finished "$run" "$STAGES_UPDATES" || logged "$run.log" fairseq-train "${COMMON[@]}" --criterion ipq --ipq-criterion "$CRITERION" \
     ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr 1e-4 --total-num-update "$STAGES_UPDATES" \
-    --max-update "$STAGES_UPDATES" --finetune-from-model "$4" --save-dir "$run"
+    --max-update "$STAGES_UPDATES" --finetune-from-model "$4" --save-dir "$run" ${best[@]+"${best[@]}"}
   quietly "$run.log" fairseq-quant-noise export --path "$run/checkpoint_last.pt" --out "$run.safetensors"
 }
 # evaluate FILE TASK RESULT: writes RESULT, a line of JSON
@@ -211,4 +219,4 @@ for task in $TASKS; do
     done
   done
 done
-module recipes.posthoc.table "$OUT"
+module recipes.posthoc.table "$OUT" "$(basename "$NETWORK")"

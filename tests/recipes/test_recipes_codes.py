@@ -1,26 +1,14 @@
 """recipes/codes.sh without its trainings: its plans, its list of runs and its table."""
 
-import json
-from pathlib import Path
-
 import pytest
 from test_recipes_mnli import ROOT, recipe
 
 from fairseq_quant_noise.plan.plan import Plan
 
-DOCS = Path(ROOT) / "docs"
-
 
 @pytest.fixture(autouse=True)
 def _recipes_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
-
-
-def test_the_page_has_the_table_of_the_lines():
-    from recipes.codes.table import table
-
-    lines = [json.loads(line) for line in (DOCS / "codes.jsonl").read_text().splitlines()]
-    assert table(lines) in (DOCS / "codes.md").read_text()
 
 
 def test_the_recipe_makes_the_rows_of_the_table_and_has_their_plans(tmp_path):

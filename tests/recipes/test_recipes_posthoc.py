@@ -34,20 +34,21 @@ def bert(folder, words, head=None, **changed):
 def test_from_a_folder_to_the_table_and_again(tmp_path):
     bert(tmp_path / "folder", WORDS)
     write_glue(tmp_path / "data/MNLI", 16, 8)
-    (tmp_path / "ipq.yaml").write_text("stages: [{match: '.*fc1', block_size: 4, n_centroids: 8}]\n")
     arguments = ["folder", "out", "--data", "data", "--task", "mnli"]
-    settings = {"SEEDS": "1", "NOISES": "0.1", "UPDATES": "2", "IPQ_UPDATES": "2", "METHODS": "ipq.yaml@best"}
+    settings = {"SEEDS": "1", "NOISES": "0.1", "UPDATES": "2", "IPQ_UPDATES": "2"}
+    settings["METHODS"] = "posthoc@once budget@best"
     done = recipe("posthoc.sh", *arguments, cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "out/posthoc.jsonl").read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["dense", "ipq.yaml@best"]
+    assert [line["method"] for line in lines] == ["dense", "budget@best", "posthoc@once"]
     assert all(line["score"] in [round(100 * n / 24, 2) for n in range(25)] for line in lines)
-    packed = tmp_path / "out/mnli/seed-1/noise-0.1/ipq.yaml@best.safetensors"
+    packed = tmp_path / "out/mnli/seed-1/noise-0.1/budget@best.safetensors"
     assert lines[1]["bytes"] == packed.stat().st_size
-    assert {entry.scheme for entry in read(packed).manifest.tensors.values()} == {"pq"}
+    assert lines[1]["bytes"] <= lines[2]["bytes"]
+    assert len(read(packed).manifest.tensors) > 0
     table = (tmp_path / "out/table.md").read_text().splitlines()
-    assert table[0] == "| task | noise | method | seeds | score | before | file MiB | ratio | ms a sentence |"
-    assert [row.split(" | ")[2] for row in table[2:]] == ["dense", "ipq.yaml@best"]
+    assert table[0] == "| network | task | noise | method | seeds | score | before | file MiB | ratio | ms a sentence |"
+    assert [row.split(" | ")[3] for row in table[2:]] == ["dense", "budget@best", "posthoc@once"]
     again = recipe("posthoc.sh", *arguments, cwd=tmp_path, **settings)
     assert "[step]" not in again.stdout
     assert again.stdout.endswith("\n".join(table) + "\n")

@@ -1,0 +1,34 @@
+"""The tables of the pages are those of the committed lines."""
+
+import pytest
+from test_recipes_mnli import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _recipes_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def test_every_table_is_that_of_its_lines():
+    from recipes.pages import TABLES, pages, written
+
+    found = pages()
+    assert [path.name for path, text in found.items() if written(text) != text] == []
+    together = "".join(found.values())
+    assert [name for name in TABLES if f"<!-- table: {name} -->" not in together] == []
+
+
+def test_results_show_claims_of_the_paper_that_are_made():
+    from recipes.evidence.claims import CLAIMS
+    from recipes.pages import SHOWN
+
+    assert {*SHOWN} <= {claim.claim for claim in CLAIMS}
+
+
+def test_a_table_that_was_edited_by_hand_is_made_anew(tmp_path, monkeypatch):
+    from recipes import pages
+
+    monkeypatch.setattr(pages, "TABLES", {"some": lambda: "| a |"})
+    text = "before\n\n<!-- table: some -->\n\n| wrong |\n\n<!-- end -->\n\nafter\n"
+    assert pages.written(text) == text.replace("wrong", "a")
+    assert pages.written(text.replace("\n| wrong |\n\n", "")) == text.replace("wrong", "a")
