@@ -45,7 +45,11 @@ _OUT = _option(
     "--out", metavar="FILE", required=True, help="the file to write; replaced only once the new one is whole"
 )
 _FILE = _option("file", metavar="FILE", help="a packed file")
-_STRICT = _option("--strict", action="store_true", help="refuse a network with a matrix that no rule can name")
+_STRICT = _option(
+    "--strict",
+    action="store_true",
+    help="refuse a network with a weight that no rule can name, or whose inputs `activations` cannot round",
+)
 _JSON = _option("--json", action="store_true", help="print JSON")
 
 _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...checkpoints.options import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
 from ...checkpoints.safe_load import clear_unwritten
 from ...errors import UserError
-from ...layers import adopt_quantized, quantize_inputs_, quantized_weights, to_int_
+from ...layers import adopt_quantized, quantize_inputs_, quantized_weights, to_int_, warn_of_unrounded
 from ...layers.quantized import row_major
 from ...noise import attach_rules, detach_noise, fitted_rules, noise_of
 from ...plan.rules import Activations, NoiseRule, Structure
@@ -251,4 +251,5 @@ def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:
             to_int_(weight, SCALAR_BITS, rule.range, noise=True)
     activations = Activations(bits=SCALAR_BITS)
     names = [weight.name for weight in weights]
+    warn_of_unrounded(model, names)
     quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)
