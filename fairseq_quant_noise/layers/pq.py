@@ -156,9 +156,8 @@ class PQWeight(QuantizedWeight):
         return self._in_integers(x) or takes_linear(x, self._parameters[CENTROIDS])  # type: ignore[arg-type]
 
     def _in_integers(self, x: Tensor) -> bool:
-        if self.bits != 8 or self.centroids.dtype != torch.float32 or self.n_centroids > 256:
-            return False
-        return takes_integers(x)
+        in_bytes = self.bits == 8 and self.n_centroids <= 256 and self.centroids.dtype == torch.float32
+        return in_bytes and takes_integers(x)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
@@ -358,8 +357,7 @@ class PQWeight(QuantizedWeight):
     @classmethod
     def unpack(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor], codebook: int | None) -> dict[str, Tensor]:
         """Codes (rows, blocks a row) as in memory; centroids (K, d) in fp32; and how the file has the centroids."""
-        codes = unpack_bits(parts[CODES], entry.n_codes, entry.code_bits)
-        state = {CODES: codes.view(entry.shape[0], -1)}
+        state = {CODES: unpack_bits(parts[CODES], entry.n_codes, entry.code_bits).view(entry.shape[0], -1)}
         if codebook is not None:
             state[CODEBOOK] = torch.tensor(codebook, dtype=torch.int32)
         if entry.centroid_bits == 16:
