@@ -20,9 +20,20 @@ from .noise import attach_rules, detach_noise, noise_of
 from .plan.plan import Plan
 from .quantization.quantize import quantize_
 from .quantization.targets import resolve_stages
+from .structure.learned_rates import learn_layerdrop_
 from .structure.modules import keep_layers_, share_layers_
 
-__all__ = ["attach_noise", "detach_noise", "keep_layers_", "load", "noise_of", "quantize_", "save", "share_layers_"]
+__all__ = [
+    "attach_noise",
+    "detach_noise",
+    "keep_layers_",
+    "learn_layerdrop_",
+    "load",
+    "noise_of",
+    "quantize_",
+    "save",
+    "share_layers_",
+]
 
 AnyPlan = Plan | Mapping[str, Any] | str | Path
 

@@ -128,8 +128,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
                 metavar="[STACK=]LAYERS",
                 action="append",
                 required=True,
-                help="every-other, or numbers of layers such as 0,2,4; encoder=0,2 for one of two stacks, given again "
-                "for the other. Layers that share their weights stay or go together",
+                help="every-other, or numbers of layers such as 0,2,4, or learned (learned:6 for six layers) after a "
+                "training with --learn-layerdrop; encoder=0,2 for one of two stacks, given again for the other. Layers "
+                "that share their weights stay or go together",
             ),
             _OUT,
         ],

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ..errors import UserError
+from ..structure.modules import LayerStack
 from .exits import exits_on_user_error
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def _join(cfg: DictConfig, method: str, world_size: int, rank: int) -> None:
 def _check_layerdrop(backend: str, model: nn.Module) -> None:
     """Raise UserError where layers are left out, whose gradients the back end would wait for."""
     for name, module in model.named_modules():
-        if isinstance(module, LayerDropModuleList) and module.p > 0:
+        if isinstance(module, LayerDropModuleList | LayerStack) and module.p > 0:
             side = name.partition(".")[0]
             raise UserError(
                 f"--{side}-layerdrop {module.p}: the layers that it leaves out have no gradient, which --ddp-backend "

@@ -15,6 +15,7 @@ from toys import refuses
 
 import fairseq_quant_noise
 from fairseq_quant_noise.plugin import data_parallel
+from fairseq_quant_noise.structure.learned_rates import LearnedLayerStack
 
 fairseq_quant_noise.register()  # for another test may have imported the package before fairseq
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -46,8 +47,10 @@ def test_on_a_cpu_it_is_legacy_ddp(alone, backend):
     wrapped.all_reduce_grads()
 
 
-def dropping(p):
+def dropping(p, learned=False):
     layers = LayerDropModuleList(p, [nn.Linear(2, 2)])
+    if learned:
+        layers = LearnedLayerStack(layers, 1, p)
     return nn.ModuleDict({"decoder": nn.ModuleDict({"layers": layers})})
 
 
@@ -56,8 +59,9 @@ def test_on_gpus_layerdrop_is_refused_with_the_cure(monkeypatch, backend):
     monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
     wrap = data_parallel.distributed_fairseq_model
     cure = f"--decoder-layerdrop 0.2: .* --ddp-backend {backend} stops at; give --ddp-backend legacy_ddp or "
-    with refuses(cure + "--find-unused-parameters"):
-        wrap(section(ddp_backend=backend), dropping(0.2), None, GPU)
+    for learned in (False, True):
+        with refuses(cure + "--find-unused-parameters"):
+            wrap(section(ddp_backend=backend), dropping(0.2, learned), None, GPU)
     for options, p in (({}, 0.0), ({"find_unused_parameters": True}, 0.2)):
         model = dropping(p)
         assert wrap(section(ddp_backend=backend, **options), model, None, GPU) == (backend, model)

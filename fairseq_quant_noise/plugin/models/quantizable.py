@@ -25,7 +25,7 @@ from ...plan.rules import Activations, NoiseRule, Structure
 from ...weights.discovery import find_weights
 from ..exits import exits_on_user_error
 from ..metrics import probe_next_forward
-from .layers import Layers, layers_of, share, update_options
+from .layers import Layers, layers_of, learn_rates, share, update_options
 from .options import SCALAR_BITS, noise_rules
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ def made_quantizable(build: Callable[[], Any], options: Any, embedding_layer: bo
     _take_off_fairseq_noise(model)
     clear_unwritten(dict(model.named_buffers()))
     share(model, layers)
+    learn_rates(model, options)
     model.quant_noise_layers = layers
     model.quant_noise_options = _measurements(options)
     add_noise(model, options)
