@@ -54,6 +54,30 @@ def dropping(p, learned=False):
     return nn.ModuleDict({"decoder": nn.ModuleDict({"layers": layers})})
 
 
+@pytest.mark.upstream(32)
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_layerdrop_is_refused_where_the_layers_are_on_several_gpus_in_parts(monkeypatch, device):
+    monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
+    wrap, whole = data_parallel.distributed_fairseq_model, section(ddp_backend="fully_sharded")
+    with refuses("--decoder-layerdrop 0.2: each process would wait for the others .*; give --ddp-backend legacy_ddp$"):
+        wrap(whole, dropping(0.2), None, device)
+    model = dropping(0.0)
+    assert wrap(whole, model, None, device) == ("fully_sharded", model)
+
+
+@pytest.mark.upstream(32)
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("backend", ["legacy_ddp", "no_c10d"])
+def test_fairseqs_first_back_end_takes_layerdrop(monkeypatch, backend, device):
+    monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
+    model = dropping(0.2)
+    assert data_parallel.distributed_fairseq_model(section(ddp_backend=backend), model, None, device) == (
+        backend,
+        model,
+    )
+
+
+@pytest.mark.upstream(32)
 @pytest.mark.parametrize("backend", ["c10d", "pytorch_ddp"])
 def test_on_gpus_layerdrop_is_refused_with_the_cure(monkeypatch, backend):
     monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
