@@ -5,7 +5,17 @@ criteria and install the patches listed in plugin/patches.py. All else here work
 """
 
 from ._version import __version__
-from .api import attach_noise, detach_noise, keep_layers_, load, noise_of, quantize_, save, share_layers_
+from .api import (
+    attach_noise,
+    detach_noise,
+    keep_layers_,
+    learn_layerdrop_,
+    load,
+    noise_of,
+    quantize_,
+    save,
+    share_layers_,
+)
 from .errors import DamagedFileError, UserError
 from .plan.plan import Plan
 from .quantization.importance import second_moments
@@ -20,6 +30,7 @@ __all__ = [
     "cover",
     "detach_noise",
     "keep_layers_",
+    "learn_layerdrop_",
     "load",
     "noise_of",
     "quantize_",

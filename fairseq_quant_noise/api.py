@@ -15,12 +15,25 @@ from torch import nn
 from .artifact import pack, read, write
 from .artifact.network import network_of
 from .errors import UserError
+from .layers import warn_of_unrounded
 from .noise import attach_rules, detach_noise, noise_of
 from .plan.plan import Plan
 from .quantization.quantize import quantize_
+from .quantization.targets import resolve_stages
+from .structure.learned_rates import learn_layerdrop_
 from .structure.modules import keep_layers_, share_layers_
 
-__all__ = ["attach_noise", "detach_noise", "keep_layers_", "load", "noise_of", "quantize_", "save", "share_layers_"]
+__all__ = [
+    "attach_noise",
+    "detach_noise",
+    "keep_layers_",
+    "learn_layerdrop_",
+    "load",
+    "noise_of",
+    "quantize_",
+    "save",
+    "share_layers_",
+]
 
 AnyPlan = Plan | Mapping[str, Any] | str | Path
 
@@ -29,6 +42,7 @@ def attach_noise(model: nn.Module, plan: AnyPlan, *, strict: bool = False) -> nn
     """Add the noise of the plan's `noise` rules to the weights of `model` in every training forward; returns `model`.
 
     A matrix of a module of a type that no rule can name stays as it is; a warning names it, or with `strict` an error.
+    So it is with a weight of the plan's stages whose inputs `activations` cannot round.
 
     Schedules and intervals count forwards of the model as updates, unless `noise_of(model).set_num_updates(n)` says
     which update comes; `noise_of(model).begin_epoch()` says that an epoch begins, for codebooks that are found anew
@@ -37,10 +51,12 @@ def attach_noise(model: nn.Module, plan: AnyPlan, *, strict: bool = False) -> nn
     Raises:
         UserError: the plan has no noise, or does not fit the model.
     """
-    rules = Plan.of(plan).noise
-    if not rules:
+    plan = Plan.of(plan)
+    if not plan.noise:
         raise UserError("the plan has no noise rules; add a 'noise' section")
-    attach_rules(model, rules, strict=strict)
+    if plan.activations is not None and plan.stages:
+        warn_of_unrounded(model, (t.weight.name for t in resolve_stages(plan, model)), strict)
+    attach_rules(model, plan.noise, strict=strict)
     return model
 
 

@@ -31,10 +31,11 @@ from ..errors import DamagedFileError
 from ..layers.registry import QuantizedTensor
 from ..scalar import BITS
 
-FORMAT_VERSION = 5  # that of a file with transposed tensors
+FORMAT_VERSION = 6  # that of a file with codes of more than 8 bits
+_TRANSPOSED = 5  # that of a file with transposed tensors, as before codes had more than 8 bits
 _SHARED = 4  # that of a file with shared codebooks, as before there were transposed tensors
 _PLAIN = 3  # that of any other file, as before there were shared codebooks
-_KNOWN = (_PLAIN, _SHARED, FORMAT_VERSION)
+_KNOWN = (_PLAIN, _SHARED, _TRANSPOSED, FORMAT_VERSION)
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
 _LARGEST = 3.4e38  # the largest end of an input's range: a float32
@@ -55,8 +56,10 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """The lowest format version that supports everything in the file."""
-        if any(entry.transposed for entry in self.tensors.values()):
+        if any(entry.code_bits > 8 for entry in self.tensors.values()):
             return FORMAT_VERSION
+        if any(entry.transposed for entry in self.tensors.values()):
+            return _TRANSPOSED
         return _SHARED if any(entry.codebook for entry in self.tensors.values()) else _PLAIN
 
     @property

@@ -27,15 +27,15 @@ class Packed:
     manifest: Manifest
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state that the quantized model loads: a byte a code, centroids in fp32, tied copies filled in.
+        """The state that the quantized model loads: codes unpacked, centroids in fp32, tied copies filled in.
 
         Returns:
             By name, dense tensors in their own shape and type, and the parts of each quantized tensor NAME. Of scheme
-            pq: NAME.codes (rows, blocks per row) uint8 and NAME.centroids (K, d) float32, with int8 centroids also
-            NAME.file_affine (2, 1) float32 and NAME.centroid_bits () uint8, with a shared codebook NAME.codebook ()
-            int32. Of intN: NAME.codes uint8 in the dense shape, NAME.affine (2, 1 or channels) float32 and NAME.scalar
-            (2,) uint8; codes of a transposed tensor have the outputs first. Of a module with rounded inputs:
-            MODULE.input_quantizer.range (2,), .seen () and .spec (3,).
+            pq: NAME.codes (rows, blocks per row) uint8, int32 where K is above 256, and NAME.centroids (K, d) float32,
+            with int8 centroids also NAME.file_affine (2, 1) float32 and NAME.centroid_bits () uint8, with a shared
+            codebook NAME.codebook () int32. Of intN: NAME.codes uint8 in the dense shape, NAME.affine (2, 1 or
+            channels) float32 and NAME.scalar (2,) uint8; codes of a transposed tensor have the outputs first. Of a
+            module with rounded inputs: MODULE.input_quantizer.range (2,), .seen () and .spec (3,).
         """
         state = {name: self.tensors[name] for name in self.dense_names}
         parts = {name: [""] for name in state}  # what a logical tensor's entries are called after its name

@@ -16,6 +16,7 @@ from ..layers.registry import Held, weights_in
 from ..networks.registry import meta_model
 from ..networks.timm_weights import our_names
 from ..quantization.importance import sound
+from ..structure.learned_rates import without_scores
 from ..utils.files import replace_file
 from ..weights.discovery import load_without_copy
 from .keys import IMPORTANCE, SHAPES, STAGES
@@ -97,7 +98,7 @@ class Checkpoint:
         model = self._adopted()
         _check_finite(self.path, self.weights)
         try:
-            load_without_copy(model, self.weights)
+            load_without_copy(model, without_scores(self.weights))
         except RuntimeError as error:
             reason = _first_line(error)
             raise UserError(f"checkpoint {self.path}: does not fit its own configuration ({reason})") from None

@@ -50,7 +50,8 @@ SHARED = ("classification_head_name", "regression_target")  # options of `ipq` t
 #: fairseq's options that say how much noise a training has.
 NOISE_FLAGS = ("quant_noise_pq", "quant_noise_scalar")
 
-STRUCTURE_OPTIONS = ("share_layers", "share_from")  # only this package has them
+LEARN = "learn_layerdrop"  # the option by which keep rates of layers are learned
+STRUCTURE_OPTIONS = ("share_layers", "share_from", LEARN)  # only this package has them
 
 FAIRSEQ_NOISE_OPTIONS = (*NOISE_FLAGS, "quant_noise_pq_block_size")
 

@@ -13,6 +13,7 @@ from ..artifact.reader import is_packed
 from ..networks.registry import OF_IMAGES, PREFIX, stock_name
 from ..networks.roberta_config import FAIRSEQ_EPS
 from ..networks.timm_weights import timm_names
+from ..structure.learned_rates import without_scores
 from .checkpoint import Checkpoint
 from .keys import no_training
 from .options import (
@@ -67,7 +68,7 @@ def _checkpoint(
     state = {
         "args": args,
         "cfg": cfg,
-        "model": timm_names(model),
+        "model": without_scores(timm_names(model)),
         "criterion": None,
         "task_state": {},
         **no_training(),

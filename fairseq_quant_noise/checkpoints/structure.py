@@ -16,11 +16,13 @@ from ..errors import UserError
 from ..networks.registry import PREFIX, stock_name
 from ..plan.rules import Structure
 from ..quantization.importance import follow
-from ..structure.layer_map import kept_layers, side_of
-from ..structure.modules import keep_by_stack
+from ..structure.layer_map import Keep, is_learned, kept_layers, learned_layers, side_of
+from ..structure.learned_rates import without_scores
+from ..structure.modules import SCORES, keep_by_stack
 from ..structure.state import keep_state, share_state, stack_sizes
 from .checkpoint import Checkpoint
 from .keys import IMPORTANCE, STAGES, no_training
+from .options import LEARN
 
 
 def pruned(checkpoint: Checkpoint, keep: object, where: str) -> Checkpoint:
@@ -28,20 +30,35 @@ def pruned(checkpoint: Checkpoint, keep: object, where: str) -> Checkpoint:
 
     Args:
         checkpoint: dense or with quantized weights, of any model whose stacks are called `layers`.
-        keep: as in `keep_layers_`.
+        keep: as in `keep_layers_`; the scores of `learned` are those in the checkpoint.
         where: the option or key that says so, for messages.
 
     Raises:
         UserError: the checkpoint has no layers or no configuration, or `keep` names an unknown stack or layer, a layer
-            twice, no layer at all, or only part of a chunk.
+            twice, no layer at all, only part of a chunk, or learned rates that the checkpoint does not have.
     """
     _check_layers(checkpoint)
     sizes = stack_sizes(checkpoint.weights)
-    chunk = max(int(options.get("share_layers") or 1) for options in _options(checkpoint.state))
-    wanted = keep_by_stack(where, keep, list(sizes))
-    kept = {stack: kept_layers(where, which, stack, sizes[stack], chunk) for stack, which in wanted.items()}
+    wanted = keep_by_stack(where, keep, list(sizes), learned=True)
+    kept = {stack: _kept(checkpoint, where, which, stack, sizes[stack]) for stack, which in wanted.items()}
     counts = {side_of(stack): len(layers) for stack, layers in kept.items()}
-    return _begun_anew(checkpoint, keep_state(checkpoint.weights, kept), layer_options(counts))
+    weights = without_scores(keep_state(checkpoint.weights, kept))
+    less = _begun_anew(checkpoint, weights, layer_options(counts))
+    for options in _options(less.state):
+        options.pop(LEARN, None)
+    return less
+
+
+def _kept(checkpoint: Checkpoint, where: str, keep: Keep, stack: str, n_layers: int) -> list[int]:
+    """The layers of one stack that stay."""
+    given = list(_options(checkpoint.state))
+    chunk = max(int(options.get("share_layers") or 1) for options in given)
+    if not is_learned(keep):
+        return kept_layers(where, keep, stack, n_layers, chunk)
+    scores = checkpoint.weights.get(f"{stack}.{SCORES}")
+    found = None if scores is None else scores.float().tolist()
+    p = next((p for options in given if (p := options.get(f"{side_of(stack)}_layerdrop"))), None)
+    return learned_layers(where, keep, stack, n_layers, chunk, found, p)
 
 
 def shared(checkpoint: Checkpoint, chunk: int, start: str) -> Checkpoint:

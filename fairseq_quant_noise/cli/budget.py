@@ -19,6 +19,7 @@ from ..quantization.budget.knapsack import choose
 from ..quantization.budget.options import Priced, ways
 from ..quantization.budget.text import Chosen, plan_text
 from ..quantization.targets import resolve_stages
+from ..utils.bits import code_dtype
 from ..weights.blocks import code_shape
 from ..weights.discovery import find_weights
 
@@ -102,7 +103,7 @@ def file_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
         if d is None or k is None:
             target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range)
         else:
-            codes = torch.zeros(code_shape(target.weight.shape, d), dtype=torch.uint8)
+            codes = torch.zeros(code_shape(target.weight.shape, d), dtype=code_dtype(k))
             quantize_weight_(target.weight, codes, torch.zeros(k, d))
     return len(serialize(pack(network, plan, checkpoint.config)))
 

@@ -45,7 +45,11 @@ _OUT = _option(
     "--out", metavar="FILE", required=True, help="the file to write; replaced only once the new one is whole"
 )
 _FILE = _option("file", metavar="FILE", help="a packed file")
-_STRICT = _option("--strict", action="store_true", help="refuse a network with a matrix that no rule can name")
+_STRICT = _option(
+    "--strict",
+    action="store_true",
+    help="refuse a network with a weight that no rule can name, or whose inputs `activations` cannot round",
+)
 _JSON = _option("--json", action="store_true", help="print JSON")
 
 _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
@@ -124,8 +128,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
                 metavar="[STACK=]LAYERS",
                 action="append",
                 required=True,
-                help="every-other, or numbers of layers such as 0,2,4; encoder=0,2 for one of two stacks, given again "
-                "for the other. Layers that share their weights stay or go together",
+                help="every-other, or numbers of layers such as 0,2,4, or learned (learned:6 for six layers) after a "
+                "training with --learn-layerdrop; encoder=0,2 for one of two stacks, given again for the other. Layers "
+                "that share their weights stay or go together",
             ),
             _OUT,
         ],

@@ -25,7 +25,7 @@ from ..checkpoints.stock import difference, stock_checkpoint
 from ..checkpoints.structure import pruned, restructured, shared
 from ..deployment import onnx_model
 from ..errors import UserError
-from ..layers import quantized_weights
+from ..layers import quantized_weights, warn_of_unrounded
 from ..networks.registry import has_words, meta_model
 from ..plan.plan import Plan
 from ..quantization.budget.options import price
@@ -66,6 +66,8 @@ def plan(args: argparse.Namespace) -> None:
     targets = resolve_stages(the_plan, model)
     table = make_table(model, targets, original.dense_bytes, the_plan.codes.train)
     warn_of_uncovered(model, args.strict)
+    if the_plan.activations is not None:
+        warn_of_unrounded(model, (t.weight.name for t in targets), args.strict)
     if args.json:
         print(json.dumps(table.to_dict()))
     else:

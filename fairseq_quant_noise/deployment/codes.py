@@ -3,6 +3,10 @@
 Eight codes take N bytes. Code i of the eight begins in byte j = i N // 8, at bit o = i N % 8, and may end in the next:
 
     code_i = (byte_j >> o | byte_(j + 1) << (8 - o)) & (2^N - 1)
+
+A code of 9 bits or more may touch three bytes, which make one number of 32 bits first:
+
+    code_i = (byte_j | byte_(j + 1) << 8 | byte_(j + 2) << 16) >> o & (2^N - 1)
 """
 
 import math
@@ -16,7 +20,7 @@ from .builder import Builder
 
 
 def add_codes(graph: Builder, name: str, packed: Tensor, bits: int, shape: Sequence[int]) -> str:
-    """Make the tensor `name` of codes, uint8; returns the name.
+    """Make the tensor `name` of codes, uint8, or uint32 of 9 bits or more; returns the name.
 
     Args:
         graph: where to.
@@ -28,8 +32,15 @@ def add_codes(graph: Builder, name: str, packed: Tensor, bits: int, shape: Seque
     if bits == 8:
         return graph.store(name, packed.view(*shape))
     eights = graph.store(f"{name}.packed", F.pad(packed, (0, -len(packed) % bits)).view(-1, bits))  # (n / 8, N)
-    start = torch.arange(8) * bits
-    byte, offset = start // 8, start % 8
+    each = (_from_bytes if bits < 8 else _from_words)(graph, name, eights, bits)
+    flat = graph.compute(f"{name}.flat", "Reshape", each, graph.numbers(-1))
+    used = graph.compute(f"{name}.used", "Slice", flat, graph.numbers(0), graph.numbers(math.prod(shape)))
+    return graph.compute(name, "Reshape", used, graph.numbers(*shape))
+
+
+def _from_bytes(graph: Builder, name: str, eights: str, bits: int) -> str:
+    """Codes (n / 8, 8) uint8 of less than 8 bits, from (n / 8, N) bytes."""
+    byte, offset = _places(bits)
     left = (8 - offset).clamp(max=7)  # 7 where nothing of the next byte is needed: bit 7 is in no code
     numbers = {
         "byte": byte,
@@ -46,7 +57,27 @@ def add_codes(graph: Builder, name: str, packed: Tensor, bits: int, shape: Seque
             graph.compute(f"{name}.{direction}", "BitShift", found, of[direction.lower()], direction=direction)
         )
     both = graph.compute(f"{name}.both", "BitwiseOr", *halves)
-    each = graph.compute(f"{name}.each", "BitwiseAnd", both, of["mask"])
-    flat = graph.compute(f"{name}.flat", "Reshape", each, graph.numbers(-1))
-    used = graph.compute(f"{name}.used", "Slice", flat, graph.numbers(0), graph.numbers(math.prod(shape)))
-    return graph.compute(name, "Reshape", used, graph.numbers(*shape))
+    return graph.compute(f"{name}.each", "BitwiseAnd", both, of["mask"])
+
+
+def _from_words(graph: Builder, name: str, eights: str, bits: int) -> str:
+    """Codes (n / 8, 8) uint32 of 9 to 12 bits, from (n / 8, N) bytes."""
+    byte, offset = _places(bits)
+    word = ""
+    for j in range(3):  # where the third byte is beyond the eight codes, it is no part of the last one
+        at = graph.store(f"wide{bits}.byte{j}", (byte + j).clamp(max=bits - 1))
+        found = graph.compute(f"{name}.byte{j}", "Gather", eights, at, axis=1)  # (n / 8, 8)
+        wide = graph.cast(f"{name}.wide{j}", found, "UINT32")
+        up = graph.store(f"wide.up{j}", torch.tensor(8 * j, dtype=torch.uint32))
+        moved = graph.compute(f"{name}.moved{j}", "BitShift", wide, up, direction="LEFT")
+        word = graph.compute(f"{name}.word{j}", "BitwiseOr", word, moved) if word else moved
+    down = graph.store(f"wide{bits}.down", offset.to(torch.uint32))
+    shifted = graph.compute(f"{name}.shifted", "BitShift", word, down, direction="RIGHT")
+    mask = graph.store(f"wide{bits}.mask", torch.tensor(2**bits - 1, dtype=torch.uint32))
+    return graph.compute(f"{name}.each", "BitwiseAnd", shifted, mask)
+
+
+def _places(bits: int) -> tuple[Tensor, Tensor]:
+    """Of each of eight codes: the byte in which it begins, and the bit there, (8,) each."""
+    start = torch.arange(8) * bits
+    return start // 8, start % 8

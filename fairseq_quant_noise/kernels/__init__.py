@@ -61,13 +61,13 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
     """A weight from its codes, without a gradient.
 
     Args:
-        codes: (O, I/d) uint8, of any strides.
+        codes: (O, I/d) uint8, of any strides; int32 where K is above 256.
         centroids: (K, d).
 
     Returns:
         (O, I), of the centroids' dtype.
     """
-    fits = centroids.dtype == torch.float32 and not in_graph() and cpu.takes(centroids)
+    fits = centroids.dtype == torch.float32 and codes.dtype == torch.uint8 and not in_graph() and cpu.takes(centroids)
     form = cpu if fits else reference  # which a graph can hold
     return form.decode(codes, centroids)
 

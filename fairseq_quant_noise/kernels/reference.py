@@ -20,7 +20,7 @@ def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
-    """As `kernels.decode`, for codes (O, I/d) uint8 and centroids (K, d): (O, I)."""
+    """As `kernels.decode`, for codes (O, I/d) uint8 or int32 and centroids (K, d): (O, I)."""
     return centroids.index_select(0, codes.flatten().long()).view(codes.shape[0], -1)
 
 

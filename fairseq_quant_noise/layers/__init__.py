@@ -4,7 +4,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from .adopt import adopt_quantized
-from .inputs import calibrating, input_quantizers, quantize_inputs_
+from .inputs import calibrating, input_quantizers, quantize_inputs_, warn_of_unrounded
 from .latent import LatentIntWeight, to_int_
 from .pq import PQWeight, quantize_weight_
 from .pq_latent import LatentPQWeight
@@ -26,6 +26,7 @@ __all__ = [
     "quantize_weight_",
     "quantized_weights",
     "to_int_",
+    "warn_of_unrounded",
 ]
 
 for _module in iter_modules(__path__):  # each one that has a format registers it

@@ -12,6 +12,7 @@ Until the first of them, the range is that of the input itself.
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import UserError
 from ..kernels import in_graph
@@ -26,12 +28,15 @@ from ..scalar import INPUT_RANGES, RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
 from ..utils.autograd import in_backward
 from ..weights.access import multiplier
-from ..weights.discovery import find_weights
+from ..weights.discovery import Place, find_weights
 from .parts import numbers_in
+
+logger = logging.getLogger(__name__)
 
 NAME = "input_quantizer"
 GRID = "_grid"  # an attribute of a rounded input: scale and zero point, (2,) float32, for a product in whole numbers
 FAST_PATH_OFF = "skip_embed_dim_check"  # an attention's attribute; true keeps it from torch's fast path
+_NAMED = 4  # weights in the warning
 SPARSE = 100  # in training, one forward in so many is looked at after the first ones
 
 
@@ -169,18 +174,64 @@ def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: 
     wanted = set(names)
     for weight in find_weights(model):
         if weight.name in wanted:
-            for _, module, key in weight.places:
-                if key == "weight" and _is_product(module):
-                    quantize_input_(module, bits, range_, batches)
+            for place in weight.places:
+                if not _looks_up(place.module) and why_not_rounded(place) is None:
+                    quantize_input_(place.module, bits, range_, batches)
     for module in model.modules():
         if FAST_PATH_OFF in module.__dict__:
             module.__dict__[FAST_PATH_OFF] = True
 
 
-def _is_product(module: nn.Module) -> bool:
-    """Whether the module's one input is what its weight is multiplied with: no layers of its own come before that."""
-    others = isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
-    return not others and set(module._modules) <= {"weight", NAME}
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+
+def why_not_rounded(place: Place) -> str | None:
+    """Why the input that is multiplied with the weight in this place cannot be rounded; None where it can."""
+    module = place.module
+    if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
+        return "torch's attention multiplies by it inside of one function"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "a recurrent layer multiplies its own states as well"
+    if isinstance(module, nn.Bilinear):
+        return "it has two inputs"
+    if place.key != "weight":
+        return "its module multiplies by another weight, computed from this one"
+    if not set(module._modules) <= {"weight", NAME}:
+        return "its module has layers of its own before the product"
+    return None
+
+
+def unrounded(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The weights among `names` with an input that cannot be rounded, by the tensor's name, each with the reason.
+
+    An embedding looks rows up; there is nothing to round.
+    """
+    wanted, found = set(names), {}
+    for weight in find_weights(model):
+        for place in weight.places if weight.name in wanted else ():
+            why = None if _looks_up(place.module) else why_not_rounded(place)
+            if why is not None:
+                found[place.tensor_name] = why
+    return found
+
+
+def warn_of_unrounded(model: nn.Module, names: Iterable[str], strict: bool = False) -> None:
+    """Log one warning that names the weights of a plan with `activations` whose inputs stay as they are.
+
+    Raises:
+        UserError: there are some, and `strict` is true.
+    """
+    left = unrounded(model, names)
+    if left:
+        some = [f"{name} ({why})" for name, why in [*left.items()][:_NAMED]] + ["…"] * (len(left) > _NAMED)
+        text = (
+            f"activations: the inputs of {len(left)} weights are not rounded: {', '.join(some)}; build these layers "
+            "of nn.Linear, or leave `activations` out"
+        )
+        if strict:
+            raise UserError(text)
+        logger.warning(text)
 
 
 def input_quantizers(model: nn.Module) -> dict[str, InputQuantizer]:

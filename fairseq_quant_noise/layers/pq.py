@@ -15,7 +15,7 @@ from ..accounting import pq_bytes
 from ..errors import UserError
 from ..kernels import SETTLED, decode, in_graph, linear, linear_of_centroids, takes_integers, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine, is_affine
-from ..utils.bits import code_bits, largest_code, unpack_bits
+from ..utils.bits import MOST_CENTROIDS, code_bits, code_dtype, largest_code, unpack_bits
 from ..weights.discovery import Weight
 from .inputs import GRID
 from .lookup import Lookup
@@ -31,7 +31,7 @@ class PQWeight(QuantizedWeight):
     """A product-quantized weight.
 
     Args:
-        codes: (rows, blocks a row) uint8, each below K.
+        codes: (rows, blocks a row), each below K; uint8, or int32 where K is above 256.
         centroids: (K, d).
         shape: of the dense weight.
         centroid_bits: 16 for fp16 centroids, 8 for int8 ones.
@@ -156,7 +156,7 @@ class PQWeight(QuantizedWeight):
 
     def in_integers(self, x: Tensor) -> bool:
         """Whether `linear` multiplies x (..., I) by 8-bit centroids in whole numbers."""
-        return self.bits == 8 and self.centroids.dtype == torch.float32 and takes_integers(x)
+        return self.bits == 8 and self.n_centroids <= 256 and self.centroids.dtype == torch.float32 and takes_integers(x)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
@@ -229,7 +229,7 @@ class PQWeight(QuantizedWeight):
         found: Any = state_dict  # a mapping from names to tensors, which may lack these
         codes, centroids = found.get(prefix + CODES), found.get(prefix + CENTROIDS)
         known = codes is not None and codes.numel() > 0 and codes.device.type != "meta" and centroids is not None
-        if known and len(centroids) < 256 and int(codes.max()) >= len(centroids):
+        if known and len(centroids) != 256 and not 0 <= int(codes.min()) <= int(codes.max()) < len(centroids):
             lists[2].append(f"{prefix}{CODES}: a code beyond its {len(centroids)} centroids")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         self.codes = self._laid_out(self.codes)  # with `assign` they are those of the state
@@ -256,7 +256,7 @@ class PQWeight(QuantizedWeight):
             return False
         affine = parts.get(FILE_AFFINE)
         new = cls(
-            torch.empty_like(codes, device=stored.device),
+            torch.empty_like(codes, dtype=code_dtype(len(centroids)), device=stored.device),
             torch.empty_like(centroids, dtype=stored.dtype, device=stored.device),
             weight.shape,
             int(parts.get(CENTROID_BITS, 16)),
@@ -311,8 +311,9 @@ class PQWeight(QuantizedWeight):
 
     @classmethod
     def describes(cls, entry: QuantizedTensor) -> bool:
-        """Whether it has d, K (at most 256) and centroids of 8 or 16 bits."""
-        return entry.block_size is not None and entry.n_centroids in range(257) and entry.centroid_bits in (8, 16)
+        """Whether it has d, K (at most 4096) and centroids of 8 or 16 bits."""
+        known_k = entry.n_centroids in range(MOST_CENTROIDS + 1)
+        return entry.block_size is not None and known_k and entry.centroid_bits in (8, 16)
 
     @classmethod
     def code_bits(cls, entry: QuantizedTensor) -> int:
@@ -354,9 +355,8 @@ class PQWeight(QuantizedWeight):
 
     @classmethod
     def unpack(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor], codebook: int | None) -> dict[str, Tensor]:
-        """Codes (rows, blocks a row), a byte each; centroids (K, d) in fp32; and how the file has the centroids."""
-        codes = unpack_bits(parts[CODES], entry.n_codes, entry.code_bits)
-        state = {CODES: codes.view(entry.shape[0], -1)}
+        """Codes (rows, blocks a row) as in memory; centroids (K, d) in fp32; and how the file has the centroids."""
+        state = {CODES: unpack_bits(parts[CODES], entry.n_codes, entry.code_bits).view(entry.shape[0], -1)}
         if codebook is not None:
             state[CODEBOOK] = torch.tensor(codebook, dtype=torch.int32)
         if entry.centroid_bits == 16:
@@ -383,7 +383,7 @@ def quantize_weight_(
 
     Args:
         weight: a weight of the model, not quantized yet.
-        codes: (rows, blocks a row) uint8.
+        codes: (rows, blocks a row) uint8, or int32 where K is above 256.
         centroids: (K, d), taken in the dtype of the stored weight.
         centroid_bits: 16 (fp16) or 8 (int8).
         codebook: the number of a shared one.

@@ -72,7 +72,7 @@ class LatentPQWeight(PQWeight):
         blocks, centroids = self.blocks(), self._centroids()
         before = self.codes.flatten()  # (n,)
         if share >= 1:
-            found = nearest(blocks, centroids).to(torch.uint8)
+            found = nearest(blocks, centroids).to(before.dtype)
         else:
             distances = self._distances(blocks, centroids)
             if self.distances is None:
@@ -81,7 +81,7 @@ class LatentPQWeight(PQWeight):
             some = blocks[most]
             new = nearest(some, centroids)
             found = before.clone()
-            found[most] = new.to(torch.uint8)
+            found[most] = new.to(before.dtype)
             self.distances[most] = (some - centroids[new]).square().sum(1)
         changed = (found != before).sum()  # now, for `before` may be a view of the codes
         self.codes.copy_(found.view(self.codes.shape))

@@ -202,7 +202,7 @@ class Format:
             codebook: the number of its codebook where several tensors use it.
 
         Returns:
-            The entries by the last part of the name, such as codes (rows, …) with a byte each.
+            The entries by the last part of the name, such as codes (rows, …).
 
         Raises:
             NotImplementedError: the format has no `file_schemes`.

@@ -77,7 +77,7 @@ class Codebook(Distortion):
     def __init__(self, name: str, rule: NoiseRule, rows: int) -> None:
         self.name, self.n_centroids = name, rule.n_centroids
         self.centroids: Tensor | None = None  # (K, d) float32
-        self.codes: Tensor | None = None  # (n,) uint8: each block's centroid at the last fit
+        self.codes: Tensor | None = None  # (n,) uint8, int32 for K above 256: each block's centroid at the last fit
 
     def fit(self, blocks: Tensor) -> None:
         """Run k-means over all blocks, (n, d), from the last centroids where there are some.
@@ -117,7 +117,7 @@ class Codebook(Distortion):
         return centroids.index_select(0, nearest(blocks, centroids)).to(blocks.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """`centroids` (K, d) float32 and `codes` (n,) uint8; nothing before the first `fit`."""
+        """`centroids` (K, d) float32 and `codes` (n,); nothing before the first `fit`."""
         return (
             {} if self.centroids is None or self.codes is None else {"centroids": self.centroids, "codes": self.codes}
         )

@@ -13,15 +13,20 @@ resume exactly. All ranks have the same seed, so the rank is mixed in (`ranks.se
 averages over an independent J of each rank. Each weight then has its own generator: its noise does not depend on the
 order in which layers run, or on LayerDrop. Outside a forward, and in eval mode, `module.weight` is the stored
 Parameter.
+
+In a graph of torch.compile the seed is a tensor, and drawing and noising are operators (`operators.py`): whatever a
+graph would take for a constant, such as the number of the draw, is theirs.
 """
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..kernels import in_graph
 from ..utils.autograd import in_backward
 from ..utils.ranks import seed_of_rank
+from . import operators
 
 _MAX_SEEDS = 1_000  # cap on remembered seeds: a forward without a backward never clears its own
 
@@ -49,6 +54,8 @@ class NoiseDraw:
         self.epoch = 0
         self.counts = True  # each draw is an update, until somebody says which update it is
         self.draws = 0
+        self.seed_tensor = torch.zeros(1, dtype=torch.long)  # `seed` for a graph; 0 before the first draw
+        self.number = operators.register(self)
 
     def set_num_updates(self, update: int) -> None:
         """Say which update comes, from 0; from now on draws are not counted as updates."""
@@ -63,8 +70,25 @@ class NoiseDraw:
         self.handles.append(module.register_forward_pre_hook(self._enter))
         self.handles.append(module.register_forward_hook(self._leave, always_call=True))
 
+    def begin(self) -> Tensor:
+        """Draw the seed of a forward, (1,)."""
+        if self.spent or len(self.seeds) > _MAX_SEEDS:
+            self.seeds.clear()
+        # Every rank takes one number from the global generator: LayerDrop draws from it too, alike on all ranks.
+        self.seed = seed_of_rank(int(torch.randint(2**62, (1,))))
+        self.seed_tensor = torch.tensor([self.seed])
+        self.spent = False
+        if self.counts:
+            self.update = self.draws
+        self.draws += 1
+        self.at = self.update
+        return self.seed_tensor
+
     def _enter(self, module: nn.Module, inputs: object) -> None:
-        if in_backward():
+        if in_graph():
+            if self._is_fresh(module):
+                self.seed_tensor = operators.begin(self.seed_tensor, self.number)
+        elif in_backward():
             if self.depth == 0:
                 self.latest = self.seed, self.at
                 self.seed, self.at = self.seeds.get(_random_state(), self.latest)
@@ -73,21 +97,17 @@ class NoiseDraw:
         self.depth += 1
 
     def _enter_forward(self, module: nn.Module) -> None:
-        if module is self.root:
-            self.depth = 0  # a forward that was interrupted has not left
-        fresh = module is self.root or (self.depth == 0 and self.spent)
-        if fresh and any(m.training for m in self.noised):
-            if self.spent or len(self.seeds) > _MAX_SEEDS:
-                self.seeds.clear()
-            # Every rank takes one number from the global generator: LayerDrop draws from it too, alike on all ranks.
-            self.seed = seed_of_rank(int(torch.randint(2**62, (1,))))
-            self.spent = False
-            if self.counts:
-                self.update = self.draws
-            self.draws += 1
-            self.at = self.update
+        if self._is_fresh(module):
+            self.begin()
         if self.seed is not None and module.training:
             self.seeds[_random_state()] = self.seed, self.at
+
+    def _is_fresh(self, module: nn.Module) -> bool:
+        """Whether a forward begins that draws."""
+        if module is self.root:
+            self.depth = 0  # a forward that was interrupted has not left
+        begins = module is self.root or (self.depth == 0 and self.spent)
+        return begins and any(m.training for m in self.noised)
 
     def _leave(self, module: nn.Module, inputs: object, output: object) -> None:
         self.depth = max(self.depth - 1, 0)

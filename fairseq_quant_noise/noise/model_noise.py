@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from . import operators
 from .draw import NoiseDraw
 from .weight_noise import WeightNoise
 
@@ -27,8 +28,12 @@ class ModelNoise(NoiseDraw):
             nothing = memo[id(self)] = ModelNoise(nn.Module())
             return nothing
         twin: ModelNoise = memo.setdefault(id(self), object.__new__(ModelNoise))
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For `pickle` and `copy`: operators find it by a number of its own."""
+        self.__dict__.update(state, number=operators.register(self))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on with the same noise: plain containers and tensors."""

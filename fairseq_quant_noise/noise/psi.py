@@ -34,7 +34,7 @@ def draw_clusters(codes: Tensor, n_centroids: int, p: float, generator: torch.Ge
     """J by centroid: each of the K is hit with probability p, and all its blocks with it.
 
     Args:
-        codes: (n,) uint8, each block's centroid.
+        codes: (n,) whole numbers, each block's centroid.
         n_centroids: K.
         p: from 0 to 1.
         generator: draws the centroids.

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import in_graph
 from ..plan.rules import NoiseRule
 from ..plan.vocabulary import EPOCH
 from ..utils.autograd import in_backward
 from ..weights.blocks import as_blocks
 from ..weights.discovery import Weight
+from . import operators
 from .distortions import Codebook, make_distortion
 from .draw import NoiseDraw
 from .psi import draw_blocks, draw_clusters, psi
@@ -95,15 +97,25 @@ class WeightNoise:
 
     def __call__(self, module: nn.Module, stored: Tensor) -> Tensor:
         """The weight as `module` reads it, of its shape: noised in a training forward, else `stored` itself."""
-        if not module.training or self.draw.depth == 0 or self.draw.seed is None or self.draw.muted:
+        if not module.training or self.draw.depth == 0 or self.draw.muted:
+            return stored
+        if in_graph():
+            return operators.noised(stored, self.draw.seed_tensor, self.draw.number, self.name)
+        if self.draw.seed is None:
             return stored
         if self.hits_of != (self.draw.seed, stored.device):
-            self._draw_hits(stored)
+            self._draw_hits(stored, self.draw.seed)
         if not self.is_tied or in_backward():
             return self._noised(stored)
         if self.seen is None or self.seen[0] is not stored or self.seen[1] != torch.is_grad_enabled():
             self.seen = stored, torch.is_grad_enabled(), self._noised(stored)
         return self.seen[2]
+
+    def by_seed(self, stored: Tensor, seed: int) -> Tensor:
+        """The weight of a forward with this seed, of its shape; for a graph, in which nothing else is kept."""
+        if self.hits_of != (seed, stored.device):
+            self._draw_hits(stored, seed)
+        return self._noised(stored)
 
     def _noised(self, stored: Tensor) -> Tensor:
         weight = stored.transpose(0, 1) if self.turned else stored  # (rows, …)
@@ -118,10 +130,10 @@ class WeightNoise:
         """For `pickle` and `copy`: without what a forward has read."""
         return self.__dict__ | {"seen": None}
 
-    def _draw_hits(self, stored: Tensor) -> None:
-        """Draw J for every rule, and fit the rules that are due, for the current seed."""
+    def _draw_hits(self, stored: Tensor, seed: int) -> None:
+        """Draw J for every rule, and fit the rules that are due, for this seed."""
         generator = torch.Generator(stored.device)
-        generator.manual_seed((self.draw.seed or 0) + self.index)
+        generator.manual_seed(seed + self.index)
         self.hits, self.seen = [], None
         for rule in self.rules:
             p = p_at(rule.rule.p, rule.rule.schedule, self.draw.at)
@@ -129,7 +141,7 @@ class WeightNoise:
                 if not in_backward():  # a layer that runs again has been fitted in its own forward
                     rule.refresh(stored.transpose(0, 1) if self.turned else stored, self.draw)
                 self.hits.append((rule, rule.draw_hit(p, generator)))
-        self.hits_of = (self.draw.seed, stored.device)
+        self.hits_of = (seed, stored.device)
 
     def _spend(self, gradient: Tensor) -> None:
         """Mark the draw as spent: its backward has reached the weight, so every use of the weight is over."""

@@ -29,6 +29,7 @@ from ..errors import UserError
 from ..layers.registry import Format, plan_formats
 from ..scalar import BITS, INPUT_RANGES, RANGES, STAGE_RANGES, bits_of
 from ..structure.layer_map import START, parse_keep
+from ..utils.bits import MOST_CENTROIDS
 from ..weights.blocks import kinds
 from .checks import check_keys, check_one_of, check_positive, check_probability, check_regex
 from .fairseq_yaml import setting_by_feature
@@ -46,6 +47,8 @@ from .vocabulary import (
     SCHEDULES,
     TRAIN,
 )
+
+_MOST = f"give at most {MOST_CENTROIDS}, codes of 12 bits"
 
 #: One number for all, a number per name (`default` and regular expressions), or fairseq's per module type.
 Setting = int | Mapping[str, Any]
@@ -104,8 +107,8 @@ class NoiseRule:
         if not isinstance(self.block_size, Mapping):
             check_positive(f"{where}: block_size", self.d)
         check_positive(f"{where}: n_centroids", self.n_centroids)
-        if self.n_centroids > 256:
-            raise UserError(f"{where}: n_centroids is {self.n_centroids}; a code is a byte, give at most 256")
+        if self.n_centroids > MOST_CENTROIDS:
+            raise UserError(f"{where}: n_centroids is {self.n_centroids}; {_MOST}")
         if self.refresh not in (None, EPOCH):
             check_positive(f"{where}: refresh (updates, or '{EPOCH}')", self.refresh)
 
@@ -155,7 +158,7 @@ class StageRule:
     match: str  # regular expression over module names, full match
     scheme: str = "pq"  # pq (product quantization), or int2 … int8
     block_size: Setting = 8  # d, pq only
-    n_centroids: Setting = 256  # K, pq only; at most 256, because a code is a byte
+    n_centroids: Setting = 256  # K, pq only; at most 4096, codes of 12 bits
     codebook: str = "own"  # pq only. own: one per weight; shared: one per stage for weights of equal d and K
     range: str = "tensor"  # intN only: tensor, channel, histogram; or learned, learned-channel (scalar/ranges.py)
     updates: int | None = None  # length of this stage; default: an equal share of the training's updates
@@ -183,11 +186,11 @@ class StageRule:
         return _resolve(f"stage '{self.match}': block_size", self.block_size, name, module)
 
     def n_centroids_of(self, name: str, module: nn.Module) -> int:
-        """K for the weight of `module`. Raises UserError when the rule gives it none, or more than 256."""
+        """K for the weight of `module`. Raises UserError when the rule gives it none, or more than 4096."""
         n = _resolve(f"stage '{self.match}': n_centroids", self.n_centroids, name, module)
-        if n > 256:
+        if n > MOST_CENTROIDS:
             what = f"stage '{self.match}': n_centroids is {n} for the weight of module '{name}'"
-            raise UserError(f"{what}; a code is a byte, give at most 256")
+            raise UserError(f"{what}; {_MOST}")
         return n
 
 

@@ -19,11 +19,13 @@ from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ..errors import UserError
+from ..structure.modules import LayerStack
 from .exits import exits_on_user_error
 
 logger = logging.getLogger(__name__)
 
 _BACKENDS = ("c10d", "pytorch_ddp")  # its old name and its new one
+_SHARDED = "fully_sharded"
 _wrap = fairseq.models.DistributedFairseqModel
 
 
@@ -37,8 +39,11 @@ def distributed_fairseq_model(args: Any, model: nn.Module, process_group: Any, d
         device: where the model is.
 
     Raises:
-        UserError: LayerDrop, on GPUs, without --find-unused-parameters.
+        UserError: LayerDrop, on GPUs, without --find-unused-parameters, or with the back end fully_sharded.
     """
+    if args.ddp_backend == _SHARDED:
+        with exits_on_user_error():
+            _check_layerdrop(model, "each process would wait for the others at a layer that they leave out")
     if args.ddp_backend in _BACKENDS:
         if device.type == "cpu":
             logger.info(f"--ddp-backend {args.ddp_backend} is fairseq's for GPUs; on a CPU legacy_ddp takes its place")
@@ -47,7 +52,11 @@ def distributed_fairseq_model(args: Any, model: nn.Module, process_group: Any, d
                 args.ddp_backend = "legacy_ddp"
         elif not args.find_unused_parameters:
             with exits_on_user_error():
-                _check_layerdrop(args.ddp_backend, model)
+                _check_layerdrop(
+                    model,
+                    f"the layers that it leaves out have no gradient, which --ddp-backend {args.ddp_backend} stops at",
+                    " or --find-unused-parameters",
+                )
     wrapped: nn.Module = _wrap(args, model, process_group, device)
     return wrapped
 
@@ -96,12 +105,9 @@ def _join(cfg: DictConfig, method: str, world_size: int, rank: int) -> None:
         training.distributed_backend = "gloo"
 
 
-def _check_layerdrop(backend: str, model: nn.Module) -> None:
-    """Raise UserError where layers are left out, whose gradients the back end would wait for."""
+def _check_layerdrop(model: nn.Module, why: str, other_cure: str = "") -> None:
+    """Raise UserError where layers are left out, which the back end cannot do for this reason."""
     for name, module in model.named_modules():
-        if isinstance(module, LayerDropModuleList) and module.p > 0:
+        if isinstance(module, LayerDropModuleList | LayerStack) and module.p > 0:
             side = name.partition(".")[0]
-            raise UserError(
-                f"--{side}-layerdrop {module.p}: the layers that it leaves out have no gradient, which --ddp-backend "
-                f"{backend} stops at; give --ddp-backend legacy_ddp or --find-unused-parameters"
-            )
+            raise UserError(f"--{side}-layerdrop {module.p}: {why}; give --ddp-backend legacy_ddp{other_cure}")

@@ -21,7 +21,7 @@ FLOOR = 1e-4  # least importance of a number, as a share of the mean
 class Encoded:
     """A product-quantized weight."""
 
-    codes: Tensor  # (rows, blocks a row) uint8
+    codes: Tensor  # (rows, blocks a row) uint8, or int32 where K is above 256
     centroids: Tensor  # (K, d) float32
     relative_error: float  # ||W - W_hat|| / ||W||, Frobenius norms
 
@@ -42,14 +42,14 @@ def encode(
         name: the weight's name, for messages.
         weight: (rows, …), with rows that `block_size` divides (see `blocks.check_block_size`).
         block_size: d.
-        n_centroids: K, at most 256 and at most the number of blocks.
+        n_centroids: K, at most 4096 and at most the number of blocks.
         seed: of k-means; with the same weight and importance it gives the same bits.
         importance: of the numbers' squared errors (`quantization/importance.py`), of the weight's shape; all alike
             without.
         iterations: of k-means.
 
     Raises:
-        UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 256.
+        UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 4096.
     """
     sizes = block_size, n_centroids
     return encode_together([name], [weight], *sizes, seed=seed, importance=[importance], iterations=iterations)[0]
@@ -82,7 +82,7 @@ def encode_together(
         For each weight its codes (rows, blocks a row), with the centroids (K, d) that all have in common.
 
     Raises:
-        UserError: a weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 256.
+        UserError: a weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 4096.
     """
     weights = [weight.detach() for weight in weights]
     for name, weight in zip(names, weights, strict=True):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..kernels import nearest
+from ..utils.bits import MOST_CENTROIDS, code_dtype
 
 SAMPLE = 1 << 14  # vectors that seed the centroids: 64 for each of 256
 MIDDLE = 1 << 16  # vectors that bring them near where all would
@@ -29,7 +30,7 @@ class Clustering:
     """What k-means found: ``centroids[codes.long()]`` approximates the vectors."""
 
     centroids: Tensor  # (K, d) float32
-    codes: Tensor  # (n,) uint8, the argmin over the centroids
+    codes: Tensor  # (n,) uint8, or int32 where K is above 256: the argmin over the centroids
     sse: float  # sum_i || b_i - c_{I_i} ||^2, by the weights, summed in float64
 
 
@@ -89,7 +90,7 @@ def kmeans(
         Centroids (K, d), codes (n,) and their squared error.
 
     Raises:
-        UserError: K is not in 1 .. 256; `vectors` is empty, not of two dimensions, or holds NaN or infinity.
+        UserError: K is not in 1 .. 4096; `vectors` is empty, not of two dimensions, or holds NaN or infinity.
     """
     points = _Points(_checked(vectors, n_centroids), None if weights is None else weights.float())
     device = points.vectors.device
@@ -102,7 +103,7 @@ def kmeans(
     if centroids is None and start is not None:
         centroids = _lloyd(points, frame, start.to(device).double(), iterations).float()  # (K, d)
     elif centroids is None:
-        restarts = range(min(16, 256 // n_centroids))  # few centroids end in worse minima, and cost less
+        restarts = range(max(1, min(16, 256 // n_centroids)))  # few centroids end in worse minima, and cost less
         seeds = [_plus_plus(sample, frame, n_centroids, generator) for _ in restarts]  # (K, d) each
         starts = [_lloyd(sample, frame, start, iterations) for start in seeds]  # (K, d) each
         best = min(starts, key=lambda start: _encode(sample, frame, start)[1])  # (K, d)
@@ -110,12 +111,12 @@ def kmeans(
             best, iterations = _lloyd(points[order], frame, best, -(-iterations // 2)), -(-iterations // 3)
         centroids = _lloyd(points, frame, best, iterations).float()  # (K, d)
     codes, sse = _encode(points, frame, centroids)
-    return Clustering(centroids, codes.to(torch.uint8), sse)
+    return Clustering(centroids, codes.to(code_dtype(n_centroids)), sse)
 
 
 def _checked(vectors: Tensor, n_centroids: int) -> Tensor:
-    if not 1 <= n_centroids <= 256:
-        raise UserError(f"n_centroids is {n_centroids}, but a code is one byte: choose 1 to 256")
+    if not 1 <= n_centroids <= MOST_CENTROIDS:
+        raise UserError(f"n_centroids is {n_centroids}, but a code has 12 bits at most: choose 1 to {MOST_CENTROIDS}")
     if vectors.dim() != 2 or vectors.numel() == 0:
         raise UserError(f"no vectors to cluster in a tensor of shape {tuple(vectors.shape)}: give (n, d)")
     vectors = vectors.detach().float() + 0.0  # (n, d); + 0.0 makes -0.0 and 0.0 one vector

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..layers import LatentPQWeight, calibrating, join_, quantize_inputs_, quantize_weight_, quantized_weights
+from ..layers import (
+    LatentPQWeight,
+    calibrating,
+    join_,
+    quantize_inputs_,
+    quantize_weight_,
+    quantized_weights,
+    warn_of_unrounded,
+)
 from ..layers.batch_statistics import batch_norms, estimating
 from ..layers.pq import PQWeight
 from ..layers.quantized import QuantizedWeight, dense_weight
@@ -63,7 +71,8 @@ def quantize_(
             statistics of batch normalisation, which are estimated anew over all of them, then the ranges of
             `activations`, over the first `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of
             them, or a function that runs the model on inputs of its own; such a function may also stand for all.
-        strict: refuse a model with a matrix that no rule can name; else one warning names all of them.
+        strict: refuse a model with a matrix that no rule can name, or, with `activations`, with a weight whose inputs
+            cannot be rounded; else a warning names them.
         progress: called with a line for each weight.
 
     Returns:
@@ -83,6 +92,8 @@ def quantize_(
     given = (importance or {}) if plan.centroids.weighted else {}
     targets = sorted(resolve_stages(plan, model), key=lambda t: t.stage)
     warn_of_uncovered(model, strict)  # before encoding, while all parameters are dense
+    if plan.activations is not None:
+        warn_of_unrounded(model, (t.weight.name for t in targets), strict)
     check_importance(given, {t.weight.tensor_name: t.weight.dense_shape for t in targets})
     quantize_targets(targets, seed=seed, importance=given, codes=plan.codes, progress=progress)
     if plan.codes.train:

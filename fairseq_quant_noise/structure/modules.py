@@ -13,8 +13,10 @@ from torch import nn
 
 from ..errors import UserError
 from ..layers import QuantizedWeight
-from .layer_map import Keep, chunk_map, kept_layers, parse_keep, side_of
+from .layer_map import Keep, chunk_map, is_learned, kept_layers, learned_layers, parse_keep, side_of
 from .state import stack_sizes
+
+SCORES = "keep_scores"  # the Parameter of a stack whose keep rates are learned (`learned_rates.py`)
 
 
 class LayerStack(nn.ModuleList):
@@ -61,7 +63,7 @@ def require_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     return stacks
 
 
-def _layers(stack: nn.ModuleList) -> list[nn.Module]:
+def layers_in(stack: nn.ModuleList) -> list[nn.Module]:
     """All layers of the stack, including those that LayerDrop would skip."""
     return [stack[i] for i in range(len(stack))]
 
@@ -84,7 +86,7 @@ def share_layers_(model: nn.Module, chunk: int, start: str = "first") -> nn.Modu
     stacks = require_stacks(model)
     maps = {name: chunk_map(name, len(stack), chunk) for name, stack in stacks.items()}
     for name, stack in stacks.items():
-        layers = _layers(stack)
+        layers = layers_in(stack)
         for i in range(0, len(layers) if start == "mean" else 0, chunk):
             _average(f"{name}.{i}", layers[i : i + chunk])
         if chunk > 1 and getattr(stack, "p", 0) > 0:
@@ -152,13 +154,19 @@ def _quantized(module: nn.Module) -> dict[str, QuantizedWeight]:
 
 def set_layerdrop(model: nn.Module, name: str, stack: nn.ModuleList, chunk: int, p: float) -> None:
     """Let training leave out chunks of the stack called `name` with probability p."""
+    set_stack(model, name, LayerStack(layers_in(stack), chunk, p))
+
+
+def set_stack(model: nn.Module, name: str, stack: nn.ModuleList) -> None:
+    """Put `stack` in the place of the one called `name`, in its mode."""
     parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, LayerStack(_layers(stack), chunk, p))
+    stack.training = model.get_submodule(name).training
+    setattr(model.get_submodule(parent), last, stack)
 
 
 def shared_chunk(stack: nn.ModuleList) -> int:
     """N, how many adjacent layers of the stack share their weights; 1 where none do."""
-    firsts = [_first_held(layer) for layer in _layers(stack)]
+    firsts = [_first_held(layer) for layer in layers_in(stack)]
     return next((i for i, held in enumerate(firsts) if held is not firsts[0]), len(firsts))
 
 
@@ -177,41 +185,48 @@ def keep_layers_(model: nn.Module, keep: object) -> dict[str, list[int]]:
 
     Args:
         model: any network with a ModuleList `layers`, best one trained with LayerDrop.
-        keep: `every-other`, a list of layers, or a mapping from stacks (`decoder.layers`, or `decoder`) to either;
-            stacks that a mapping leaves out stay whole. Layers that share their weights stay or go together.
+        keep: `every-other`, a list of layers, `learned` (those with the highest rates, see `learn_layerdrop_`) or
+            `learned:N`, or a mapping from stacks (`decoder.layers`, or `decoder`) to one of these; stacks that a
+            mapping leaves out stay whole. Layers that share their weights stay or go together.
 
     Returns:
         By stack, the layers that stayed.
 
     Raises:
         UserError: the model has no stack, or `keep` names an unknown stack or layer, a layer twice, no layer at all,
-            or only part of a chunk.
+            only part of a chunk, or learned rates that are not there.
     """
     stacks = require_stacks(model)
-    wanted = keep_by_stack("keep_layers", keep, list(stacks))
-    kept = {
-        name: kept_layers("keep_layers", which, name, len(stacks[name]), shared_chunk(stacks[name]))
-        for name, which in wanted.items()
-    }
+    wanted = keep_by_stack("keep_layers", keep, list(stacks), learned=True)
+    kept = {name: _kept(name, stacks[name], which) for name, which in wanted.items()}
     for name, layers in kept.items():
         remove_layers(model, name, layers)
     return kept
 
 
-def keep_by_stack(where: str, keep: object, stacks: Sequence[str]) -> dict[str, Keep]:
-    """Split the `keep` of `keep_layers_` into a Keep for each stack that it prunes.
+def _kept(name: str, stack: nn.ModuleList, keep: Keep) -> list[int]:
+    sizes = len(stack), shared_chunk(stack)
+    if is_learned(keep):
+        scores: Any = stack._parameters.get(SCORES)
+        found = None if scores is None else scores.tolist()
+        return learned_layers("keep_layers", keep, name, *sizes, found, getattr(stack, "p", None))
+    return kept_layers("keep_layers", keep, name, *sizes)
+
+
+def keep_by_stack(where: str, keep: object, stacks: Sequence[str], learned: bool = False) -> dict[str, Keep]:
+    """Split the `keep` of `keep_layers_` into a Keep for each stack that it prunes; some allow `learned`.
 
     Raises:
         UserError: `keep` names a stack that is not among `stacks`, or holds no valid list of layers.
     """
     if not isinstance(keep, dict):
-        return dict.fromkeys(stacks, parse_keep(where, keep))
+        return dict.fromkeys(stacks, parse_keep(where, keep, learned))
     found: dict[str, Keep] = {}
     for key, which in keep.items():
         names = [name for name in stacks if key in (name, name.partition(".")[0], side_of(name))]
         if not names:
             raise UserError(f"{where} names the stack {key!r}; there are: {', '.join(stacks) or 'none'}")
-        found.update(dict.fromkeys(names, parse_keep(f"{where} of {key}", which)))
+        found.update(dict.fromkeys(names, parse_keep(f"{where} of {key}", which, learned)))
     return found
 
 
@@ -221,6 +236,8 @@ def remove_layers(model: nn.Module, name: str, keep: Sequence[int]) -> None:
     for i in reversed(range(len(stack))):
         if i not in keep:
             del stack[i]
+    if stack._parameters.get(SCORES) is not None:
+        stack.forget()
     parent: Any = model.get_submodule(name.rpartition(".")[0])
     if isinstance(getattr(parent, "num_layers", None), int):
         parent.num_layers = len(keep)

@@ -9,6 +9,7 @@ import torch
 from stacks import net
 from torch import nn
 from toys import INPUTS_PLAN, INT_PLANS, SHARED_PLAN, TOKENS, ZOO_PLAN, quiet, zoo
+from wide import WIDE_PLAN, wide_net
 
 from fairseq_quant_noise import load, quantize_, save, share_layers_
 from fairseq_quant_noise.artifact.manifest import FORMAT_VERSION, Manifest, QuantizedTensor
@@ -72,6 +73,14 @@ def test_it_turns_a_tensor_that_is_stored_transposed(read_packed, tmp_path, stag
     with torch.no_grad():
         back = load(tmp_path / "model.safetensors", into=nn.ConvTranspose2d(4, 6, 2))
         assert np.array_equal(back.weight.numpy(), arrays["weight"])
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_it_reads_codes_of_more_than_8_bits(read_packed, tmp_path, dtype):
+    model = quantize_(wide_net(), WIDE_PLAN | {"centroids": {"dtype": dtype}}, progress=quiet)
+    save(model, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        same_as(load(tmp_path / "model.safetensors", into=wide_net()), read_packed(tmp_path / "model.safetensors"))
 
 
 def test_it_refuses_a_file_that_lost_a_bit(read_packed, tmp_path):

@@ -86,7 +86,8 @@ DAMAGED = {
     "channels of a fraction": entry(channels=1.0),
     "a vector": entry(shape=[48]),
     "a codebook without a name": entry(codebook=""),
-    "more centroids than a byte tells apart": entry(n_centroids=257),
+    "more centroids than 12 bits tell apart": entry(n_centroids=4097),
+    "codes of 9 bits in a version without": entry(n_centroids=257),
     "transposed by a number": entry(transposed=1),
     "transposed in a version without": entry(transposed=True),
     "inputs is a list": edited(inputs=[]),
@@ -135,6 +136,16 @@ def test_a_damaged_manifest_is_refused_in_one_line(text):
 def test_a_transposed_tensor_has_a_version_of_its_own():
     tensor = QuantizedTensor("int8", (6, 8, 2), transposed=True)
     manifest = Manifest("me", tensors={"up.weight": tensor})
-    assert (manifest.format_version, FULL.format_version < FORMAT_VERSION) == (FORMAT_VERSION, True)
+    assert (FULL.format_version, manifest.format_version) == (3, 5)
     assert Manifest.from_json(manifest.to_json())[0] == manifest
     assert tensor.dense_shape == (8, 6, 2)
+
+
+@pytest.mark.parametrize("others", [{}, {"transposed": True}, {"codebook": "other.weight"}], ids=str)
+@pytest.mark.parametrize(("k", "version"), [(256, None), (257, 6), (4096, 6)])
+def test_codes_of_more_than_a_byte_have_a_version_of_their_own(k, version, others):
+    plain = QuantizedTensor("pq", (6, 8), 4, k)
+    manifest = Manifest("me", tensors={"other.weight": plain, "fc.weight": replace(plain, **others)})
+    before = 5 if others.get("transposed") else 4 if others else 3
+    assert manifest.format_version == (version or before)
+    assert Manifest.from_json(manifest.to_json())[0] == manifest

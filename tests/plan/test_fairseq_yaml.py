@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 from torch import nn
-from toys import refuses
+from toys import quiet, refuses
 
+from fairseq_quant_noise import quantize_
+from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.networks.registry import meta_model
 from fairseq_quant_noise.plan.fairseq_yaml import is_fairseq_format, setting_by_feature
 from fairseq_quant_noise.plan.plan import Plan
@@ -49,6 +51,25 @@ def test_the_file_that_fairseq_ships_gives_the_papers_blocks():
     expected |= {f"decoder.layers.{i}.self_attn.{p}_proj": (2, 4) for i in (0, 1) for p in ("q", "k", "v", "out")}
     assert found == expected
     assert {t.n_centroids for t in targets if t.stage != 1} == {256}
+
+
+@pytest.mark.upstream(29)
+def test_fairseqs_settings_for_every_layer_quantize_a_mobilenet_and_leave_its_batch_normalisation():
+    """fairseq asks for sizes of BatchNorm2d, and then cannot quantize it."""
+    parts = [nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 32, 1)]
+    layers = [layer for part in parts for layer in (part, nn.BatchNorm2d(part.out_channels), nn.ReLU6())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 8))
+    kernels = {"key": "kernel_size", "value": {"(3, 3)": 9, "(1, 1)": 4}}
+    plan = {
+        "n_centroids": {**setting("kernel_size", {"*": 256}, "Conv2d"), **setting("in_features", {"*": 256})},
+        "block_sizes": {"Conv2d": kernels, **setting("in_features", {"*": 8})},
+        "layers_to_quantize": [".*"],
+    }
+    norms = [layer.weight for layer in layers if isinstance(layer, nn.BatchNorm2d)]
+    quantize_(model, plan, progress=quiet)
+    sizes = {name: weight.block_size for name, weight in quantized_weights(model).items()}
+    assert sizes == {"0": 9, "3": 9, "6": 4, "11": 8}
+    assert [layer.weight for layer in layers if isinstance(layer, nn.BatchNorm2d)] == norms
 
 
 def setting(key, value, kind="Linear"):
@@ -108,8 +129,8 @@ NO_VALUE = [
     ({"block_sizes": setting("fuzzy_name", {"fc": 0})}, "block_size for fc is 0; give a whole number"),
     ({"n_centroids": setting("in_features", {"16": 256})}, "no value for fc"),
     (
-        {"n_centroids": setting("in_features", {"*": 300})},
-        "n_centroids is 300 for the weight of module .fc.; a code is a byte",
+        {"n_centroids": setting("in_features", {"*": 5000})},
+        "n_centroids is 5000 for the weight of module .fc.; give at most 4096",
     ),
     ({"n_centroids": setting("in_features", {"*": 0})}, "n_centroids for fc is 0"),
     ({"n_centroids": setting("in_features", {"*": -8})}, "n_centroids for fc is -8"),

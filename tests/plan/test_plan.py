@@ -166,7 +166,7 @@ NOISE_VALUES = [
     ({"range": "row"}, r"noise rule '\.\*': unknown range 'row'; known: tensor, channel, histogram"),
     ({"range": ["tensor"]}, "unknown range"),
     ({"n_centroids": 0}, r"noise rule '\.\*': n_centroids is 0; give a whole number from 1 up"),
-    ({"n_centroids": 257}, "n_centroids is 257; a code is a byte, give at most 256"),
+    ({"n_centroids": 4097}, "n_centroids is 4097; give at most 4096, codes of 12 bits"),
     ({"n_centroids": {"default": 8}}, "n_centroids is"),
     ({"refresh": 0}, r"noise rule '\.\*': refresh \(updates, or 'epoch'\) is 0; give a whole number from 1 up"),
     ({"refresh": "daily"}, r"refresh \(updates, or 'epoch'\) is 'daily'"),
@@ -358,10 +358,10 @@ def test_a_name_without_a_value_and_without_a_default_is_refused():
         rule.n_centroids_of("fc2", nn.Linear(8, 8))
 
 
-@pytest.mark.parametrize("n", [257, {"default": 1000}])
-def test_more_than_256_centroids_are_refused_by_name(n):
+@pytest.mark.parametrize("n", [4097, {"default": 10000}])
+def test_more_than_4096_centroids_are_refused_by_name(n):
     plan = Plan.of({"stages": [{"match": "fc", "n_centroids": n, "block_size": 4}]})
-    with refuses("n_centroids is .* for the weight of module 'fc'; a code is a byte, give at most 256"):
+    with refuses("n_centroids is .* for the weight of module 'fc'; give at most 4096, codes of 12 bits"):
         resolve_stages(plan, zoo())
 
 

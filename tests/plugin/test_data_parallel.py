@@ -15,6 +15,7 @@ from toys import refuses
 
 import fairseq_quant_noise
 from fairseq_quant_noise.plugin import data_parallel
+from fairseq_quant_noise.structure.learned_rates import LearnedLayerStack
 
 fairseq_quant_noise.register()  # for another test may have imported the package before fairseq
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -46,18 +47,45 @@ def test_on_a_cpu_it_is_legacy_ddp(alone, backend):
     wrapped.all_reduce_grads()
 
 
-def dropping(p):
+def dropping(p, learned=False):
     layers = LayerDropModuleList(p, [nn.Linear(2, 2)])
+    if learned:
+        layers = LearnedLayerStack(layers, 1, p)
     return nn.ModuleDict({"decoder": nn.ModuleDict({"layers": layers})})
 
 
+@pytest.mark.upstream(32)
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+def test_layerdrop_is_refused_where_the_layers_are_on_several_gpus_in_parts(monkeypatch, device):
+    monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
+    wrap, whole = data_parallel.distributed_fairseq_model, section(ddp_backend="fully_sharded")
+    with refuses("--decoder-layerdrop 0.2: each process would wait for the others .*; give --ddp-backend legacy_ddp$"):
+        wrap(whole, dropping(0.2), None, device)
+    model = dropping(0.0)
+    assert wrap(whole, model, None, device) == ("fully_sharded", model)
+
+
+@pytest.mark.upstream(32)
+@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
+@pytest.mark.parametrize("backend", ["legacy_ddp", "no_c10d"])
+def test_fairseqs_first_back_end_takes_layerdrop(monkeypatch, backend, device):
+    monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
+    model = dropping(0.2)
+    assert data_parallel.distributed_fairseq_model(section(ddp_backend=backend), model, None, device) == (
+        backend,
+        model,
+    )
+
+
+@pytest.mark.upstream(32)
 @pytest.mark.parametrize("backend", ["c10d", "pytorch_ddp"])
 def test_on_gpus_layerdrop_is_refused_with_the_cure(monkeypatch, backend):
     monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
     wrap = data_parallel.distributed_fairseq_model
     cure = f"--decoder-layerdrop 0.2: .* --ddp-backend {backend} stops at; give --ddp-backend legacy_ddp or "
-    with refuses(cure + "--find-unused-parameters"):
-        wrap(section(ddp_backend=backend), dropping(0.2), None, GPU)
+    for learned in (False, True):
+        with refuses(cure + "--find-unused-parameters"):
+            wrap(section(ddp_backend=backend), dropping(0.2, learned), None, GPU)
     for options, p in (({}, 0.0), ({"find_unused_parameters": True}, 0.2)):
         model = dropping(p)
         assert wrap(section(ddp_backend=backend, **options), model, None, GPU) == (backend, model)

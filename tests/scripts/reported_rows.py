@@ -94,7 +94,7 @@ import sys
 from torch import nn
 from fairseq_quant_noise import UserError, quantize_
 try:
-    quantize_(nn.Sequential(nn.Linear(64, 64)), {"stages": [{"match": ".*", "n_centroids": {"default": 512}}]})
+    quantize_(nn.Sequential(nn.Linear(64, 64)), {"stages": [{"match": ".*", "n_centroids": {"default": 5000}}]})
 except UserError as error:
     print("error:", error)
     sys.exit(2)
@@ -284,7 +284,7 @@ ROWS: dict[str, list[Row]] = {
             (0, 2),
         ),
     ],
-    "too_many_centroids": [Row("python too_many_centroids", r"error: .*512.*256", 2, never=r"Traceback|for 0\b")],
+    "too_many_centroids": [Row("python too_many_centroids", r"error: .*5000.*4096", 2, never=r"Traceback|for 0\b")],
     "empty_fields": [
         Row(
             f"fairseq-train LM --log-format json --log-interval 1 --save-dir fields {NOISED}",

@@ -135,6 +135,13 @@ def test_a_mapping_that_names_no_stack_is_refused():
         keep_layers_(net(), {"decoder": [0]})
 
 
+def test_a_stack_that_gets_layerdrop_keeps_its_mode():
+    for training in (True, False):
+        model = net().train(training)
+        apply_structure(model, Plan.of({"stages": [], "structure": {"layerdrop": 0.5}}).structure)
+        assert model.layers.training is training
+
+
 def test_layerdrop_leaves_out_whole_chunks_and_only_in_training():
     stack = LayerStack(net(8).layers, chunk=2, p=0.5).train()
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ import torch
 from packed_files import PLANS, quantized_zoo
 from torch import nn
 from toys import quiet, zoo
+from wide import WIDE_PLAN, wide_net
 
 from fairseq_quant_noise import load, quantize_, share_layers_
 from fairseq_quant_noise.artifact import pack, read
@@ -72,6 +73,7 @@ def sources() -> dict[str, Source]:
     shared = quantize_(share_layers_(stacks.net(), 2), stacks.PLAN, progress=quiet)
     return {
         **{f"zoo in {plan}": _packed(quantized_zoo(plan), network=zoo) for plan in PLANS},
+        "codes of 9 bits": _packed(quantize_(wide_net(), WIDE_PLAN, progress=quiet), network=wide_net),
         "shared layers": _packed(shared, network=stacks.net),
         "language model": _language_model(block_size=8, n_centroids=8),
         "language model in int4": _language_model(scheme="int4", range="channel"),

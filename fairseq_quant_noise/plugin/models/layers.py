@@ -12,13 +12,15 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 from torch import Tensor, nn
 
+from ...checkpoints.options import LEARN
 from ...checkpoints.structure import layer_options
 from ...errors import UserError
 from ...networks.efficientnet_config import LAYER_OPTIONS
 from ...plan.rules import Structure
 from ...quantization.structure import apply_structure
 from ...structure.layer_map import START, Keep, kept_layers, parse_keep, side_of
-from ...structure.modules import find_stacks, keep_by_stack, share_layers_
+from ...structure.learned_rates import LearnedLayerStack, learn_layerdrop_
+from ...structure.modules import SCORES, find_stacks, keep_by_stack, share_layers_
 from ...structure.state import keep_state, share_state, stack_sizes
 from ..exits import exits_on_user_error
 
@@ -52,7 +54,7 @@ class Layers:
             pruned = self.own_checkpoint and stack in ours and n == len(ours[stack])
             if keep and not pruned:
                 kept[stack] = kept_layers(where, keep, stack, n, self.chunk)
-        taken = keep_state(state, kept) if kept else dict(state)
+        taken = _with_scores(model, keep_state(state, kept) if kept else dict(state))
         if self.chunk == 1:
             return taken
         taken, changed = share_state(taken, self.chunk, self.start)
@@ -122,6 +124,31 @@ def share(model: nn.Module, layers: Layers) -> None:
     """
     if layers.chunk > 1:
         share_layers_(model, layers.chunk)
+
+
+def learn_rates(model: nn.Module, options: Any) -> None:
+    """Let the stacks of a model that was just built, and shared, learn their rates where the options ask for it.
+
+    Raises:
+        UserError: the options ask for it, and no stack is trained with LayerDrop.
+    """
+    if getattr(options, LEARN, False):
+        learn_layerdrop_(model)
+        if not any(isinstance(stack, LearnedLayerStack) for stack in find_stacks(model).values()):
+            raise UserError("--learn-layerdrop: give --encoder-layerdrop P or --decoder-layerdrop P too")
+
+
+def _with_scores(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with scores of layers for the stacks of `model` that learn, its own where the state has none."""
+    ours = {f"{name}.{SCORES}": stack._parameters.get(SCORES) for name, stack in find_stacks(model).items()}
+    own = {name: scores.detach() for name, scores in ours.items() if scores is not None}
+    kept = {}
+    for name, tensor in state.items():  # in their order, by which moments of Adam are found
+        if name.rpartition(".")[2] != SCORES:
+            kept[name] = tensor
+        elif name in own:
+            kept[name] = tensor if tensor.shape == own[name].shape else own[name]
+    return kept | {name: scores for name, scores in own.items() if name not in kept}
 
 
 def record_layers(model: Any, options: Any) -> None:

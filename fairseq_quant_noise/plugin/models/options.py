@@ -1,6 +1,6 @@
 """Define the options that every model of this package adds to fairseq's own, for the command line and Hydra.
 
-`--share-layers N` is about layers (`layers.py`); all others are about the noise.
+`--share-layers N` and `--learn-layerdrop` are about layers (`layers.py`); all others are about the noise.
 
 fairseq's `--quant-noise-pq P`, `--quant-noise-pq-block-size` and `--quant-noise-scalar P` say how much noise; these say
 which. They are shorthand for a plan's one rule over every weight; a plan with its own rules goes to
@@ -30,6 +30,9 @@ class QuantNoiseOptions:
     share_layers: int = option(1, "adjacent layers that share one set of weights: with 2, layers 1 = 2, 3 = 4, ...")
     share_from: str = option(
         "first", "the weights that layers of an unshared checkpoint start from: of the first, or their mean"
+    )
+    learn_layerdrop: bool = option(
+        False, "learn how often each layer stays under LayerDrop, for `fairseq-quant-noise prune --keep learned`"
     )
 
     quant_noise_kind: str = option(

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from ...checkpoints.options import EMBEDDING_LAYER, NOISE_FLAGS, find_embedding_layer
 from ...checkpoints.safe_load import clear_unwritten
 from ...errors import UserError
-from ...layers import adopt_quantized, quantize_inputs_, quantized_weights, to_int_
+from ...layers import adopt_quantized, quantize_inputs_, quantized_weights, to_int_, warn_of_unrounded
 from ...layers.quantized import row_major
 from ...noise import attach_rules, detach_noise, fitted_rules, noise_of
 from ...plan.rules import Activations, NoiseRule, Structure
 from ...weights.discovery import find_weights
 from ..exits import exits_on_user_error
 from ..metrics import probe_next_forward
-from .layers import Layers, layers_of, share, update_options
+from .layers import Layers, layers_of, learn_rates, share, update_options
 from .options import SCALAR_BITS, noise_rules
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ def made_quantizable(build: Callable[[], Any], options: Any, embedding_layer: bo
     _take_off_fairseq_noise(model)
     clear_unwritten(dict(model.named_buffers()))
     share(model, layers)
+    learn_rates(model, options)
     model.quant_noise_layers = layers
     model.quant_noise_options = _measurements(options)
     add_noise(model, options)
@@ -251,4 +252,5 @@ def _evaluate_as_int8(model: nn.Module, rule: NoiseRule) -> None:
             to_int_(weight, SCALAR_BITS, rule.range, noise=True)
     activations = Activations(bits=SCALAR_BITS)
     names = [weight.name for weight in weights]
+    warn_of_unrounded(model, names)
     quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)

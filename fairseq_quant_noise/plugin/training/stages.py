@@ -22,6 +22,7 @@ from ...artifact.reader import is_packed
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.keys import IMPORTANCE, STAGES
 from ...errors import UserError
+from ...layers import warn_of_unrounded
 from ...layers.batch_statistics import batch_norms, estimating
 from ...plan.plan import Plan
 from ...quantization.importance import follow, sound
@@ -158,6 +159,7 @@ class StageController:
             self.importance.pop(target.weight.tensor_name, None)
         check_same(quantized_state(self.trainer.get_model()), f"after {where}")
         if self.plan.activations is not None:
+            warn_of_unrounded(self.trainer.get_model(), (t.weight.name for t in targets))
             quantize_inputs(self.trainer.get_model(), self.plan.activations, targets)
         if batch_norms(self.trainer.get_model()):  # or validation sees those of the weights before for long
             with estimating(self.trainer.get_model()):

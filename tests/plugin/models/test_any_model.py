@@ -46,6 +46,15 @@ def build(name, *flags):
     return fairseq.models.build_model(config(name, *flags), Task())
 
 
+def test_int8_evaluation_names_the_weights_whose_inputs_are_not_rounded(caplog):
+    build("lstm_lm", "--quant-noise-scalar", 0.5)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text for text in said if "a recurrent layer multiplies its own states" in text]
+    caplog.clear()
+    build("transformer_lm", "--quant-noise-scalar", 0.5)
+    assert not [record for record in caplog.records if "not rounded" in record.getMessage()]
+
+
 def stock(name, cfg=None):
     """As without the plugin."""
     torch.manual_seed(1)

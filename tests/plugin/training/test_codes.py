@@ -134,6 +134,22 @@ def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(lab, runs, kind, c
 
 
 @pytest.mark.usefixtures("flat")
+@pytest.mark.parametrize("kind", ["fixed", "train"])
+def test_codes_of_9_bits_resume_and_are_what_is_evaluated_and_exported(lab, runs, kind, tmp_path):
+    stages = [{**FFN, "block_size": 1, "n_centroids": 300}]
+    given = [*flags(lab, runs, stages=stages, codes=kind), "--save-interval-updates", 1]
+    whole = lab.train(*given, updates=4)
+    assert {codes.dtype for codes in codes_of(whole.path).values()} == {torch.int32}
+    folder = lab.new()
+    folder.mkdir()
+    (before,) = whole.folder.glob("checkpoint_*_2.pt")
+    shutil.copy(before, folder / "checkpoint_last.pt")
+    assert differences(whole.path, lab.train(*given, updates=4, save=folder).path) == []
+    main(["export", "--path", str(whole.path), "--out", str(tmp_path / "file.safetensors")])
+    assert read(tmp_path / "file.safetensors").manifest.format_version == 6
+    assert lab.eval_lm(tmp_path / "file.safetensors") == pytest.approx(whole.ppl, rel=1e-5)
+
+
 def test_in_half_precision_with_flat_masters_too(lab, runs):
     given = flags(lab, runs, codes={"kind": "train", "every": 2, "share": 0.5}, tuning={"stages": "joint"})
     given += ["--fp16", "--save-interval-updates", 1]
