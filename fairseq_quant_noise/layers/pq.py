@@ -156,13 +156,14 @@ class PQWeight(QuantizedWeight):
 
     def in_integers(self, x: Tensor) -> bool:
         """Whether `linear` multiplies x (..., I) by 8-bit centroids in whole numbers."""
-        return self.bits == 8 and self.n_centroids <= 256 and self.centroids.dtype == torch.float32 and takes_integers(x)
+        in_bytes = self.bits == 8 and self.n_centroids <= 256
+        return in_bytes and self.centroids.dtype == torch.float32 and takes_integers(x)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
-        codes, kept = self.codes, self._turned
-        if kept is None or kept[0] is not codes:  # a view takes as long as a small product
-            self._turned = kept = codes, codes.t()
+        kept = self._turned
+        if kept is None or kept[0] is not self.codes:  # a view takes as long as a small product
+            self._turned = kept = self.codes, self.codes.t()
         if self.in_integers(x):
             return linear_of_centroids(x, kept[1], *self._centroids_in_bytes(), bias, getattr(x, GRID, None))
         return linear(x, kept[1], self.stored_centroids(), bias)
