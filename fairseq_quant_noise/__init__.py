@@ -4,22 +4,27 @@ Importing this package changes nothing in fairseq. `--user-dir` and `register()`
 criteria and install the patches listed in plugin/patches.py. All else here works where fairseq is not installed.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .api import (
-    attach_noise,
-    detach_noise,
-    keep_layers_,
-    learn_layerdrop_,
-    load,
-    noise_of,
-    quantize_,
-    save,
-    share_layers_,
-)
 from .errors import DamagedFileError, UserError
-from .plan.plan import Plan
-from .quantization.importance import second_moments
-from .weights.blocks import cover
+
+if TYPE_CHECKING:
+    from .api import (
+        attach_noise,
+        detach_noise,
+        keep_layers_,
+        learn_layerdrop_,
+        load,
+        noise_of,
+        quantize_,
+        save,
+        share_layers_,
+    )
+    from .plan.plan import Plan
+    from .quantization.importance import second_moments
+    from .weights.blocks import cover
 
 __all__ = [
     "DamagedFileError",
@@ -39,6 +44,26 @@ __all__ = [
     "second_moments",
     "share_layers_",
 ]
+
+#: Names that are imported when they are first asked for: torch takes a second, which `--help` need not wait for.
+_LATER = {
+    **dict.fromkeys(("attach_noise", "detach_noise", "keep_layers_", "learn_layerdrop_", "load", "noise_of"), ".api"),
+    **dict.fromkeys(("quantize_", "save", "share_layers_"), ".api"),
+    "Plan": ".plan.plan",
+    "cover": ".weights.blocks",
+    "second_moments": ".quantization.importance",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_LATER[name], __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def register() -> None:
