@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import UserError, end_program
+from ..plan.vocabulary import FEEDBACK, PLAIN
 from ..structure.layer_map import START
 from .verbs import (
     bench,
@@ -101,11 +102,18 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _STRICT,
             _option("--seed", type=int, default=0, help="the seed of k-means (default 0)"),
             _option(
+                "--encode",
+                choices=(PLAIN, FEEDBACK),
+                help="in place of the plan's: plain, by k-means (default); feedback, then by the errors of the layers' "
+                "outputs, with --calibration-data",
+            ),
+            _option(
                 "--calibration-data",
                 metavar="DATA",
                 help="binarized data, or images, whose training split gives the ranges of activations, for a plan that "
-                "has them, the statistics of batch normalisation, for a network that has it, and the gradients that "
-                "errors are weighed by, of a checkpoint without Adam's second moments",
+                "has them, the layers' inputs, for --encode feedback, the statistics of batch normalisation, for a "
+                "network that has it, and the gradients that errors are weighed by, of a checkpoint without Adam's "
+                "second moments",
             ),
         ],
     ),

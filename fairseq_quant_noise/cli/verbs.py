@@ -146,22 +146,28 @@ def _dense_checkpoint(args: argparse.Namespace) -> Checkpoint:
 def quantize(args: argparse.Namespace) -> None:
     """Quantize a checkpoint at once, without training, and write a packed file."""
     the_plan = Plan.of(args.plan)
+    if args.encode is not None:
+        the_plan = replace(the_plan, encode=replace(the_plan.encode, kind=args.encode))
     _check_stages(args, the_plan)
     _check_out(args.out, args.path, args.plan, packed=True)
     checkpoint = restructured(Checkpoint(args.path), the_plan.structure)
     importance = _importance(args, checkpoint) if the_plan.weighs else {}
     checkpoint.forget_optimizer()
-    calibration = None
+    without = replace(the_plan, structure=None)  # which the checkpoint has had
+    calibration = inputs = None
     if args.calibration_data is not None:
-        from ..plugin.calibration import calibration_on
+        from ..plugin.calibration import calibration_on, inputs_on
 
-        calibration = calibration_on(checkpoint, args.calibration_data, the_plan)
+        if the_plan.encode.feeds_back:
+            inputs = inputs_on(checkpoint, args.calibration_data, without, _progress)
+        calibration = calibration_on(checkpoint, args.calibration_data, without)
     quantize_(
         checkpoint.network,
-        replace(the_plan, structure=None),  # which the checkpoint has had
+        without,
         seed=args.seed,
         importance=importance,
         calibration=calibration,
+        inputs=inputs,
         strict=args.strict,
         progress=_progress,
     )
@@ -176,6 +182,11 @@ def _check_stages(args: argparse.Namespace, the_plan: Plan) -> None:
         raise UserError(
             f"quantize: plan {args.plan} quantizes activations, whose ranges need data; give --calibration-data "
             "DATA, the folder that fairseq-train reads"
+        )
+    if the_plan.encode.feeds_back and args.calibration_data is None:
+        raise UserError(
+            "quantize: encode: feedback measures the layers' inputs on data; give --calibration-data DATA, the folder "
+            "that fairseq-train reads, or leave it out"
         )
     if args.calibration_data is not None:
         _need_fairseq("--calibration-data", "leave it out, with a plan that has no `activations`")

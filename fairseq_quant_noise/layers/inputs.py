@@ -141,14 +141,14 @@ def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: 
     for weight in find_weights(model):
         if weight.name in wanted:
             for _, module, key in weight.places:
-                if key == "weight" and _is_product(module):
+                if key == "weight" and is_product(module):
                     quantize_input_(module, bits, range_, batches)
     for module in model.modules():
         if FAST_PATH_OFF in module.__dict__:
             module.__dict__[FAST_PATH_OFF] = True
 
 
-def _is_product(module: nn.Module) -> bool:
+def is_product(module: nn.Module) -> bool:
     """Whether the module's one input is what its weight is multiplied with: no layers of its own come before that."""
     others = isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
     return not others and set(module._modules) <= {"weight", NAME}
