@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import yaml
@@ -130,7 +130,13 @@ def best_plan(checkpoint: Checkpoint, priced: Sequence[Priced], budget: int, sma
         if planned.bytes <= budget:
             return planned
         for_weights -= planned.bytes - budget
-    return smallest
+    return priced_smallest(priced, smallest)
+
+
+def priced_smallest(priced: Sequence[Priced], smallest: Planned) -> Planned:
+    """The plan of `smallest_plan`, with the losses that it is predicted to cost."""
+    chosen = [Chosen(one.weight, min(one.options, key=lambda option: option.bytes)) for one in priced]
+    return replace(smallest, chosen=chosen)
 
 
 def planned_of(checkpoint: Checkpoint, chosen: Sequence[Chosen]) -> Planned:
@@ -151,7 +157,7 @@ def least_plan(
         raise UserError(
             f"--target-loss {target:g}: the dense network has a loss of {losses.dense:.3f}; give more than that"
         )
-    found, loss = smallest, losses(smallest.plan)
+    found, loss = priced_smallest(priced, smallest), losses(smallest.plan)
     if loss <= target:
         return found, loss
     low, high = smallest.bytes, 4 * sum(math.prod(one.weight.shape) for one in priced)

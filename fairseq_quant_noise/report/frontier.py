@@ -44,7 +44,7 @@ def frontier_picture(
         line = [(size / MIB, loss) for name, size, loss in points if name == best]
         axes.plot(*zip(*line, strict=True), "o-", color=COLORS[0], ms=4, label="plan --budget")
         for i, (name, size, loss) in enumerate(point for point in points if point[0] != best):
-            style = {"color": COLORS[(i + 1) % len(COLORS)], "ms": 7, "mec": "white", "ls": ""}
+            style = {"color": COLORS[(i + 1) % len(COLORS)], "ms": 7, "mec": "white", "ls": "", "zorder": 3}
             axes.plot([size / MIB], [loss], MARKERS[(i + 1) % len(MARKERS)], label=short(name), **style)
         if dense is not None:
             axes.axhline(dense, color="#999999", ls="--", lw=1, zorder=0, label="the dense network")

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from .options import DENSE, PQ, Option, Priced
 from .text import ATTENTION, Chosen
 
-#: By name: the scheme, and d of attention and of the other weights. All have 256 centroids (arXiv 2004.07320, table 1).
+#: By name: the scheme, and d of attention and of the other weights. All have 256 centroids (arXiv 2004.07320);
+#: the fourth is the paper's iPQ.
 UNIFORM: dict[str, tuple[str, int, int]] = {
     "int8": ("int8", 0, 0),
     "int4": ("int4", 0, 0),
     "pq, d 4": (PQ, 4, 4),
-    "pq, d 8, attention 4 (the paper's iPQ)": (PQ, 4, 8),
+    "pq, d 8, attention 4": (PQ, 4, 8),
     "pq, d 8": (PQ, 8, 8),
     "pq, d 16": (PQ, 16, 16),
 }
