@@ -51,6 +51,12 @@ SECTIONS = (
         "`codes`",
         "`codes: train` is short for `codes: {kind: train}`. What it costs and wins: [how it works](codes.md).",
     ),
+    (
+        source.Encode,
+        "`encode`",
+        "`encode: feedback` is short for `encode: {kind: feedback}`. What it costs and wins: "
+        "[error feedback](#error-feedback).",
+    ),
 )
 NAMES = {"start": "from"}  # fields whose key in YAML has another name
 

@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from ..accounting import rest_bits
-from . import Packed
+from .codebooks import CodebookUse, codebook_use
+from .packed import Packed
 
 
 def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
-    """The keys of `inspect --json`. `ratio` is dense bytes over bytes on disk."""
+    """The keys of `inspect --json`.
+
+    `ratio` is dense bytes over bytes on disk; `code_bytes` are those of all codes, and `entropy_bytes` what they would
+    take at their entropy (`codebooks.py`).
+    """
     manifest = packed.manifest
     rest = rest_bits(entry.scheme for entry in manifest.tensors.values())
-    rows = [_row(packed, name, None) for name in manifest.tensors]
+    uses = {use.tensor: use for use in codebook_use(packed)}
+    rows = [_row(packed, name, None, use=uses.get(name)) for name in manifest.tensors]
     rows += [_row(packed, name, None, rest) for name in packed.dense_names]
     rows += [_row(packed, copy, owner) for copy, owner in packed.ties.items()]
     file_bytes = Path(path).stat().st_size
@@ -23,6 +29,8 @@ def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
         "paper_bytes": sum(r["paper_bytes"] for r in rows),
         "dense_bytes": dense_bytes,
         "ratio": dense_bytes / file_bytes,
+        "code_bytes": sum(use.codes * manifest.tensors[name].code_bits for name, use in uses.items()) / 8,
+        "entropy_bytes": sum(use.codes * use.entropy for use in uses.values()) / 8,
         "producer": manifest.producer,
         "model": manifest.model.get("architecture"),
         "plan": manifest.plan,
@@ -31,7 +39,9 @@ def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
     }
 
 
-def _row(packed: Packed, name: str, tied_to: str | None, rest: int = 32) -> dict[str, Any]:
+def _row(
+    packed: Packed, name: str, tied_to: str | None, rest: int = 32, use: CodebookUse | None = None
+) -> dict[str, Any]:
     entry = packed.manifest.tensors.get(tied_to or name)
     dense = None if entry else packed.tensors[tied_to or name]
     shape = list(entry.shape) if entry else list(dense.shape)  # type: ignore[union-attr]
@@ -43,5 +53,7 @@ def _row(packed: Packed, name: str, tied_to: str | None, rest: int = 32) -> dict
         "n_centroids": entry.n_centroids if entry else None,
         "bytes": 0 if tied_to else packed.tensor_bytes(name),
         "paper_bytes": 0.0 if tied_to else entry.paper_bytes if entry else math.prod(shape) * rest / 8,
+        "code_bits": entry.code_bits if entry and use else None,  # stored, of each code
+        "entropy": use.entropy if use else None,  # bits a code
         "tied_to": tied_to,
     }

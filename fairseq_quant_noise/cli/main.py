@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import UserError, end_program
+from ..plan.vocabulary import FEEDBACK, PLAIN
 from ..structure.layer_map import START
+from .planning import plan
 from .verbs import (
     bench,
     export,
     export_onnx,
     from_hf,
     inspect,
-    plan,
     prune,
     quantize,
     report,
@@ -84,13 +85,26 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
                 "bytes, or x17 for a 17th of the dense network",
             ),
             _option(
+                "--target-loss",
+                type=float,
+                metavar="LOSS",
+                help="find the smallest plan whose loss on --calibration-data is at most this, with --path",
+            ),
+            _option(
+                "--frontier",
+                action="store_true",
+                help="show loss against bytes: the best plans from the smallest to the largest, and the paper's",
+            ),
+            _option(
                 "--calibration-data",
                 metavar="DATA",
-                help="with --budget: binarized data, or images, on whose training split the loss is measured before "
-                "and after, and the gradients that errors are weighed by, of a checkpoint without Adam's second "
-                "moments",
+                help="with --budget, --target-loss and --frontier: binarized data, or images, on whose training split "
+                "losses are measured, and the gradients that errors are weighed by, of a checkpoint without Adam's "
+                "second moments",
             ),
-            _option("--out", metavar="PLAN", help="with --budget: the plan to write, in YAML"),
+            _option(
+                "--out", metavar="FILE", help="the plan to write, in YAML; with --frontier, the picture (.svg, .png)"
+            ),
             _STRICT,
             _JSON,
         ],
@@ -105,11 +119,18 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _STRICT,
             _option("--seed", type=int, default=0, help="the seed of k-means (default 0)"),
             _option(
+                "--encode",
+                choices=(PLAIN, FEEDBACK),
+                help="in place of the plan's: plain, by k-means (default); feedback, then by the errors of the layers' "
+                "outputs, with --calibration-data",
+            ),
+            _option(
                 "--calibration-data",
                 metavar="DATA",
                 help="binarized data, or images, whose training split gives the ranges of activations, for a plan that "
-                "has them, the statistics of batch normalisation, for a network that has it, and the gradients that "
-                "errors are weighed by, of a checkpoint without Adam's second moments",
+                "has them, the layers' inputs, for --encode feedback, the statistics of batch normalisation, for a "
+                "network that has it, and the gradients that errors are weighed by, of a checkpoint without Adam's "
+                "second moments",
             ),
         ],
     ),

@@ -48,16 +48,20 @@ def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) ->
             t["block_size"],
             t["n_centroids"],
             f"{t['bytes']:,}",
+            None if t["entropy"] is None else f"{t['entropy']:.2f} of {t['code_bits']}",
             _tie(t["tied_to"]),
         )
         for t in info["tensors"]
     ]
-    print(format_rows(("tensor", "scheme", "shape", "d", "K", "bytes", ""), rows))
+    print(format_rows(("tensor", "scheme", "shape", "d", "K", "bytes", "entropy, bits", ""), rows))
     print(
         f"{path}: {info['file_bytes'] / MIB:.3f} MiB on disk ({info['file_bytes']:,} bytes), "
         f"{info['paper_bytes'] / MIB:.3f} MiB by the paper's accounting, "
         f"{info['dense_bytes'] / MIB:.2f} MiB dense, x{info['ratio']:.2f}"
     )
+    if info["code_bytes"]:
+        share = 1 - info["entropy_bytes"] / info["code_bytes"]
+        print(f"codes: {info['code_bytes']:,.0f} bytes, of which an entropy coder could save {share:.1%}")
 
 
 def _shape(shape: Iterable[int]) -> str:

@@ -175,11 +175,16 @@ def quantize_inputs_(model: nn.Module, names: Iterable[str], bits: int, range_: 
     for weight in find_weights(model):
         if weight.name in wanted:
             for place in weight.places:
-                if not _looks_up(place.module) and why_not_rounded(place) is None:
+                if is_product(place):
                     quantize_input_(place.module, bits, range_, batches)
     for module in model.modules():
         if FAST_PATH_OFF in module.__dict__:
             module.__dict__[FAST_PATH_OFF] = True
+
+
+def is_product(place: Place) -> bool:
+    """Whether the one input of the place's module is what the weight is multiplied with."""
+    return not _looks_up(place.module) and why_not_rounded(place) is None
 
 
 def _looks_up(module: nn.Module) -> bool:

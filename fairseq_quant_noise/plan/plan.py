@@ -1,4 +1,4 @@
-"""Represent a whole plan: noise, stages, centroids, activations, structure, tuning and codes."""
+"""Represent a whole plan: noise, stages, centroids, activations, structure, tuning, codes and their encoding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ..errors import UserError
 from .checks import check_keys, check_setting, read_yaml
 from .fairseq_yaml import is_fairseq_format, stages_of
-from .rules import Activations, Centroids, Codes, NoiseRule, StageRule, Structure, Tuning, given
+from .rules import Activations, Centroids, Codes, Encode, NoiseRule, StageRule, Structure, Tuning, given
 from .shipped import plan_path
 
 D = TypeVar("D")
@@ -25,6 +25,13 @@ class Plan:
     structure: Structure | None = None  # left as it is without it
     tuning: Tuning = field(default_factory=Tuning)
     codes: Codes = field(default_factory=Codes)
+    encode: Encode = field(default_factory=Encode)
+
+    def __post_init__(self) -> None:
+        if self.codes.train and self.encode.feeds_back:
+            raise UserError(
+                "plan: encode: feedback has no use with codes: train, which finds codes anew; leave out one of them"
+            )
 
     @property
     def weighs(self) -> bool:
@@ -52,7 +59,8 @@ class Plan:
             activations=_given_or_none(Activations, "activations", source),
             structure=_given_or_none(Structure, "structure", source),
             tuning=_build(Tuning, "tuning", source.get("tuning") or {}),
-            codes=_codes(source.get("codes") or {}),
+            codes=_by_kind(Codes, "codes", source.get("codes") or {}),
+            encode=_by_kind(Encode, "encode", source.get("encode") or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,6 +73,7 @@ class Plan:
             **({} if self.structure is None else {"structure": given(self.structure)}),
             **({} if self.tuning == Tuning() else {"tuning": given(self.tuning)}),
             **({} if self.codes == Codes() else {"codes": given(self.codes)}),
+            **({} if self.encode == Encode() else {"encode": given(self.encode)}),
         }
 
 
@@ -74,9 +83,9 @@ def _given_or_none(cls: type[D], where: str, source: Mapping[str, Any]) -> D | N
     return None if given is None else _build(cls, where, given)
 
 
-def _codes(source: object) -> Codes:
+def _by_kind(cls: type[D], where: str, source: object) -> D:
     """`codes: train` stands for `codes: {kind: train}`."""
-    return _build(Codes, "codes", {"kind": source} if isinstance(source, str) else source)
+    return _build(cls, where, {"kind": source} if isinstance(source, str) else source)
 
 
 def _rules(cls: type[D], where: str, source: object) -> tuple[D, ...]:

@@ -11,6 +11,7 @@ r"""Define a plan's rules: which weights get noise in training, which are quanti
     structure: {share_layers: 2, keep_layers: every-other}
     tuning: {schedule: restart}            # or {stages: joint}
     codes: {kind: train, every: 1}
+    encode: {kind: feedback, damping: 0.1}
 
 A plan is one YAML file, checked before any work. `match` is a regular expression that must match a whole module name.
 A rule that matches nothing, a weight that two stages match and an unknown key are errors. fairseq's own quantization
@@ -39,10 +40,12 @@ from .vocabulary import (
     CODEBOOKS,
     CONTINUE,
     EPOCH,
+    FEEDBACK,
     FIXED,
     IN_TURN,
     JOINT,
     KINDS,
+    PLAIN,
     RESTART,
     SCHEDULES,
     TRAIN,
@@ -302,7 +305,28 @@ class Codes:
         return self.kind == TRAIN
 
 
-def given(rule: "NoiseRule | StageRule | Centroids | Structure | Tuning | Codes") -> dict[str, Any]:
+@dataclass(frozen=True)
+class Encode:
+    """How `quantize` finds codes and centroids of product quantization (`pq/feedback.py`)."""
+
+    kind: str = PLAIN  # plain: by k-means; feedback: then by the error of each layer's outputs, on calibration inputs
+    batches: int = 16  # feedback only: number of forward passes on which the inputs of the layers are measured
+    damping: float = 0.1  # feedback only: share of the inputs' correlations that is left out
+
+    def __post_init__(self) -> None:
+        check_one_of("encode", "kind", self.kind, (PLAIN, FEEDBACK))
+        check_positive("encode: batches", self.batches)
+        check_probability("encode: damping", self.damping)
+        if not self.damping > 0:
+            raise UserError("encode: damping is 0, which correlated inputs do not allow; give more, such as 0.01")
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether errors are fed back."""
+        return self.kind == FEEDBACK
+
+
+def given(rule: "NoiseRule | StageRule | Centroids | Structure | Tuning | Codes | Encode") -> dict[str, Any]:
     """The fields of a rule that are not the default."""
     return {f.name: value for f in fields(rule) if (value := getattr(rule, f.name)) != f.default}
 

@@ -21,3 +21,5 @@ CONTINUE, RESTART = "continue", "restart"
 IN_TURN, JOINT = "in-turn", "joint"
 #: Codes of product quantization that stay as k-means found them, or are found anew while a dense weight trains.
 FIXED, TRAIN = "fixed", "train"
+#: How codes are found: by k-means alone, or by what the outputs of a layer lose too (`pq/feedback.py`).
+PLAIN, FEEDBACK = "plain", "feedback"

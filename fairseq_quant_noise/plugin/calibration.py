@@ -22,7 +22,9 @@ from ..layers import adopt_quantized, input_quantizers
 from ..layers.batch_statistics import batch_norms
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..plan.plan import Plan
+from ..quantization.feedback import measuring_inputs
 from ..quantization.quantize import swapped
+from ..quantization.targets import resolve_stages
 from ..utils.progress import watched
 from .batches import FIRST_BATCHES
 from .gradients import squared_gradients
@@ -99,6 +101,33 @@ def gradients_on(
     samples = _samples(task, str(data), FIRST_BATCHES)
     watching = watched(samples, FIRST_BATCHES, "measuring gradients", progress)
     return squared_gradients(theirs, criterion, watching)
+
+
+def inputs_on(
+    checkpoint: Checkpoint, data: str | Path, plan: Plan, progress: Callable[[str], None] = logger.info
+) -> dict[str, Tensor]:
+    """The second moments of the layers' inputs that `encode: feedback` needs, over the first batches of `data`.
+
+    Args:
+        checkpoint: as in `calibration_on`, dense.
+        data: as there.
+        plan: the plan that quantizes it.
+        progress: called with a line about progress from time to time.
+
+    Returns:
+        By the weight's name (I, I), as `measuring_inputs`.
+
+    Raises:
+        UserError: `data` is no such folder, or has no training split; or the plan does not fit the network.
+    """
+    _check_data(data)
+    names = [target.weight.name for target in resolve_stages(plan, checkpoint.network)]
+    theirs, criterion, task = _prepared(checkpoint, str(data), augmentation="none")
+    samples = _samples(task, str(data), plan.encode.batches)
+    with measuring_inputs(theirs, names) as found:
+        for sample in watched(samples, plan.encode.batches, "measuring the layers' inputs", progress):
+            criterion(theirs, sample)
+    return found
 
 
 def loss_on(checkpoint: Checkpoint, data: str | Path) -> Callable[[Mapping[str, Tensor]], float]:

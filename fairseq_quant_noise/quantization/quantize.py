@@ -32,6 +32,7 @@ from ..utils import ranks
 from ..utils.progress import watched
 from ..weights.discovery import warn_of_uncovered
 from .code_training import encode_in_training
+from .feedback import Feedback, measuring_inputs
 from .importance import check_importance
 from .structure import apply_structure
 from .targets import Target, resolve_stages
@@ -52,6 +53,7 @@ def quantize_(
     seed: int = 0,
     importance: Mapping[str, Tensor] | None = None,
     calibration: Iterable[Any] | Callable[[nn.Module], object] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     strict: bool = False,
     progress: Callable[[str], None] = logger.info,
 ) -> nn.Module:
@@ -67,10 +69,13 @@ def quantize_(
         importance: by a tensor's name, a tensor of its shape: how much the squared error of each number counts in
             k-means, as squared gradients (`second_moments(model, optimizer)` of its Adam) or squared inputs. Without
             an entry, and with `centroids: {weighted: false}` in the plan, all numbers count alike.
-        calibration: inputs like those of evaluation, without labels, for what must be measured on data: the running
-            statistics of batch normalisation, which are estimated anew over all of them, then the ranges of
-            `activations`, over the first `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of
-            them, or a function that runs the model on inputs of its own; such a function may also stand for all.
+        calibration: inputs like those of evaluation, without labels, for what must be measured on data: for
+            `encode: feedback` the inputs of the layers, over the first `batches`; the running statistics of batch
+            normalisation, which are estimated anew over all of them, then the ranges of `activations`, over the first
+            `calibration_batches`. A batch is a tensor, a tuple of arguments, a dict of them, or a function that runs
+            the model on inputs of its own; such a function may also stand for all.
+        inputs: by a tensor's name, the second moments E[x x^T], (I, I), of the inputs it is multiplied by, as
+            `measuring_inputs` finds them; for `encode: feedback` in place of calibration inputs.
         strict: refuse a model with a matrix that no rule can name, or, with `activations`, with a weight whose inputs
             cannot be rounded; else a warning names them.
         progress: called with a line for each weight.
@@ -83,10 +88,7 @@ def quantize_(
             calibration inputs do not reach all of it, which is quantized by then.
     """
     plan = Plan.of(plan)
-    if not plan.stages:
-        raise UserError("the plan has no stages; add a 'stages' section that says what to quantize")
-    if plan.activations is not None and calibration is None:
-        raise UserError("the plan quantizes activations, whose ranges need data; give calibration inputs")
+    _check_plan(plan, calibration is not None, calibration is not None or inputs is not None)
     if plan.structure is not None:
         apply_structure(model, plan.structure)
     given = (importance or {}) if plan.centroids.weighted else {}
@@ -95,17 +97,34 @@ def quantize_(
     if plan.activations is not None:
         warn_of_unrounded(model, (t.weight.name for t in targets), strict)
     check_importance(given, {t.weight.tensor_name: t.weight.dense_shape for t in targets})
-    quantize_targets(targets, seed=seed, importance=given, codes=plan.codes, progress=progress)
+    batches = None if calibration is None else iter([calibration] if callable(calibration) else calibration)
+    feedback = None
+    if plan.encode.feeds_back:
+        if inputs is None:
+            first = list(islice(batches or (), plan.encode.batches))
+            inputs, batches = _inputs(model, targets, first, progress), chain(first, batches or ())
+        feedback = Feedback(inputs, plan.encode.damping)
+    quantize_targets(targets, seed=seed, importance=given, codes=plan.codes, feedback=feedback, progress=progress)
     if plan.codes.train:
         encode_in_training(model, plan.codes)
     ranks.check_same(quantized_state(model), "after the encoding")
     if plan.activations is not None:
         quantize_inputs(model, plan.activations, targets)
-    if calibration is not None:
-        _calibrate(model, calibration, plan.activations, progress)
+    if batches is not None:
+        _calibrate(model, batches, plan.activations, progress)
     elif batch_norms(model):
         logger.warning(STALE)
     return model
+
+
+def _check_plan(plan: Plan, has_data: bool, has_inputs: bool) -> None:
+    """That there is something to quantize, and data where it is needed. Raises UserError."""
+    if not plan.stages:
+        raise UserError("the plan has no stages; add a 'stages' section that says what to quantize")
+    if plan.activations is not None and not has_data:
+        raise UserError("the plan quantizes activations, whose ranges need data; give calibration inputs")
+    if plan.encode.feeds_back and not has_inputs:
+        raise UserError("the plan's encode: feedback needs data; give calibration inputs, or leave it out")
 
 
 def quantize_inputs(model: nn.Module, activations: Activations, targets: Iterable[Target]) -> None:
@@ -114,14 +133,22 @@ def quantize_inputs(model: nn.Module, activations: Activations, targets: Iterabl
     quantize_inputs_(model, names, activations.bits, activations.range, activations.calibration_batches)
 
 
+def _inputs(
+    model: nn.Module, targets: Sequence[Target], batches: Sequence[Any], progress: Callable[[str], None]
+) -> dict[str, Tensor]:
+    with measuring_inputs(model, [t.weight.name for t in targets if t.rule.format.has_codebook]) as found:
+        for batch in watched(batches, len(batches), "measuring the layers' inputs", progress):
+            _forward(model, batch)
+    return found
+
+
 def _calibrate(
-    model: nn.Module, calibration: Any, activations: Activations | None, progress: Callable[[str], None]
+    model: nn.Module, batches: Iterator[Any], activations: Activations | None, progress: Callable[[str], None]
 ) -> None:
     """Batch statistics over all batches, then ranges over the first ones: a range depends on the statistics before it.
 
     An iterator is read once, and no further than is needed.
     """
-    batches = iter([calibration] if callable(calibration) else calibration)
     first = [] if activations is None else list(islice(batches, activations.calibration_batches))
     if batch_norms(model):
         with estimating(model):
@@ -148,6 +175,7 @@ def quantize_targets(
     seed: int,
     importance: Mapping[str, Tensor] | None = None,
     codes: Codes | None = None,
+    feedback: Feedback | None = None,
     where: str = "",
     progress: Callable[[str], None] = logger.info,
 ) -> None:
@@ -156,7 +184,8 @@ def quantize_targets(
     Weights whose format has a codebook (pq) go through k-means; in a distributed run each rank encodes its share of
     them and sends the result to the others. The other formats quantize their weights themselves. `importance` is as in
     `quantize_`: by the tensor's name, of the weight's shape, such as (out, in). With `codes` that train, the dense
-    weights go on as latent ones (`layers/pq_latent.py`).
+    weights go on as latent ones (`layers/pq_latent.py`). With `feedback`, a weight whose inputs it knows is encoded by
+    the error of its outputs.
 
     Raises:
         UserError: a weight is quantized already, not finite, or not the same on every rank; on all ranks alike.
@@ -167,7 +196,8 @@ def quantize_targets(
             raise UserError(f"{target.weight.name} is quantized already; start from a dense model")
         dense[target.weight.name] = target.weight.stored
     ranks.check_same(dense, f"before {where or 'the encoding'}".strip())
-    found = _encode_together(targets, importance or {}, seed, where, progress)
+    _warn_of_plain(targets, feedback, progress)
+    found = _encode_together(targets, importance or {}, seed, where, progress, feedback)
     quantized: list[QuantizedWeight] = []
     for target, pair in zip(targets, found, strict=True):
         if pair is not None and codes is not None and codes.train:
@@ -250,6 +280,7 @@ def _encode_together(
     seed: int,
     where: str,
     progress: Callable[[str], None],
+    feedback: Feedback | None = None,
 ) -> list[tuple[Tensor, Tensor] | None]:
     """Codes and centroids of each weight whose format has a codebook, None for the others; each rank encodes its share.
 
@@ -266,7 +297,7 @@ def _encode_together(
     all_numbers = left
     for of in mine:
         try:
-            pairs, how = _encode([targets[i] for i in of], importance, seed)
+            pairs, how = _encode([targets[i] for i in of], importance, seed, feedback)
         except UserError as error:
             found[of[0]] = error
             break
@@ -300,7 +331,7 @@ def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
 
 
 def _encode(
-    targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int
+    targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int, feedback: Feedback | None
 ) -> tuple[Sequence[tuple[Tensor, Tensor] | None], list[str]]:
     """Codes and centroids of the weights of one codebook (None for a format without), and a log line for each."""
     rule, d, k = targets[0].rule, targets[0].block_size, targets[0].n_centroids
@@ -313,10 +344,26 @@ def _encode(
     found = encode_together(names, stored, d, k, seed=seed, importance=counts)
     how = "" if None in counts else "weighted, "
     how += "" if len(targets) == 1 else f"a codebook of {len(targets)} weights, "
-    return (
-        [(one.codes, one.centroids) for one in found],
-        [f"{how}d {d} K {k} relative error {one.relative_error:.4f}" for one in found],
-    )
+    pairs, gain = [(one.codes, one.centroids) for one in found], ""
+    if feedback is not None and feedback.reaches(targets):
+        pairs, gain = feedback.refined(targets, found, counts)
+        gain = f", {gain}"
+    return pairs, [f"{how}d {d} K {k} relative error {one.relative_error:.4f}{gain}" for one in found]
+
+
+def _warn_of_plain(targets: Sequence[Target], feedback: Feedback | None, progress: Callable[[str], None]) -> None:
+    """One line that names the weights whose errors are not fed back. Raises UserError where there are no others."""
+    if feedback is None:
+        return
+    left = [target.weight.name for target in targets if not feedback.reaches([target])]
+    if len(left) == len(targets):
+        raise UserError(
+            "encode: feedback: no calibration input reached a product with a weight of the plan; give batches that use "
+            "the model, or leave it out"
+        )
+    if left:
+        some = ", ".join(left[:4]) + ", …" * (len(left) > 4)
+        progress(f"note: without error feedback, since no product's inputs were measured: {some}")
 
 
 def _seen(target: Target, dense: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 runs.py       the folders that hold a run, and what is in each
 scores.py     points of score and size, from eval logs, result.json and tables of JSON lines
 logs.py       fairseq's training logs: validations, stages, errors of the encoding, the noise's distortion, time
-codebooks.py  which centroids the codes of a packed file use, and the entropy of the codes
 paper.py      the paper's points
 pictures.py   PNGs (matplotlib)
 page.py       the HTML page, which needs no other file

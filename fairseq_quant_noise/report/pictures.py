@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,21 +39,34 @@ def pictures(runs: Runs) -> list[Picture]:
     Raises:
         UserError: matplotlib is not installed.
     """
+    with settings():
+        return [*_scores(runs), *_stages(runs), *_codes(runs), *_by_layer(runs), *_time(runs)]
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """The settings of matplotlib that all pictures have, inside the context.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
-        raise UserError("report: its pictures need matplotlib; run `pip install 'matplotlib>=3.8,<4'`") from None
-    settings: dict[Any, Any] = {
+        raise UserError("pictures need matplotlib; run `pip install 'matplotlib>=3.8,<4'`") from None
+    chosen: dict[Any, Any] = {
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "text.parse_math": False,
+        "svg.hashsalt": "",  # the same bytes for the same figures
     }
-    with matplotlib.rc_context(settings):
-        return [*_scores(runs), *_stages(runs), *_codes(runs), *_by_layer(runs), *_time(runs)]
+    with matplotlib.rc_context(chosen):
+        yield
 
 
-def _figure(height: float = _SIZE[1]) -> tuple[Any, Any]:
+def figure_and_axes(height: float = _SIZE[1]) -> tuple[Any, Any]:
+    """A figure of `height` inches, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -61,10 +75,15 @@ def _figure(height: float = _SIZE[1]) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _png(figure: Any) -> bytes:
+def image(figure: Any, kind: str) -> bytes:
+    """The figure as an image, of kind png or svg."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=160)
+    figure.savefig(content, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
     return content.getvalue()
+
+
+def _png(figure: Any) -> bytes:
+    return image(figure, "png")
 
 
 def short(text: str, most: int = 28) -> str:
@@ -74,7 +93,8 @@ def short(text: str, most: int = 28) -> str:
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-(most - most // 2) :]}"
 
 
-def _legend(figure: Any, axes: Any, columns: int = 2) -> None:
+def legend(figure: Any, axes: Any, columns: int = 2) -> None:
+    """Name what the axes show below them."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
@@ -90,13 +110,13 @@ def groups(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
 
 def _scores(runs: Runs) -> Iterable[Picture]:
     for i, ((metric, data), points) in enumerate(groups(runs.points).items()):
-        figure, axes = _figure(4.3)
+        figure, axes = figure_and_axes(4.3)
         _draw_points(axes, points)
         axes.set_xscale("log")
         axes.set_xlabel("MiB on disk (dense: 4 bytes a number)")
         axes.set_ylabel(METRICS[metric])
-        _plain_sizes(axes)
-        _legend(figure, axes)
+        plain_sizes(axes)
+        legend(figure, axes)
         yield Picture("score", f"score-{i + 1}", f"{METRICS[metric]} against size, {data}", _png(figure))
     for metric in dict.fromkeys(p.metric for p in runs.points):
         if metric in POINTS:
@@ -122,7 +142,8 @@ def _draw_points(axes: Any, points: Sequence[Point]) -> None:
         axes.plot([], [], MARKERS[i % len(MARKERS)], color="#555555", mfc="none", label=short(label))
 
 
-def _plain_sizes(axes: Any) -> None:
+def plain_sizes(axes: Any) -> None:
+    """Write sizes as numbers, and not as powers of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     low, high = axes.get_xlim()
@@ -134,7 +155,7 @@ def _plain_sizes(axes: Any) -> None:
 
 
 def _paper(metric: str) -> Picture:
-    figure, axes = _figure(4.3)
+    figure, axes = figure_and_axes(4.3)
     for recalled in (False, True):
         chosen = [p for p in POINTS[metric] if p.recalled is recalled]
         face, label = ("white", "recalled, not looked up") if recalled else (COLORS[0], "seen in the paper or its code")
@@ -148,8 +169,8 @@ def _paper(metric: str) -> Picture:
     axes.set_xlabel("MB, as the paper counts")
     axes.set_ylabel(METRICS[metric])
     axes.margins(x=0.2, y=0.12)
-    _plain_sizes(axes)
-    _legend(figure, axes)
+    plain_sizes(axes)
+    legend(figure, axes)
     return Picture("score", f"paper-{metric}", f"The paper's points: {TITLES[metric]} (QN: Quant-Noise)", _png(figure))
 
 
@@ -170,7 +191,7 @@ def _stages(runs: Runs) -> Iterable[Picture]:
         if metric := metric_of(log):
             by_metric.setdefault(metric, []).append((run, log))
     for metric, logs in by_metric.items():
-        figure, axes = _figure()
+        figure, axes = figure_and_axes()
         for i, (run, log) in enumerate(logs):
             points = [
                 (v.update, v.values[metric]) for v in log.validations if metric in v.values and v.subset == "valid"
@@ -184,7 +205,7 @@ def _stages(runs: Runs) -> Iterable[Picture]:
         axes.set_xlabel("updates of fine-tuning (dotted: a stage begins)")
         axes.set_ylabel(f"validation {METRICS.get(metric, metric)}")
         axes.grid(alpha=0.25)
-        _legend(figure, axes)
+        legend(figure, axes)
         yield Picture("stages", f"stages-{metric}", f"{METRICS.get(metric, metric)} over the stages", _png(figure))
 
 
@@ -197,7 +218,7 @@ def _codes(runs: Runs) -> Iterable[Picture]:
     for name, title, what, drawn in pairs:
         if not any(drawn):
             continue
-        figure, axes = _figure()
+        figure, axes = figure_and_axes()
         for i, ((run, log), series) in enumerate(zip(logs, drawn, strict=True)):
             if series:
                 color = COLORS[i % len(COLORS)]
@@ -206,7 +227,7 @@ def _codes(runs: Runs) -> Iterable[Picture]:
         axes.set_ylabel(what)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
-        _legend(figure, axes)
+        legend(figure, axes)
         yield Picture("codes", name, title, _png(figure))
 
 
@@ -243,7 +264,7 @@ def _layers(
     for tensor, value in values:
         kind, layer = layer_of(tensor)
         kinds.setdefault(kind, []).append((-1 if layer is None else layer, value))
-    figure, axes = _figure()
+    figure, axes = figure_and_axes()
     for i, (kind, points) in enumerate(kinds.items()):
         style = f"{MARKERS[i % len(MARKERS)]}-"
         axes.plot(*zip(*sorted(points), strict=True), style, color=COLORS[i % len(COLORS)], ms=5, label=short(kind, 22))
@@ -256,7 +277,7 @@ def _layers(
     axes.set_ylabel(what)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
-    _legend(figure, axes)
+    legend(figure, axes)
     return Picture(section, name, title, _png(figure))
 
 
@@ -274,7 +295,7 @@ def _time(runs: Runs) -> Iterable[Picture]:
     longest = sorted(times(runs), key=lambda pair: -pair[1])[:_MOST_BARS]
     if not longest:
         return
-    figure, axes = _figure(0.9 + 0.27 * len(longest))
+    figure, axes = figure_and_axes(0.9 + 0.27 * len(longest))
     axes.barh(range(len(longest)), [seconds for _, seconds in longest], color=COLORS[0], height=0.7)
     axes.set_yticks(range(len(longest)), [short(name, 30) for name, _ in longest], fontsize=8)
     axes.invert_yaxis()

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import read
+from ..artifact.codebooks import CodebookUse, codebook_use
 from ..artifact.inspection import inspection
 from ..artifact.reader import SUFFIX
 from ..checkpoints.checkpoint import Checkpoint
 from ..errors import UserError
-from .codebooks import CodebookUse, codebook_use
 from .logs import Log, finite, read_log
 from .scores import Point, data_of, distinct, label_of, points_of_result, points_of_row, read_json_lines, scores_in
 

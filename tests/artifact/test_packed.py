@@ -180,3 +180,21 @@ def test_the_papers_accounting_of_the_file_is_that_of_the_dry_run_and_the_buffer
     buffers = 4 * sum(b.numel() for b in model.buffers())
     assert info["paper_bytes"] == pytest.approx(table.paper_bytes + buffers)
     assert info["dense_bytes"] == table.dense_bytes + buffers
+
+
+def test_the_inspection_says_the_entropy_of_the_codes(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    packed = packed_zoo()
+    info = inspection(tmp_path / "file", packed)
+    rows = {row["name"]: row for row in info["tensors"]}
+    codes = packed.state_dict()["fc.weight.codes"].flatten()
+    shares = torch.bincount(codes).double() / len(codes)
+    expected = -(shares[shares > 0] * shares[shares > 0].log2()).sum()
+    assert rows["fc.weight"]["entropy"] == pytest.approx(float(expected))
+    assert rows["fc.weight"]["code_bits"] == 2
+    assert rows["fc.bias"]["entropy"] is rows["fc.bias"]["code_bits"] is None
+    assert 0 < info["entropy_bytes"] <= info["code_bytes"]
+    in_codes = [row for row in rows.values() if row["entropy"] is not None]
+    numbers = [packed.manifest.tensors[row["name"]].n_codes for row in in_codes]
+    total = sum(row["entropy"] * n for row, n in zip(in_codes, numbers, strict=True))
+    assert info["entropy_bytes"] == pytest.approx(total / 8)

@@ -1,5 +1,7 @@
 """`plan --budget`: the plan for a size, as the file that `quantize` then writes."""
 
+import functools
+import itertools
 import json
 
 import pytest
@@ -7,8 +9,10 @@ from lm_fixture import PLANS, one_error
 
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
+from fairseq_quant_noise.cli import budget, planning
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.quantization.budget import options
+from fairseq_quant_noise.quantization.budget.uniform import UNIFORM
 
 BUDGET = 40_000  # bytes; the networks have 85,000 and more dense
 
@@ -71,6 +75,58 @@ def test_without_moments_errors_count_alike_and_a_note_says_so(lab, runs, capsys
     assert "holds no second moments of Adam, so all errors count alike" in capsys.readouterr().err
 
 
+# Loss against bytes
+
+
+@pytest.fixture
+def few_points(monkeypatch):
+    monkeypatch.setattr(budget, "frontier", functools.partial(budget.frontier, count=3))
+    monkeypatch.setattr(planning, "frontier", budget.frontier)
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_frontier_has_the_best_plans_and_the_papers(lab, runs, few_points, suffix, capsys):
+    path, picture = runs.stock("plain").path, lab.new(f"curve{suffix}")
+    found = planned(capsys, "--path", path, "--frontier", "--out", picture)
+    points = found["points"]
+    best = [point for point in points if point["plan"] == "best"]
+    uniform = [point for point in points if point["plan"] != "best"]
+    assert {point["plan"] for point in uniform} == set(UNIFORM)
+    assert len(best) >= 3
+    assert all(later["predicted_loss"] <= earlier["predicted_loss"] for earlier, later in itertools.pairwise(best))
+    assert [point["file_bytes"] for point in points] == sorted(point["file_bytes"] for point in points)
+    for point in uniform:
+        within = [other for other in best if other["file_bytes"] <= point["file_bytes"]]
+        assert min(other["predicted_loss"] for other in within) <= point["predicted_loss"] * 1.001
+        assert point["loss"] is None
+    assert picture.read_bytes().startswith({".png": b"\x89PNG", ".svg": b"<?xml"}[suffix])
+
+
+def test_the_losses_of_a_frontier_are_measured_on_data(lab, runs, few_points, capsys):
+    path, data = runs.stock("plain").path, lab.data
+    verb("plan", "--path", path, "--frontier", "--calibration-data", data)
+    header, *rows, last = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[0] == "plan"
+    assert header.endswith("loss")
+    assert all(0 < float(row.split()[-1]) < 20 for row in rows)
+    assert last.startswith("the dense network: ")
+    assert last.endswith(f"on {data}")
+
+
+def test_a_plan_for_a_loss_is_as_small_as_it_may_be(lab, runs, capsys):
+    path, plan = runs.stock("plain").path, lab.new("plan.yaml")
+    flags = ["--path", path, "--calibration-data", lab.data]
+    dense, after = planned(capsys, *flags, "--budget", BUDGET)["losses"]
+    target = after + 0.1 * (after - dense)
+    found = planned(capsys, *flags, "--target-loss", target, "--out", plan)
+    assert dense < found["losses"][1] <= target
+    assert found["file_bytes"] <= 1.03 * BUDGET
+    assert plan.read_text().startswith("# Found by `fairseq-quant-noise plan --target-loss ")
+    with pytest.raises(SystemExit, match="2"):
+        verb("plan", *flags, "--target-loss", dense)
+    assert f"the dense network has a loss of {dense:.3f}; give more" in one_error(capsys.readouterr())
+
+
 WRONG = {
     "too small": ("--path {stock} --budget 9KB", ["9,000 bytes", "the smallest file of this network has"]),
     "larger than dense": ("--path {stock} --budget 1GiB", ["--budget 1GiB", "the dense network has"]),
@@ -86,6 +142,9 @@ WRONG = {
     "the checkpoint's name": ("--path {stock} --budget 40KB --out {stock}", ["--out {stock}"]),
     "no data": ("--path {stock} --budget 40KB --calibration-data /nowhere", ["--calibration-data /nowhere"]),
     "a file without a budget": ("--path {stock} --plan {plan} --out {plan}", ["--out", "--budget"]),
+    "a loss without data": ("--path {stock} --target-loss 5", ["--target-loss", "--calibration-data"]),
+    "a frontier and a budget": ("--path {stock} --frontier --budget 40KB", ["--frontier", "--budget"]),
+    "a frontier that is no picture": ("--path {stock} --frontier --out {plan}", ["--out {plan}", ".svg or .png"]),
     "data without a budget": ("--path {stock} --plan {plan} --calibration-data {plan}", ["--calibration-data"]),
 }
 

@@ -12,6 +12,7 @@ from toys import TOKENS, ZOO_PLAN, python, quiet, refuses, zoo
 import fairseq_quant_noise
 from fairseq_quant_noise import load
 from fairseq_quant_noise.artifact import dense_state, pack, read, write
+from fairseq_quant_noise.artifact.codebooks import codebook_use
 from fairseq_quant_noise.artifact.inspection import inspection
 from fairseq_quant_noise.layers import IntWeight, LatentIntWeight, PQWeight, adopt_quantized, quantized_weights
 from fairseq_quant_noise.layers.registry import FORMATS, Held, file_formats, plan_formats, register, weights_in
@@ -20,7 +21,6 @@ from fairseq_quant_noise.plan.rules import StageRule
 from fairseq_quant_noise.quantization.quantize import quantize_, quantized_values
 from fairseq_quant_noise.quantization.table import make_table, model_bytes
 from fairseq_quant_noise.quantization.targets import resolve_stages
-from fairseq_quant_noise.report.codebooks import codebook_use
 from fairseq_quant_noise.structure.state import share_state
 
 FORMATS.pop("sign", None)  # other tests, in the same process, know nothing of it

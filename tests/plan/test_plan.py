@@ -52,6 +52,18 @@ def test_every_key_is_read():
     assert plan.tuning.restarts
 
 
+def test_a_word_stands_for_the_kind_of_encoding_and_comes_back():
+    plan = Plan.of({"encode": "feedback"})
+    assert (plan.encode.kind, plan.encode.batches, plan.encode.damping) == ("feedback", 16, 0.1)
+    assert Plan.of(plan.to_dict()) == plan
+    assert "encode" not in Plan.of({}).to_dict()
+
+
+def test_codes_that_train_and_error_feedback_are_refused_together():
+    with refuses("encode: feedback has no use with codes: train"):
+        Plan.of({"encode": "feedback", "codes": "train"})
+
+
 def test_what_is_left_out_has_the_papers_values():
     plan = Plan.of({"noise": [NOISE], "stages": [{"match": "fc"}]})
     rule = plan.noise[0]
@@ -225,6 +237,13 @@ TUNING = [
     ({"schedule": "cosine"}, "tuning: unknown schedule 'cosine'; known: continue, restart"),
     ({"schedule": ["restart"]}, "tuning: unknown schedule"),
 ]
+ENCODE = [
+    ("both", "encode: unknown kind 'both'; known: plain, feedback"),
+    ({"batch": 4}, "encode: unknown key 'batch'; known keys: kind, batches, damping"),
+    ({"batches": 0}, "encode: batches is 0; give a whole number from 1 up"),
+    ({"damping": 2}, "encode: damping is 2; give a probability"),
+    ({"damping": 0}, "encode: damping is 0, which correlated inputs do not allow; give more"),
+]
 WRONG = [
     *UNKNOWN,
     *MISSING,
@@ -234,6 +253,7 @@ WRONG = [
     *CENTROIDS,
     *[({"activations": given}, message) for given, message in ACTIVATIONS],
     *[({"tuning": given}, message) for given, message in TUNING],
+    *[({"encode": given}, message) for given, message in ENCODE],
 ]
 
 

@@ -14,9 +14,9 @@ import torch
 from toys import INT_PLANS, ZOO_PLAN, quiet, refuses, zoo
 
 from fairseq_quant_noise import quantize_, save
+from fairseq_quant_noise.artifact.codebooks import entropy
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.report import write_report
-from fairseq_quant_noise.report.codebooks import entropy
 from fairseq_quant_noise.report.logs import read_log
 from fairseq_quant_noise.report.scores import Point, pareto, scores_in
 

@@ -52,6 +52,11 @@ class StageController:
     def __init__(self, config_path: str, max_epoch: int, max_update: int) -> None:
         with exits_on_user_error():
             self.plan = Plan.of(config_path)
+            if self.plan.encode.feeds_back:
+                raise UserError(
+                    f"{config_path}: encode: feedback is for `fairseq-quant-noise quantize`, which does not train "
+                    "afterwards; leave it out here"
+                )
         self.max_epoch, self.max_update = max_epoch, max_update
         self.done = 0  # stages quantized so far
         self.importance: dict[str, Tensor] = {}  # squared gradients of weights still to be quantized; bfloat16, CPU

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..artifact import Packed
 from ..layers.parts import CODES
 from ..utils.bits import unpack_bits
+from .packed import Packed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""`encode: feedback`: the layers' inputs, measured; weights, encoded by their outputs' errors."""
+
+import pytest
+import torch
+from torch import nn
+from toys import Attention, Tied, quiet, refuses
+
+from fairseq_quant_noise import load, quantize_, save
+from fairseq_quant_noise.layers import quantized_weights
+from fairseq_quant_noise.quantization.feedback import measuring_inputs
+from fairseq_quant_noise.quantization.quantize import quantized_state
+
+PLAN = {"stages": [{"match": ".*", "block_size": 4, "n_centroids": 8}], "encode": "feedback"}
+PLAIN = PLAN | {"encode": "plain"}
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
+
+
+def inputs(seed=1, n=256):
+    """Correlated ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 16, generator=generator) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(9))
+
+
+def quantized(model, plan=PLAN, **settings):
+    return quantize_(model, plan, **{"calibration": [inputs()], "progress": quiet} | settings).eval()
+
+
+def error(model, x):
+    """Of the first layer's outputs."""
+    with torch.no_grad():
+        return float((model[0](x) - network()[0](x)).square().sum())
+
+
+def test_a_layers_outputs_are_nearer_than_by_k_means_on_other_inputs_too():
+    fresh = inputs(2)
+    assert error(quantized(network()), fresh) < 0.7 * error(quantized(network(), PLAIN), fresh)
+
+
+def test_measured_are_the_second_moments_over_all_inputs():
+    model, batches = network().train(), [inputs(3, 10), inputs(4, 20)]
+    with measuring_inputs(model, ["0", "2"]) as found:
+        for batch in batches:
+            model(batch)
+        assert not model.training
+    x = torch.cat(batches)
+    hidden = model[1](model[0](x)).detach()
+    torch.testing.assert_close(found["0.weight"], x.t() @ x / 30)
+    torch.testing.assert_close(found["2.weight"], hidden.t() @ hidden / 30)
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_tied_weight_is_measured_where_it_multiplies():
+    model, tokens = Tied(), torch.arange(12)[None]
+    with measuring_inputs(model, ["emb"]) as found:
+        model(tokens)
+    x = model.emb.weight.detach()
+    torch.testing.assert_close(found["emb.weight"], x.t() @ x / 12)
+
+
+def test_uncorrelated_inputs_give_exactly_the_codes_of_k_means():
+    identity = {"0.weight": torch.eye(16), "2.weight": torch.rand(64).diag()}
+    found = quantized_state(quantized(network(), inputs=identity))
+    expected = quantized_state(quantized(network(), PLAIN))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_same_seed_gives_the_same_bits_and_the_file_its_usual_form(tmp_path):
+    sizes = []
+    for name, plan in (("one", PLAN), ("other", PLAN), ("plain", PLAIN)):
+        sizes.append(save(quantized(network(), plan), tmp_path / f"{name}.safetensors"))
+    files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "other", "plain")]
+    assert files[0] == files[1] != files[2]
+    assert len(set(sizes)) == 1
+    x = inputs(5)
+    torch.testing.assert_close(load(tmp_path / "one.safetensors", network())(x), quantized(network())(x))
+
+
+def test_one_line_names_the_weights_without_measured_inputs():
+    lines = []
+    model = nn.ModuleDict({"attn": Attention(), "fc": nn.Linear(8, 32), "conv": nn.Conv1d(8, 32, 1)})
+    x = torch.randn(40, 2, 8) @ torch.randn(8, 8)
+
+    def run(model):
+        model["conv"](model["fc"].weight.new_zeros(1, 8, 5))
+        model["fc"](model["attn"](x))
+
+    plan = {"stages": [{"match": ".*", "block_size": 4, "n_centroids": 4}], "encode": "feedback"}
+    quantize_(model, plan, calibration=run, progress=lines.append)
+    named = [line for line in lines if line.startswith("note: without error feedback")]
+    assert named == [
+        "note: without error feedback, since no product's inputs were measured: attn.q_proj, attn.k_proj, attn.v_proj, "
+        "attn.out_proj, …"
+    ]
+    assert sum("output error x0." in line for line in lines) == 1
+    assert len(quantized_weights(model)) == 6
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rows_that_matter_more_lose_less(weighted):
+    importance = torch.ones(64, 16)
+    importance[:8] = 1000.0
+    plan = PLAN | {"centroids": {"weighted": weighted}}
+    model = quantized(network(), plan, importance={"0.weight": importance})
+    with torch.no_grad():
+        errors = (model[0](inputs()) - network()[0](inputs())).square().mean(0)  # (64,)
+    assert (errors[:8].mean() < 0.5 * errors[8:].mean()) == weighted
+
+
+def test_a_shared_codebook_is_fitted_to_all_its_weights():
+    rule = {"match": ".*", "block_size": 4, "n_centroids": 8, "codebook": "shared"}
+    model = quantized(network(), {"stages": [rule], "encode": "feedback"})
+    first, second = quantized_weights(model).values()
+    assert first.centroids is second.centroids
+    fresh = inputs(2)
+    assert error(model, fresh) < 0.7 * error(quantized(network(), {"stages": [rule]}), fresh)
+
+
+def test_feedback_that_does_not_help_leaves_the_codes_of_k_means(monkeypatch):
+    monkeypatch.setattr(
+        "fairseq_quant_noise.quantization.feedback.refined",
+        lambda layers, centroids: ([torch.zeros(len(of.weight), 4, dtype=torch.uint8) for of in layers], centroids),
+    )
+    only = {"stages": [{"match": "0", "block_size": 4, "n_centroids": 8}]}
+    found = quantized_state(quantized(network(), only | {"encode": "feedback"}))
+    expected = quantized_state(quantized(network(), only))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_without_data_it_is_refused_before_any_work():
+    model = network()
+    with refuses("the plan's encode: feedback needs data; give calibration inputs, or leave it out"):
+        quantize_(model, PLAN, progress=quiet)
+    assert not quantized_weights(model)
+
+
+def test_data_that_reaches_no_product_is_refused_before_any_work():
+    model = network()
+    with refuses("encode: feedback: no calibration input reached a product with a weight of the plan"):
+        quantized(model, calibration=[])
+    assert not quantized_weights(model)
+
+
+def test_as_many_batches_are_measured_as_the_plan_says_and_none_is_lost():
+    batches = iter([inputs(i, 8) for i in range(5)])
+    quantized(network(), PLAN | {"encode": {"kind": "feedback", "batches": 3}}, calibration=batches)
+    assert len(list(batches)) <= 2
