@@ -48,7 +48,7 @@ def measuring_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
         for module in _products(weight) if weight.name in wanted else ():
             hook = partial(_add, found, counts, weight.tensor_name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    # fairseq's attention has a way past its projections, which a forward takes that needs none of them.
+    # An attention may have a way past its projections, which a forward takes that needs none of them.
     fast = {module: module.__dict__[FAST_PATH_OFF] for module in modes if FAST_PATH_OFF in module.__dict__}
     for module in fast:
         module.__dict__[FAST_PATH_OFF] = True

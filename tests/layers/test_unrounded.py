@@ -7,7 +7,7 @@ from torch import nn
 from toys import quiet, refuses, zoo
 
 from fairseq_quant_noise import attach_noise, load, quantize_, save
-from fairseq_quant_noise.cli import verbs
+from fairseq_quant_noise.cli import planning
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import QuantizedWeight, input_quantizers
 from fairseq_quant_noise.layers.inputs import unrounded
@@ -122,7 +122,7 @@ def test_noise_names_them_and_only_where_the_plan_rounds_activations(caplog):
 def test_plan_names_them_and_with_strict_it_ends(monkeypatch, caplog, capsys, tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text(yaml.safe_dump(PLAN))
-    monkeypatch.setattr(verbs, "_network", lambda args: encoder())
+    monkeypatch.setattr(planning, "_network", lambda args: encoder())
     main(["plan", "--arch", "any", "--plan", str(plan), "--json"])
     assert len(warnings(caplog)) == 1
     with pytest.raises(SystemExit) as caught:
