@@ -67,16 +67,16 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
     Returns:
         (O, I), of the centroids' dtype.
     """
-    fits = centroids.dtype == torch.float32 and codes.dtype == torch.uint8 and not in_graph() and cpu.takes(centroids)
+    fits = centroids.dtype == torch.float32 and not in_graph() and cpu.takes(centroids)
     form = cpu if fits else reference  # which a graph can hold
     return form.decode(codes, centroids)
 
 
 def takes_linear(x: Tensor, centroids: Tensor) -> bool:
     """Whether `linear` has a form for x (..., I) and centroids (K, d) that is faster than decoding the weight."""
-    if x.numel() == 0 or x.dtype != centroids.dtype or len(centroids) > 256:
+    if x.numel() == 0 or x.dtype != centroids.dtype:
         return False
-    return (x.dtype == torch.float32 and cpu.takes(x)) or gpu.takes(x)
+    return (x.dtype == torch.float32 and cpu.takes(x)) or (len(centroids) <= 256 and gpu.takes(x))
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,8 +84,8 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
 
     Args:
         x: (..., I) float32; on a GPU also float16 or bfloat16.
-        codes: (I/d, O) uint8, a row for each block of the input ("block-major").
-        centroids: (K, d), K at most 256.
+        codes: (I/d, O) uint8, a row for each block of the input ("block-major"); on a CPU int32 where K is above 256.
+        centroids: (K, d).
         bias: (O,), or None.
 
     Returns:

@@ -114,8 +114,10 @@ _ARGUMENTS = {
     "least_float": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
     "least_double": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
     "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N],
+    "decode_wide": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N],
     "linear_by_tables": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
     "linear_by_pieces": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
+    "linear_by_wide_pieces": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
     "linear_of_codes": [_AT, _N, _N, _AT, _AT, _N, _AT, _N, _AT, _AT, _N],
     "linear_of_centroids": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _AT, _AT, _N],
 }
@@ -138,10 +140,11 @@ def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
 
 
 def decode(codes: Tensor, centroids: Tensor) -> Tensor:
-    """As `kernels.decode`, for codes (O, I/d) uint8 and centroids (K, d) float32: (O, I)."""
+    """As `kernels.decode`, for codes (O, I/d) uint8 or int32 and centroids (K, d) float32: (O, I)."""
     (rows, blocks), d = codes.shape, centroids.shape[1]
     out = centroids.new_empty(rows, blocks * d)
-    library().decode(
+    wide, codes = _typed(codes, centroids)
+    (library().decode_wide if wide else library().decode)(
         *(codes.data_ptr(), *codes.stride(), _all_codes(centroids)[0].data_ptr(), d, rows, blocks, out.data_ptr()),
         torch.get_num_threads(),
     )
@@ -149,18 +152,20 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `kernels.linear`, for x (..., I), codes (I/d, O) uint8, centroids (K, d) and bias (O,), float32: (..., O).
+    """As `kernels.linear`, for x (..., I), codes (I/d, O), centroids (K, d) and bias (O,), float32: (..., O).
 
     A few rows of x go by tables: the products of its blocks with all centroids, then sums of entries. With few
     centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I. With more rows
-    of x, the weight is decoded a piece at a time. Neither makes a dense copy of it.
+    of x, or of centroids than a byte tells apart, the weight is decoded a piece at a time. Neither makes a dense copy.
     """
     d, (blocks, rows) = centroids.shape[1], codes.shape
+    wide, codes = _typed(codes, centroids)
     x, codes, all_codes = x.contiguous(), codes.contiguous(), _all_codes(centroids)
     n = x.numel() // (blocks * d)
     out, added = x.new_empty(*x.shape[:-1], rows), _contiguous(bias)
-    by_tables = n < _rows_by_tables() * d
-    product = library().linear_by_tables if by_tables else library().linear_by_pieces
+    by_tables = not wide and n < _rows_by_tables() * d
+    by_pieces = library().linear_by_wide_pieces if wide else library().linear_by_pieces
+    product = library().linear_by_tables if by_tables else by_pieces
     product(
         *(x.data_ptr(), n, blocks, d, all_codes[by_tables].data_ptr(), codes.data_ptr(), rows),
         *(_pointer(added), out.data_ptr(), torch.get_num_threads()),
@@ -200,6 +205,12 @@ def linear_of_centroids(
     return out
 
 
+def _typed(codes: Tensor, centroids: Tensor) -> tuple[bool, Tensor]:
+    """Whether K is above what a byte tells apart, and the codes in the type of that form, as they are wherever made."""
+    wide = len(centroids) > 256
+    return wide, codes.to(torch.int32 if wide else torch.uint8)
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -214,14 +225,15 @@ def _rows_by_tables() -> float:
 
 
 def _all_codes(centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """(256, d) and (d, 256): a centroid for every code that a byte can be, zeros beyond K.
+    """(256, d) and (d, 256): a centroid for every code that a byte can be, zeros beyond K; 4096 of them for a larger K.
 
     So no code reads past the end. Kept on the tensor while its numbers are what they were, or for ever (`SETTLED`).
     """
     kept: tuple[Tensor, Tensor] | None = getattr(centroids, "_all_codes", None)
     settled = getattr(centroids, SETTLED, False)
     if kept is None or not (settled or torch.equal(kept[0][: len(centroids)], centroids)):
-        rows = torch.zeros(256, centroids.shape[1], dtype=centroids.dtype)
+        many = 256 if len(centroids) <= 256 else 4096  # as codes.h has it
+        rows = torch.zeros(many, centroids.shape[1], dtype=centroids.dtype)
         rows[: len(centroids)] = centroids
         kept = rows, rows.t().contiguous()
         centroids._all_codes = kept  # type: ignore[attr-defined]

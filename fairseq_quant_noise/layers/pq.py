@@ -69,7 +69,7 @@ class PQWeight(QuantizedWeight):
         self._counted: tuple[Tensor, int, Tensor] | None = None
         self.register_buffer(FILE_AFFINE, affine)
         self.block_major = block_major
-        self.register_buffer(CODES, self._laid_out(codes))
+        self.register_buffer(CODES, self._laid_out(codes, centroids))
         self.centroids = nn.Parameter(centroids)
         if centroid_bits != 16:  # so that checkpoints with fp16 centroids hold codes and centroids alone
             bits = torch.tensor(centroid_bits, dtype=torch.uint8, device=codes.device)
@@ -156,8 +156,7 @@ class PQWeight(QuantizedWeight):
 
     def in_integers(self, x: Tensor) -> bool:
         """Whether `linear` multiplies x (..., I) by 8-bit centroids in whole numbers."""
-        in_bytes = self.bits == 8 and self.n_centroids <= 256
-        return in_bytes and self.centroids.dtype == torch.float32 and takes_integers(x)
+        return self.bits == 8 and self.n_centroids <= 256 and self.dtype == torch.float32 and takes_integers(x)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
@@ -182,7 +181,8 @@ class PQWeight(QuantizedWeight):
         numbers = affine.codes(self.centroids.detach())
         return F.pad(numbers, (0, 0, 0, 256 - len(numbers))), affine.to_tensor()
 
-    def _laid_out(self, codes: Tensor) -> Tensor:
+    def _laid_out(self, codes: Tensor, centroids: Tensor) -> Tensor:
+        codes = codes.to(code_dtype(len(centroids)))
         return codes.t().contiguous().t() if self.block_major else codes
 
     def has_rows(self) -> bool:
@@ -233,7 +233,7 @@ class PQWeight(QuantizedWeight):
         if known and len(centroids) != 256 and not 0 <= int(codes.min()) <= int(codes.max()) < len(centroids):
             lists[2].append(f"{prefix}{CODES}: a code beyond its {len(centroids)} centroids")
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
-        self.codes = self._laid_out(self.codes)  # with `assign` they are those of the state
+        self.codes = self._laid_out(self.codes, self.centroids)  # with `assign` they are those of the state
 
     def extra_repr(self) -> str:
         """Shape, block size and codebook size, for printing."""
@@ -257,7 +257,7 @@ class PQWeight(QuantizedWeight):
             return False
         affine = parts.get(FILE_AFFINE)
         new = cls(
-            torch.empty_like(codes, dtype=code_dtype(len(centroids)), device=stored.device),
+            torch.empty_like(codes, device=stored.device),
             torch.empty_like(centroids, dtype=stored.dtype, device=stored.device),
             weight.shape,
             int(parts.get(CENTROID_BITS, 16)),
@@ -313,8 +313,8 @@ class PQWeight(QuantizedWeight):
     @classmethod
     def describes(cls, entry: QuantizedTensor) -> bool:
         """Whether it has d, K (at most 4096) and centroids of 8 or 16 bits."""
-        known_k = entry.n_centroids in range(MOST_CENTROIDS + 1)
-        return entry.block_size is not None and known_k and entry.centroid_bits in (8, 16)
+        k_fits = entry.n_centroids in range(MOST_CENTROIDS + 1)
+        return k_fits and entry.block_size is not None and entry.centroid_bits in (8, 16)
 
     @classmethod
     def code_bits(cls, entry: QuantizedTensor) -> int:

@@ -62,6 +62,7 @@ def quantized(parts, shape, d=4, k=1, bits=1):
 
 def centroids(parts, k):
     quantized(parts, [2, 8], k=k, bits=max((k - 1).bit_length(), 1))
+    parts.manifest["format_version"] = 6 if k > 256 else 3
 
 
 def dimensions(parts, n):

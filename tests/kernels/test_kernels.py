@@ -18,6 +18,7 @@ from fairseq_quant_noise import kernels, quantize_
 from fairseq_quant_noise.kernels import cpu, reference
 from fairseq_quant_noise.layers import adopt_quantized
 from fairseq_quant_noise.layers.pq import PQWeight
+from fairseq_quant_noise.utils.bits import code_dtype
 from fairseq_quant_noise.weights.access import intercept
 
 FORMS = pytest.mark.parametrize("form", [reference, cpu], ids=["reference", "cpu"])
@@ -105,13 +106,13 @@ def test_work_is_split_among_the_threads_of_torch():
     st.integers(1, 9),
     st.sampled_from([1, 3, 64, 4200]),
     st.sampled_from([1, 4, 8]),
-    st.sampled_from([1, 16, 200, 256]),
+    st.sampled_from([1, 16, 200, 256, 257, 4096]),
     st.booleans(),
 )
 @settings(max_examples=40, deadline=None)
 def test_a_product_with_codes_is_that_with_the_decoded_weight(form, n, blocks, rows, d, k, with_bias):
     x, centroids = random(n, blocks * d), random(k, d, seed=1)
-    codes = torch.randint(k, (blocks, rows), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    codes = torch.randint(k, (blocks, rows), dtype=code_dtype(k), generator=torch.Generator().manual_seed(2))
     bias = random(rows, seed=3) if with_bias else None
     weight = centroids[codes.t().long()].reshape(rows, blocks * d)
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
@@ -122,12 +123,13 @@ def test_a_product_with_codes_is_that_with_the_decoded_weight(form, n, blocks, r
 
 
 @FORMS
+@pytest.mark.parametrize("k", [256, 1000])
 @pytest.mark.parametrize("d", [4, 6, 8])
 @pytest.mark.parametrize(("n", "rows"), [(1, 1000), (70, 1000), (70, 39), (64, 96)])
-def test_a_large_weight_is_read_in_pieces(form, n, rows, d):
+def test_a_large_weight_is_read_in_pieces(form, n, rows, d, k):
     """Of 600 numbers of a row at most, and of some hundred rows: neither has to fit."""
-    x, centroids = random(n, 200 * d), random(256, d, seed=1)
-    codes = torch.randint(256, (200, rows), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    x, centroids = random(n, 200 * d), random(k, d, seed=1)
+    codes = torch.randint(k, (200, rows), dtype=code_dtype(k), generator=torch.Generator().manual_seed(2))
     weight, bias = centroids[codes.t().long()].reshape(rows, 200 * d), random(rows, seed=3)
     expected = F.linear(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(form.linear(x, codes, centroids, bias).double(), expected, rtol=1e-5, atol=2e-4)
@@ -178,11 +180,12 @@ from fairseq_quant_noise.kernels import cpu, reference
 cpu._FLAGS = (*cpu._FLAGS, "-march={processor}")
 for d in (4, 6, 8):
     for n, rows in ((1, 700), (2, 70), (70, 700), (65, 39)):
-        x, centroids = torch.randn(n, 100 * d), torch.randn(256, d)
-        codes = torch.randint(256, (100, rows), dtype=torch.uint8)
-        found, expected = cpu.linear(x, codes, centroids), reference.linear(x.double(), codes, centroids.double())
-        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
-        assert torch.equal(cpu.decode(codes, centroids), reference.decode(codes, centroids))
+        for k, dtype in ((256, torch.uint8), (999, torch.int32)):
+            x, centroids = torch.randn(n, 100 * d), torch.randn(k, d)
+            codes = torch.randint(k, (100, rows), dtype=dtype)
+            found, expected = cpu.linear(x, codes, centroids), reference.linear(x.double(), codes, centroids.double())
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=2e-4)
+            assert torch.equal(cpu.decode(codes, centroids), reference.decode(codes, centroids))
 for d in (2, 4, 8):
     for dtype in (torch.float32, torch.float64):
         points, slope, bias = (torch.randint(-3, 4, size).to(dtype) for size in ((900, d), (d, 100), (100,)))
@@ -194,11 +197,17 @@ assert cpu.library() is not None
 
 
 @FORMS
-@given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 17), st.integers(1, 256), st.booleans())
-@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(1, 100),
+    st.integers(1, 9),
+    st.integers(1, 17),
+    st.one_of(st.integers(1, 256), st.integers(257, 4096)),
+    st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
 def test_a_weight_comes_out_of_its_codes(form, rows, blocks, d, k, by_block):
     centroids = random(k, d)
-    codes = torch.randint(k, (rows, blocks), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    codes = torch.randint(k, (rows, blocks), dtype=code_dtype(k), generator=torch.Generator().manual_seed(2))
     laid_out = codes.t().contiguous().t() if by_block else codes
     assert torch.equal(form.decode(laid_out, centroids), centroids[codes.long()].view(rows, blocks * d))
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <vector>
 
+#include "codes.h"
 #include "threads.h"
 
 #ifdef __AVX2__
@@ -85,8 +86,9 @@ void multiply_some(int64_t tall, int64_t wide, int64_t width, const float* x, in
 #endif
 
 // Four numbers of the centroids of codes 0, 4, ...
-Vector every_fourth(const float* centroids, int64_t d, const uint8_t* codes) {
-  const auto of = [&](int i) { return _mm_loadu_ps(centroids + codes[i] * d); };
+template <typename Code>
+Vector every_fourth(const float* centroids, int64_t d, const Code* codes) {
+  const auto of = [&](int i) { return _mm_loadu_ps(centroids + number(codes[i]) * d); };
 #ifdef __AVX512F__
   const __m512 one = _mm512_insertf32x4(_mm512_castps128_ps512(of(0)), of(4), 1);
   return _mm512_insertf32x4(_mm512_insertf32x4(one, of(8), 2), of(12), 3);
@@ -96,7 +98,8 @@ Vector every_fourth(const float* centroids, int64_t d, const uint8_t* codes) {
 }
 
 // to (4, lanes), its rows a pitch apart = four numbers of the centroids of these codes, transposed.
-void transpose(const float* centroids, int64_t d, const uint8_t* codes, float* to, int64_t pitch) {
+template <typename Code>
+void transpose(const float* centroids, int64_t d, const Code* codes, float* to, int64_t pitch) {
   const Vector a = every_fourth(centroids, d, codes), b = every_fourth(centroids, d, codes + 1);
   const Vector c = every_fourth(centroids, d, codes + 2), e = every_fourth(centroids, d, codes + 3);
   const Vector low = VECTOR(unpacklo_ps)(a, b), high = VECTOR(unpackhi_ps)(a, b);
@@ -109,14 +112,14 @@ void transpose(const float* centroids, int64_t d, const uint8_t* codes, float* t
 
 #endif
 
-// out (blocks * d, width) = the centroids (256, d) of the codes (blocks, count), transposed; the columns beyond count
-// are any.
-void decode_panel(const float* centroids, int64_t d, const uint8_t* codes, int64_t stride, int64_t count,
-                  int64_t blocks, float* out, int64_t width) {
-  uint8_t padded[panel] = {};
+// out (blocks * d, width) = the centroids of the codes (blocks, count), transposed; the columns beyond count are any.
+template <typename Code>
+void decode_panel(const float* centroids, int64_t d, const Code* codes, int64_t stride, int64_t count, int64_t blocks,
+                  float* out, int64_t width) {
+  Code padded[panel] = {};
   for (int64_t b = 0; b < blocks; ++b, codes += stride, out += d * width) {
-    const uint8_t* of = codes;
-    if (count < width) std::memcpy(padded, codes, count), of = padded;
+    const Code* of = codes;
+    if (count < width) std::memcpy(padded, codes, count * sizeof(Code)), of = padded;
     int64_t j = 0;
 #ifdef __AVX2__
     for (; j + 4 <= d; j += 4) {
@@ -124,20 +127,16 @@ void decode_panel(const float* centroids, int64_t d, const uint8_t* codes, int64
     }
 #endif
     for (; j < d; ++j) {
-      for (int64_t r = 0; r < width; ++r) out[j * width + r] = centroids[of[r] * d + j];
+      for (int64_t r = 0; r < width; ++r) out[j * width + r] = centroids[number(of[r]) * d + j];
     }
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 // out (n, rows) = x times the weight of the codes (blocks, rows), transposed, plus the bias (rows), if any.
-//   centroids  (256, d)
 // Every sum is added up in one order, whatever the threads.
-void linear_by_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids,
-                      const uint8_t* codes, int64_t rows, const float* bias, float* out, int64_t threads) {
+template <typename Code>
+void multiply_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids, const Code* codes,
+                     int64_t rows, const float* bias, float* out, int64_t threads) {
   const int64_t inner = blocks * d, share = std::max<int64_t>(depth / d, 1);  // blocks of a piece
   const int64_t groups = parts(rows, lanes);
   const int64_t tasks = std::min(parts(parts(groups, across * panels), threads) * threads, groups);
@@ -174,6 +173,23 @@ void linear_by_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, cons
       }
     }
   });
+}
+
+}  // namespace
+
+extern "C" {
+
+// As multiply_pieces.
+//   centroids  (256, d)
+void linear_by_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids,
+                      const uint8_t* codes, int64_t rows, const float* bias, float* out, int64_t threads) {
+  multiply_pieces(x, n, blocks, d, centroids, codes, rows, bias, out, threads);
+}
+
+//   centroids  (4096, d)
+void linear_by_wide_pieces(const float* x, int64_t n, int64_t blocks, int64_t d, const float* centroids,
+                           const int32_t* codes, int64_t rows, const float* bias, float* out, int64_t threads) {
+  multiply_pieces(x, n, blocks, d, centroids, codes, rows, bias, out, threads);
 }
 }
 
