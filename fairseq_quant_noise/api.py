@@ -19,6 +19,7 @@ from .noise import attach_rules, detach_noise, noise_of
 from .plan.plan import Plan
 from .quantization.quantize import quantize_
 from .structure.modules import keep_layers_, share_layers_
+from .utils.ranks import check_whole
 
 __all__ = ["attach_noise", "detach_noise", "keep_layers_", "load", "noise_of", "quantize_", "save", "share_layers_"]
 
@@ -56,8 +57,9 @@ def save(
         config: how `load` can build the network (see `artifact.manifest.Manifest.model`); leave it out for your own.
 
     Raises:
-        UserError: the file cannot be written, or `load` would refuse it.
+        UserError: the file cannot be written, or `load` would refuse it; or the model is sharded.
     """
+    check_whole(model.named_parameters(), "save")
     return write(pack(model, Plan.of(plan) if plan is not None else None, config), path)
 
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from ..errors import UserError
+from . import sharded
 from .exits import exits_on_user_error
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ def distributed_fairseq_model(args: Any, model: nn.Module, process_group: Any, d
     Raises:
         UserError: LayerDrop, on GPUs, without --find-unused-parameters.
     """
+    if args.ddp_backend == sharded.BACKEND:
+        return sharded.Sharded(model.to(device), device)
     if args.ddp_backend in _BACKENDS:
         if device.type == "cpu":
             logger.info(f"--ddp-backend {args.ddp_backend} is fairseq's for GPUs; on a CPU legacy_ddp takes its place")

@@ -78,6 +78,7 @@ def quantize_(
         raise UserError("the plan has no stages; add a 'stages' section that says what to quantize")
     if plan.activations is not None and calibration is None:
         raise UserError("the plan quantizes activations, whose ranges need data; give calibration inputs")
+    ranks.check_whole(model.named_parameters(), "quantize_")
     if plan.structure is not None:
         apply_structure(model, plan.structure)
     given = (importance or {}) if plan.centroids.weighted else {}
