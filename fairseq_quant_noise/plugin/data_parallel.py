@@ -67,12 +67,14 @@ def join_processes(cfg: DictConfig) -> None:
             started a training on a CPU without --distributed-init-method.
 
     Raises:
-        SystemExit: the job has another number of tasks than --distributed-world-size.
+        SystemExit: the job has another number of tasks than --distributed-world-size, or there are too few GPUs for it.
     """
     training, trains = cfg.distributed_training, getattr(cfg, "model", None) is not None
-    if not trains or cfg.common.tpu or (torch.cuda.is_available() and not cfg.common.cpu):
+    if cfg.common.tpu or training.distributed_init_method is not None:
         return
-    if training.distributed_init_method is not None:
+    with exits_on_user_error():
+        _check_gpus(training)
+    if not trains or (torch.cuda.is_available() and not cfg.common.cpu):
         return
     if torch.distributed.is_torchelastic_launched():
         _join(cfg, "env://", int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
@@ -97,6 +99,17 @@ def _join(cfg: DictConfig, method: str, world_size: int, rank: int) -> None:
         training.distributed_rank = rank
         training.distributed_no_spawn = True
         training.distributed_backend = "gloo"
+
+
+def _check_gpus(training: DictConfig) -> None:
+    """Raise UserError where fairseq would start more processes on this machine than there are GPUs."""
+    gpus, wanted = torch.cuda.device_count(), training.distributed_world_size
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched and training.distributed_port <= 0 and wanted > max(gpus, 1):
+        raise UserError(
+            f"--distributed-world-size {wanted}: fairseq starts one for each GPU, and this machine has {gpus}; give "
+            f"that number, or start the processes with torchrun --nproc_per_node {wanted}, which works on CPUs too"
+        )
 
 
 def _check_layerdrop(backend: str, model: nn.Module) -> None:
