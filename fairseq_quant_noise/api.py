@@ -22,6 +22,7 @@ from .quantization.quantize import quantize_
 from .quantization.targets import resolve_stages
 from .structure.learned_rates import learn_layerdrop_
 from .structure.modules import keep_layers_, share_layers_
+from .utils.ranks import check_whole
 
 __all__ = [
     "attach_noise",
@@ -72,8 +73,9 @@ def save(
         config: how `load` can build the network (see `artifact.manifest.Manifest.model`); leave it out for your own.
 
     Raises:
-        UserError: the file cannot be written, or `load` would refuse it.
+        UserError: the file cannot be written, or `load` would refuse it; or the model is sharded.
     """
+    check_whole(model.named_parameters(), "save")
     return write(pack(model, Plan.of(plan) if plan is not None else None, config), path)
 
 

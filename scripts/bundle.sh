@@ -56,6 +56,7 @@ say() { printf '[%s/4] %s...\n' "$1" "$2"; }
 say 1 "torch for $TORCH"
 WHICH="$(pinned torch)"
 if [ "$TORCH" = cpu ] && [ "$(uname -s)" = Linux ]; then WHICH="$WHICH+cpu"; fi
+if [ "$TORCH" = cuda ]; then WHICH="${WHICH/==/===}"; fi # else pip takes 2.13.0+cpu for 2.13.0, where it sees that
 download() { "$BUILDER" -m pip --disable-pip-version-check download --quiet --dest "$DIR/packages" "$@"; }
 BUILDER="$PYTHON"
 download "$WHICH" || {

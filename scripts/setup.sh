@@ -135,7 +135,7 @@ install_torch() {
   elif [ -n "$BUNDLE" ]; then
     pip install "$BUNDLED_TORCH"
   elif [ "$(uname -s)" != Linux ] || { command -v nvidia-smi && nvidia-smi; }; then
-    pip install "$torch"
+    pip install "${torch/==/===}" # else pip takes 2.13.0+cpu for 2.13.0, where it sees that
   elif ! pip install "$torch+cpu" &&
     ! pip install --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu "$torch+cpu"; then
     say_now "warning: no CPU build of $torch in reach, so the CUDA build comes: several gigabytes"

@@ -32,7 +32,7 @@ from .verbs import (
 
 Verb = Callable[[argparse.Namespace], None]
 #: The claims that `bench` can measure: the programs in benchmarks/.
-CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "generate", "growth", "sizes")
+CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "generate", "growth", "ranks", "sizes")
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -140,10 +140,11 @@ class Probe:
 
 
 def _latent(module: nn.Module, key: str) -> Tensor:
-    """The weight that the noise distorts, of any shape."""
+    """The weight that the noise distorts, of any shape; gathered, where it is divided among processes."""
     stored: Any = stored_weight(module, key)
-    latent: Tensor = stored if isinstance(stored, Tensor) else getattr(stored, LATENT)
-    return latent
+    latent: Any = stored if isinstance(stored, Tensor) else getattr(stored, LATENT)
+    whole: Tensor = latent.full_tensor() if hasattr(latent, "full_tensor") else latent
+    return whole
 
 
 def _add(sums: list[float], seen: Tensor, clean: Tensor) -> None:

@@ -20,12 +20,12 @@ from torch import nn
 
 from ..errors import UserError
 from ..structure.modules import LayerStack
+from . import sharded
 from .exits import exits_on_user_error
 
 logger = logging.getLogger(__name__)
 
 _BACKENDS = ("c10d", "pytorch_ddp")  # its old name and its new one
-_SHARDED = "fully_sharded"
 _wrap = fairseq.models.DistributedFairseqModel
 
 
@@ -41,9 +41,10 @@ def distributed_fairseq_model(args: Any, model: nn.Module, process_group: Any, d
     Raises:
         UserError: LayerDrop, on GPUs, without --find-unused-parameters, or with the back end fully_sharded.
     """
-    if args.ddp_backend == _SHARDED:
+    if args.ddp_backend == sharded.BACKEND:
         with exits_on_user_error():
             _check_layerdrop(model, "each process would wait for the others at a layer that they leave out")
+        return sharded.Sharded(model.to(device), device)
     if args.ddp_backend in _BACKENDS:
         if device.type == "cpu":
             logger.info(f"--ddp-backend {args.ddp_backend} is fairseq's for GPUs; on a CPU legacy_ddp takes its place")
@@ -73,12 +74,14 @@ def join_processes(cfg: DictConfig) -> None:
             started a training on a CPU without --distributed-init-method.
 
     Raises:
-        SystemExit: the job has another number of tasks than --distributed-world-size.
+        SystemExit: the job has another number of tasks than --distributed-world-size, or there are too few GPUs for it.
     """
     training, trains = cfg.distributed_training, getattr(cfg, "model", None) is not None
-    if not trains or cfg.common.tpu or (torch.cuda.is_available() and not cfg.common.cpu):
+    if cfg.common.tpu or training.distributed_init_method is not None:
         return
-    if training.distributed_init_method is not None:
+    with exits_on_user_error():
+        _check_gpus(training)
+    if not trains or (torch.cuda.is_available() and not cfg.common.cpu):
         return
     if torch.distributed.is_torchelastic_launched():
         _join(cfg, "env://", int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
@@ -103,6 +106,17 @@ def _join(cfg: DictConfig, method: str, world_size: int, rank: int) -> None:
         training.distributed_rank = rank
         training.distributed_no_spawn = True
         training.distributed_backend = "gloo"
+
+
+def _check_gpus(training: DictConfig) -> None:
+    """Raise UserError where fairseq would start more processes on this machine than there are GPUs."""
+    gpus, wanted = torch.cuda.device_count(), training.distributed_world_size
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched and training.distributed_port <= 0 and wanted > max(gpus, 1):
+        raise UserError(
+            f"--distributed-world-size {wanted}: fairseq starts one for each GPU, and this machine has {gpus}; give "
+            f"that number, or start the processes with torchrun --nproc_per_node {wanted}, which works on CPUs too"
+        )
 
 
 def _check_layerdrop(model: nn.Module, why: str, other_cure: str = "") -> None:

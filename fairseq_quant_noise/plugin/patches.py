@@ -14,7 +14,7 @@ from typing import Any
 
 import fairseq.checkpoint_utils
 
-from . import broadcast, data_parallel, literals, loading, mistakes, numpy_names, precision, saving, submission
+from . import broadcast, data_parallel, literals, loading, mistakes, numpy_names, precision, saving, sharded, submission
 from .models import any_model, layers
 from .training import divergence, ema, half_precision, hooks, resume, stages
 
@@ -133,6 +133,17 @@ PATCHES = (
         data_parallel.distributed_fairseq_model,
         "the default --ddp-backend ends in a traceback on a CPU, and with LayerDrop",
         32,
+    ),
+    *(
+        Patch(
+            target, by, "fairscale, which does not run on a CPU and keeps noise from the weights, is replaced by torch"
+        )
+        for target, by in (
+            ("fairseq_cli.train.fsdp_enable_wrap", sharded.enable_wrap),
+            ("fairseq_cli.train.fsdp_wrap", sharded.wrap),
+            (f"{_TRAINER}.is_fsdp", property(sharded.is_sharded)),
+            (f"{_TRAINER}.clip_grad_norm", sharded.clip_grad_norm),
+        )
     ),
     # the stages
     Patch("fairseq.quantization_utils.Quantizer", stages.StageController, "fairseq's iPQ: see the rows 4 to 13", 5),

@@ -12,6 +12,7 @@ import fairseq.distributed.utils
 import torch
 from omegaconf import DictConfig, open_dict
 
+from . import sharded
 from .data_parallel import join_processes
 from .exits import exits_on_user_error
 from .models.equivalents import check_task
@@ -23,6 +24,8 @@ def call_main(cfg: Any, main: Any, **kwargs: Any) -> Any:
     """fairseq's function of this name; its configuration is checked, and mended for half precision and processes."""
     with exits_on_user_error():
         check_task(getattr(cfg, "model", None), getattr(cfg, "task", None))
+        if isinstance(cfg, DictConfig):
+            sharded.check(cfg)
     if isinstance(cfg, DictConfig):
         _mend(cfg)
         join_processes(cfg)

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -99,10 +100,13 @@ def leaves_error(function: Callable[..., R]) -> Callable[..., R]:
 def leave_error(text: str) -> None:
     """In a task of a job, leave its error for the command that waits for the job, in the way of submitit.
 
-    Without this, submitit asks SLURM's accounting, every ten minutes.
+    Without this, submitit asks SLURM's accounting, every ten minutes. From now on the task ignores SIGTERM, so that it
+    ends with its own exit code, which becomes the job's, also when another task has failed first and SLURM ends this
+    one. submitit's handler does so too, until the interpreter takes it off, seconds before the process ends.
     """
     from submitit import JobEnvironment
     from submitit.core.utils import cloudpickle_dump, temporary_save_path
 
     with temporary_save_path(JobEnvironment().paths.result_pickle) as path:
         cloudpickle_dump(("error", text), path)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -89,6 +89,7 @@ def quantize_(
     """
     plan = Plan.of(plan)
     _check_plan(plan, calibration is not None, calibration is not None or inputs is not None)
+    ranks.check_whole(model.named_parameters(), "quantize_")
     if plan.structure is not None:
         apply_structure(model, plan.structure)
     given = (importance or {}) if plan.centroids.weighted else {}

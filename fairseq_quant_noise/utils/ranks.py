@@ -1,7 +1,7 @@
 """Coordinate the processes that train one network: seeds, division of work, a check that all hold the same bits."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,24 @@ def check_same(tensors: Mapping[str, Tensor], when: str) -> None:
             raise UserError(
                 f"{name}: {when}, rank {', '.join(others)} holds other numbers than rank 0; start every rank again "
                 "from the last checkpoint with the same command and software"
+            )
+
+
+def check_whole(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
+    """Check that this process holds all numbers of these tensors.
+
+    Args:
+        tensors: names and tensors of any shape (…), as of `named_parameters`.
+        what: what needs them, for the message.
+
+    Raises:
+        UserError: a tensor is divided among the processes, as torch's `fully_shard` does.
+    """
+    for name, tensor in tensors:
+        if hasattr(tensor, "full_tensor"):
+            raise UserError(
+                f"{name}: divided among processes (fully_shard), and {what} needs whole weights; load the full state "
+                "(get_model_state_dict with full_state_dict=True) into a network that is not sharded"
             )
 
 

@@ -166,8 +166,11 @@ def intercept(module: nn.Module, key: str = "weight", turned: bool = False) -> N
 
 
 def release(module: nn.Module) -> None:
-    """Undo `intercept`: the module's weights are the stored Parameters again."""
-    if isinstance(module, WeightAccess):
+    """Undo `intercept`: the module's weights are the stored Parameters again.
+
+    A class that somebody else has made from ours since (torch's fully_shard) stays, with its properties.
+    """
+    if isinstance(module, WeightAccess) and "_intercepted" in vars(type(module)):
         module.__class__ = type(module)._intercepted
         if isinstance(module, nn.RNNBase):
             module._init_flat_weights()

@@ -58,6 +58,17 @@ def test_growth_prints_what_was_measured_beside_the_floor():
     assert noise["floor"] > 0
 
 
+def test_noise_sends_nothing_and_the_ranks_divide_the_work_of_a_stage():
+    arguments = "--ranks 1 2 --layers 2 --tokens 16 --dim 32 --repeats 1 --json"
+    done = python("benchmarks/ranks.py", *arguments.split(), fresh=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, two = json.loads(done.stdout.splitlines()[-1])
+    assert (alone["ranks"], two["ranks"], two["numbers"]) == (1, 2, 2 * 8 * 32 * 32)
+    assert (alone["plain bytes"], alone["stage bytes"]) == (0, 0)
+    assert two["noised bytes"] == two["plain bytes"] > 4 * two["numbers"]
+    assert 0 < two["stage bytes"] < two["plain bytes"]
+
+
 @pytest.mark.parametrize("option", ["--batches 0", "--threads -1", "--repeats x"])
 def test_a_count_that_counts_nothing_is_refused(option):
     name, value = option.split()

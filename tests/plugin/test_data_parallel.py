@@ -2,6 +2,7 @@
 
 import subprocess
 
+import fairseq.distributed.utils
 import fairseq.trainer
 import pytest
 import torch
@@ -55,14 +56,10 @@ def dropping(p, learned=False):
 
 
 @pytest.mark.upstream(32)
-@pytest.mark.parametrize("device", [CPU, GPU], ids=str)
-def test_layerdrop_is_refused_where_the_layers_are_on_several_gpus_in_parts(monkeypatch, device):
-    monkeypatch.setattr(data_parallel, "_wrap", lambda args, model, *rest: (args.ddp_backend, model))
-    wrap, whole = data_parallel.distributed_fairseq_model, section(ddp_backend="fully_sharded")
+def test_layerdrop_is_refused_where_each_process_has_a_part_of_a_layer():
+    whole = section(ddp_backend="fully_sharded")
     with refuses("--decoder-layerdrop 0.2: each process would wait for the others .*; give --ddp-backend legacy_ddp$"):
-        wrap(whole, dropping(0.2), None, device)
-    model = dropping(0.0)
-    assert wrap(whole, model, None, device) == ("fully_sharded", model)
+        data_parallel.distributed_fairseq_model(whole, dropping(0.2), None, CPU)
 
 
 @pytest.mark.upstream(32)
@@ -129,3 +126,61 @@ def test_on_a_cpu_a_job_of_another_number_of_tasks_is_refused(srun):
     srun.distributed_training.distributed_world_size = 8
     with refuses("--distributed-world-size 8: the SLURM job has 4 tasks; .* give the same number"):
         data_parallel.join_processes(srun)
+
+
+def test_more_processes_than_gpus_are_refused_with_the_cure():
+    cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), {"common": {"cpu": True}})
+    cfg.model, cfg.distributed_training.distributed_world_size = None, 2
+    with refuses(r"--distributed-world-size 2: .* machine has 0; .* torchrun --nproc_per_node 2, which works on CPUs"):
+        data_parallel.join_processes(cfg)
+
+
+NODES, GPUS = 2, 4
+#: What each of them sets in the environment of a process, by its node and its number there.
+LAUNCHERS = {
+    "torchrun": lambda node, local: {"RANK": node * GPUS + local, "WORLD_SIZE": NODES * GPUS, "LOCAL_RANK": local},
+    "srun, a task a GPU": lambda node, local: {"SLURM_NTASKS_PER_NODE": GPUS, "SLURM_PROCID": node * GPUS + local},
+    "srun, a task a node": lambda node, local: {"SLURM_NTASKS_PER_NODE": 1, "SLURM_PROCID": node},
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "cpu"),
+    [*((name, False) for name in LAUNCHERS), ("torchrun", True), ("srun, a task a GPU", True)],
+)
+def test_all_ways_to_start_a_training_give_a_process_the_same_rank_and_gpu(monkeypatch, launcher, cpu):
+    found = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not cpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0 if cpu else GPUS)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(torch.distributed, "is_torchelastic_launched", lambda: launcher == "torchrun")
+    monkeypatch.setattr(subprocess, "check_output", lambda *_, text=False, **__: "a\nb" if text else b"a\nb")
+
+    def process(number, main, cfg, kwargs):
+        training = cfg.distributed_training
+        rank = kwargs["start_rank"] + number if training.distributed_rank is None else training.distributed_rank
+        found.append((rank, training.distributed_world_size, number))
+
+    def spawn(fn, args, nprocs, join):
+        for number in range(nprocs):
+            fn(number, *args)
+
+    monkeypatch.setattr(fairseq.distributed.utils, "distributed_main", process)
+    monkeypatch.setattr(torch.multiprocessing, "spawn", spawn)
+    for node in range(NODES):
+        for local in range(1 if "node" in launcher else GPUS):
+            given = {**LAUNCHERS[launcher](node, local), "MASTER_ADDR": "a", "MASTER_PORT": 29500}
+            if launcher != "torchrun":
+                del given["MASTER_ADDR"], given["MASTER_PORT"]
+                given |= {"SLURM_STEP_NODELIST": "[ab]", "SLURM_NNODES": NODES, "SLURM_NODEID": node}
+                given |= {"SLURM_LOCALID": local, "SLURM_NTASKS": NODES * GPUS}
+            with monkeypatch.context() as of_process:
+                for name, value in given.items():
+                    of_process.setenv(name, str(value))
+                cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), {"common": {"cpu": cpu}})
+                cfg.model = {"_name": "transformer_lm"}
+                cfg.distributed_training.distributed_world_size = NODES * GPUS
+                cfg.distributed_training.distributed_port = 29500 if launcher != "torchrun" else -1
+                fairseq.distributed.utils.call_main(cfg, None)
+    ranks = range(NODES * GPUS)
+    assert found == [(rank, NODES * GPUS, 0 if cpu else rank % GPUS) for rank in ranks]

@@ -3,6 +3,7 @@
 import logging
 import pickle
 import re
+import signal
 import subprocess
 
 import pytest
@@ -97,7 +98,8 @@ def test_the_values_that_a_sweep_gives_are_not_missed(capsys):
 
 @pytest.fixture
 def task(monkeypatch, tmp_path):
-    """A task of a SLURM job, as submitit sees it; the file with its result."""
+    """A task of a SLURM job, as submitit sees it, with its handler of SIGTERM; the file with its result."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
     environment = {
         "SUBMITIT_EXECUTOR": "slurm",
         "SUBMITIT_FOLDER": str(tmp_path),
@@ -106,7 +108,8 @@ def task(monkeypatch, tmp_path):
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    return tmp_path / "7_1_result.pkl"
+    yield tmp_path / "7_1_result.pkl"
+    signal.signal(signal.SIGTERM, before)
 
 
 def failed(error):
@@ -125,6 +128,12 @@ def test_a_training_that_fails_ends_its_task_with_the_error(task, capsys):
     kind, told = pickle.loads(task.read_bytes())
     assert kind == "error"
     assert told.endswith("RuntimeError: no such luck\n")
+
+
+def test_a_task_that_has_failed_ends_with_its_own_exit_code(task):
+    """SLURM ends the others of the job with SIGTERM, and reports the highest exit code: 143."""
+    submission.leave_error("no such luck")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # which, unlike a handler, outlives the interpreter
 
 
 def test_elsewhere_hydra_says_it(task):

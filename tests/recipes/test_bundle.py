@@ -1,9 +1,11 @@
 """scripts/bundle.sh, check_bundle.py and setup.sh --bundle: what is refused, and the cure. Nothing is downloaded."""
 
 import hashlib
+import os
 import platform
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,20 @@ def test_bundling_refuses_what_it_cannot_do_before_it_downloads_anything(tmp_pat
     refused(script("bundle.sh", tmp_path / "new", "--wheels"), "unknown option --wheels")
     refused(script("bundle.sh", tmp_path / "new", PYTHON="python2"), "python2 does not run")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(("kind", "version"), [("cuda", "2.13.0"), ("cpu", "2.13.0+cpu")])
+def test_the_torch_that_is_asked_for_is_bundled(tmp_path, kind, version):
+    """pip takes 2.13.0+cpu for 2.13.0, where its index has both."""
+    index, folder = tmp_path / "index", tmp_path / "bundle"
+    index.mkdir()
+    for name in ("2.13.0", "2.13.0+cpu"):
+        about = f"torch-{name}.dist-info"
+        with zipfile.ZipFile(index / f"torch-{name}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {name}\n")
+            wheel.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{about}/RECORD", "")
+    offline = {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": str(index)}
+    done = script("bundle.sh", folder, "--torch", kind, **offline)
+    assert "a package could not be downloaded" in done.stderr, "there is nothing but torch"
+    assert [path.name for path in (folder / "packages").iterdir()] == [f"torch-{version}-py3-none-any.whl"]

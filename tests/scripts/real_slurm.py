@@ -1,12 +1,12 @@
 """Train on a real SLURM: jobs that are interrupted end with the same bits, and jobs that fail are seen to fail.
 
-    python tests/scripts/real_slurm.py                      all of them, ten minutes on two idle cores
-    python tests/scripts/real_slurm.py --only preempted     those whose names have this in them
+    python tests/scripts/real_slurm.py                      all of them, half an hour on two cores
+    python tests/scripts/real_slurm.py --only preempted     those whose names have one of these words in them
 
 It needs root and Debian's packages slurmctld, slurmd, slurm-client, slurm-wlm-basic-plugins and munge, which it
 installs with apt-get where they are missing. Where it cannot, it says so and ends with exit code 0. SLURM runs on this
 machine alone, with two pretended nodes (tests/support/one_machine_slurm.sh). A training has two processes on CPUs,
-noise, and three stages of iPQ. Exit code 1 where something does not hold.
+noise, and three stages of iPQ; a recipe is a small recipes/codes.sh. Exit code 1 where something does not hold.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ from lm_fixture import split, write_corpus  # noqa: E402
 
 PACKAGES = split("slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge")
 CLUSTER = ROOT / "tests/support/one_machine_slurm.sh"
-UPDATES = 300
+UPDATES = 600
 TRAINING = split(
     "common.cpu=true task.tokens_per_sample=32 dataset.max_tokens=64 dataset.disable_validation=true",
     "model.decoder_layers=1 model.decoder_embed_dim=32 model.decoder_input_dim=32 model.decoder_output_dim=32",
@@ -41,7 +42,8 @@ ASKED = split(
     "hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=3 hydra.launcher.timeout_min=20",
 )
 LAST = "checkpoint_last.pt"
-PATIENCE = 400  # seconds for anything to happen
+PATIENCE = 900  # seconds for anything to happen
+RECIPE = "SEEDS=1 ONLY=paper JOBS=1 UPDATES=210 IPQ_UPDATES=300 VOCAB_SIZE=1000 OMP_NUM_THREADS=1 bash recipes/codes.sh"
 
 
 def until(what: str, holds: Callable[[], object]) -> object:
@@ -64,6 +66,7 @@ class Job:
 
     def __init__(self, folder: Path, *keys: str) -> None:
         self.folder, self.began = folder, time.monotonic()
+        self.interrupted: datetime | None = None
         self.log = folder.with_suffix(".log")
         config = ["--config-dir", str(ROOT / "configs"), "--config-name", "language_modeling/small_ipq"]
         keys = (f"task.data={folder.parent / 'data'}", f"checkpoint.save_dir={folder}", *TRAINING, *ASKED, *keys)
@@ -79,16 +82,20 @@ class Job:
 
     def says(self, key: str) -> str:
         """A value of `scontrol show job`."""
-        return re.search(rf"\b{key}=(\S+)", tell("scontrol", "show", "job", self.number))[1]
+        return says(self.number, key)
 
     def end(self) -> str:
         """Its state and exit code once SLURM is done with it."""
-        until("the job's end", lambda: self.says("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
-        return f"{self.says('JobState')} {self.says('ExitCode')}"
+        return ended(self.number)
 
     def saved(self) -> None:
         """Wait for a checkpoint."""
         until("a checkpoint", (self.folder / LAST).exists)
+
+    def interrupt(self, *command: str) -> None:
+        """Give a command, after which the job is to go on later."""
+        tell(*command)
+        self.interrupted = datetime.now()
 
     def ended(self) -> float:
         """Wait for the command; seconds since it was given."""
@@ -104,11 +111,15 @@ class Job:
         took = self.ended()
         assert self.process.returncode == 0, self.log.read_text()[-2000:]
         assert self.says("Restarts") == "1", self.says("Restarts")
-        found = re.findall(rf"Loaded checkpoint .*{LAST} \(epoch \d+ @ (\d+) updates\)", self.logs("out"))
+        loaded = rf"\[([-\d]+ [:\d]+).*Loaded checkpoint .*{LAST} \(epoch \d+ @ (\d+) updates\)"
+        found = re.search(loaded, self.logs("out"))
         assert found, "no task says that it loaded a checkpoint"
+        assert self.interrupted
+        after = datetime.fromisoformat(found[1]) - self.interrupted
         differ = differences(whole, self.folder / LAST)
         assert not differ, f"not the same bits: {differ}"
-        return f"requeued, resumed at update {found[0]} of {UPDATES}, the same bits; {took:.0f} s"
+        resumed = f"resumed after {after.total_seconds():.0f} s at update {found[2]} of {UPDATES}"
+        return f"requeued, {resumed}, the same bits; {took:.0f} s"
 
 
 def alone(folder: Path) -> str:
@@ -124,7 +135,7 @@ def signalled(folder: Path) -> str:
     """SIGUSR2, as at the time limit."""
     job = Job(folder / "signalled")
     job.saved()
-    tell("scancel", "--signal=USR2", job.number)
+    job.interrupt("scancel", "--signal=USR2", job.number)
     return job.resumed_as(folder / "whole" / LAST)
 
 
@@ -132,7 +143,7 @@ def preempted(folder: Path) -> str:
     """A job of a partition that goes first takes the nodes."""
     job = Job(folder / "preempted", "hydra.launcher.partition=low")
     job.saved()
-    tell(*split("sbatch --partition=high --nodes=2 --exclusive --output=/dev/null --wrap"), "sleep 5")
+    job.interrupt(*split("sbatch --partition=high --nodes=2 --exclusive --output=/dev/null --wrap"), "sleep 5")
     return job.resumed_as(folder / "whole" / LAST)
 
 
@@ -141,7 +152,7 @@ def node_down(folder: Path) -> str:
     job = Job(folder / "node_down")
     job.saved()
     node = job.says("NodeList")
-    tell("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    job.interrupt("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     until("the requeue", lambda: job.says("Restarts") == "1")
     tell("scontrol", "update", f"nodename={node}", "state=resume")
     return job.resumed_as(folder / "whole" / LAST)
@@ -218,22 +229,69 @@ def sweep(folder: Path) -> str:
     return f"{' and '.join(names)}; {took:.0f} s"
 
 
+def recipe(folder: Path) -> str:
+    """A recipe under sbatch: cancelled while it trains, submitted again with the same line."""
+    whole, other = folder / "recipe", folder / "cancelled"
+    job = submit(whole)
+    assert ended(job) == "COMPLETED 0:0", ended(job)
+    job, stages = submit(other), other / "seed-1/paper"
+    until("a checkpoint of the stages", lambda: [*stages.glob("checkpoint_*_*.pt")])
+    tell("scancel", job)
+    began = time.monotonic()
+    until("the end of its processes", lambda: not processes(f"OUT={other}"))
+    gone = time.monotonic() - began
+    assert ended(job).startswith("CANCELLED"), ended(job)
+    job = submit(other)
+    assert ended(job) == "COMPLETED 0:0", ended(job)
+    assert not (differ := differences(whole / "seed-1/paper" / LAST, stages / LAST)), f"not the same bits: {differ}"
+    said, trained = other.with_suffix(".log").read_text(), stages.with_suffix(".log").read_text()
+    assert "[skip] 1: dense networks (done)" in said, "the dense network was trained again"
+    resumed = re.search(rf"Loaded checkpoint .*{LAST} \(epoch \d+ @ (\d+) updates\)", trained)
+    assert resumed, "the stages began anew"
+    return f"its processes had ended after {gone:.0f} s; resumed at update {resumed[1]} of 300, the same bits"
+
+
+def submit(out: Path) -> str:
+    """Submit the recipe, with results in `out`; the job's number."""
+    options = split("--parsable --cpus-per-task=2 --mem=4G --time=1:00:00 --requeue --open-mode=append")
+    wrap = f"OUT={out} {RECIPE}"
+    return tell("sbatch", f"--chdir={ROOT}", *options, f"--output={out}.log", f"--wrap={wrap}").strip()
+
+
+def says(number: str, key: str) -> str:
+    """A value of `scontrol show job`."""
+    return re.search(rf"\b{key}=(\S+)", tell("scontrol", "show", "job", number))[1]
+
+
+def ended(number: str) -> str:
+    """The state and exit code of a job once SLURM is done with it."""
+    until("the job's end", lambda: says(number, "JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
+    return f"{says(number, 'JobState')} {says(number, 'ExitCode')}"
+
+
+def processes(variable: str) -> list[str]:
+    """The processes that have this variable in their environment."""
+    return [path.name for path in Path("/proc").glob("[0-9]*") if variable in environment_of(path)]
+
+
+def environment_of(process: Path) -> list[str]:
+    """The environment of a process, by its folder in /proc; none where it has ended."""
+    try:
+        return (process / "environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return []
+
+
 def task(number: str, rank: int) -> int:
     """The process of a task of a job."""
     wanted = {f"SLURM_JOB_ID={number}", f"SLURM_PROCID={rank}", "SUBMITIT_EXECUTOR=slurm"}
     for path in Path("/proc").glob("[0-9]*"):
-        try:
-            if (
-                wanted <= {*(path / "environ").read_text().split("\0")}
-                and b"submitit" in (path / "cmdline").read_bytes()
-            ):
-                return int(path.name)
-        except (OSError, UnicodeDecodeError):
-            continue
+        if wanted <= {*environment_of(path)} and b"submitit" in (path / "cmdline").read_bytes():
+            return int(path.name)
     raise AssertionError(f"job {number} has no task {rank}")
 
 
-SCENARIOS = (alone, signalled, preempted, node_down, failing, mistaken, dead_rank, two_on_a_node, never, sweep)
+SCENARIOS = (alone, signalled, preempted, node_down, failing, mistaken, dead_rank, two_on_a_node, never, sweep, recipe)
 
 
 def why_not() -> str | None:
@@ -255,7 +313,7 @@ def why_not() -> str | None:
 def main() -> int:
     """Start SLURM, run the scenarios, print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="part of a scenario's name; `alone` always runs")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of names; `alone` always runs")
     only = parser.parse_args().only
     reason = why_not()
     if reason:
@@ -270,7 +328,7 @@ def main() -> int:
         try:
             subprocess.run(["bash", str(CLUSTER), f"{folder}/slurm"], check=True)
             for scenario in SCENARIOS:
-                if scenario is alone or only in scenario.__name__:
+                if scenario is alone or any(word in scenario.__name__ for word in only):
                     try:
                         print(f"{scenario.__name__}: {scenario(folder)}", flush=True)
                     except (AssertionError, subprocess.SubprocessError) as error:

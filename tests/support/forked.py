@@ -6,6 +6,7 @@ A process can be killed, and several can train together, while pytest goes on.
 import json
 import multiprocessing
 import os
+import socket
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +29,13 @@ def start(function, *arguments):
         process = context.Process(target=function, args=arguments)
         process.start()
     return process
+
+
+def free_port() -> int:
+    """A port that nothing listens on, for processes that train together."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
 
 
 def exit_code(function, *arguments) -> int:

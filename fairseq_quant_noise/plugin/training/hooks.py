@@ -16,6 +16,7 @@ from ...errors import UserError
 from ...layers import QuantizedWeight
 from ...layers.quantized import code_shapes
 from ...noise import noise_of
+from .. import sharded
 from ..exits import exits_on_user_error
 from ..metrics import drop_unmeasured
 from ..mistakes import mismatch_in
@@ -83,6 +84,7 @@ def consolidate_optimizer(trainer: Any) -> Any:
     """
     input_ranges.calibrate(trainer)
     check_codes(trainer)
+    sharded.gather(trainer)
     return _consolidate_optimizer(trainer)
 
 
@@ -121,6 +123,7 @@ def load_checkpoint(
             check_same(trainer, filename)
         resume.check_given(trainer, filename, has_stages(trainer))
         extra_state = _load(trainer, filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs)
+    sharded.divide_moments(trainer)
     ema.load(trainer, extra_state)
     if extra_state is None or reset_optimizer:
         return extra_state

@@ -30,6 +30,7 @@ from ...quantization.quantize import quantize_inputs, quantize_targets, quantize
 from ...quantization.table import Table, make_table
 from ...quantization.targets import resolve_stages
 from ...utils.ranks import check_same, gather, rank_and_world
+from .. import sharded
 from ..batches import FIRST_BATCHES, first_batches
 from ..exits import exits_on_user_error
 from ..gradients import squared_gradients
@@ -311,7 +312,7 @@ def _check_trainer(trainer: Any, plan: Plan) -> None:
         )
     if trainer.cfg.ema.store_ema and plan.stages:
         raise UserError("--store-ema: the average cannot follow weights that turn into codes; leave it out of iPQ")
-    if trainer.is_fsdp:
+    if trainer.cfg.distributed_training.ddp_backend == sharded.BACKEND and (plan.stages or plan.activations):
         raise UserError("--ddp-backend fully_sharded: iPQ needs whole weights; use legacy_ddp")
 
 

@@ -1,13 +1,12 @@
 """Two processes that train together over gloo: noise, stages, the same bits in both, and any number of them later."""
 
 import contextlib
-import socket
 from unittest import mock
 
 import pytest
 import torch
 from fairseq.modules.transformer_layer import TransformerDecoderLayerBase
-from forked import start, train
+from forked import free_port, start, train
 from lm_fixture import PLANS, same, split, state_of
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -29,12 +28,6 @@ NOISE = split(
     "--quant-noise-pq 0.3 --quant-noise-kind pq --decoder-layerdrop 0.3 --dropout 0 --batch-size 8 --update-freq 2",
     "--save-interval-updates 2",
 )
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
 
 
 @contextlib.contextmanager
