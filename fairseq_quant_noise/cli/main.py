@@ -4,33 +4,17 @@ Exit codes: 0 done, 2 the user's mistake, 3 a damaged file; a mistake is one lin
 """
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError, end_program
 from ..plan.vocabulary import FEEDBACK, PLAIN
 from ..structure.layer_map import START
-from .planning import plan
-from .verbs import (
-    bench,
-    export,
-    export_onnx,
-    from_hf,
-    inspect,
-    prune,
-    quantize,
-    report,
-    share,
-    to_dense,
-    to_hf,
-    user_dir,
-    verify,
-)
 
-Verb = Callable[[argparse.Namespace], None]
 #: The claims that `bench` can measure: the programs in benchmarks/.
 CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "generate", "growth", "ranks", "sizes")
 
@@ -53,10 +37,26 @@ _STRICT = _option(
 )
 _JSON = _option("--json", action="store_true", help="print JSON")
 
-_VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]] = {
-    "user-dir": (user_dir, 'fairseq-train DATA --user-dir "$(fairseq-quant-noise user-dir)" ...', []),
-    "plan": (
-        plan,
+
+class Verb(NamedTuple):
+    """What the command line says of a verb. The code behind it is imported when it runs, and torch with it."""
+
+    module: str  # in this folder; its function has the verb's name
+    summary: str  # the function's docstring
+    example: str
+    options: list[tuple[tuple[str, ...], dict[str, Any]]]
+
+
+_VERBS = {
+    "user-dir": Verb(
+        "programs",
+        "Print the path to give fairseq as --user-dir.",
+        'fairseq-train DATA --user-dir "$(fairseq-quant-noise user-dir)" ...',
+        [],
+    ),
+    "plan": Verb(
+        "planning",
+        "Show what a plan would do to each tensor, and the totals; or find the plans that spend bytes best.",
         "fairseq-quant-noise plan --arch quant_noise_roberta_base --vocab-size 50265 --head mnli=3 "
         "--set quant_noise_embedding_layer=true --plan roberta",
         [
@@ -109,8 +109,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _JSON,
         ],
     ),
-    "quantize": (
-        quantize,
+    "quantize": Verb(
+        "verbs",
+        "Quantize a checkpoint at once, without training, and write a packed file.",
         "fairseq-quant-noise quantize --path dense.pt --plan small --out model.safetensors",
         [
             _PATH,
@@ -134,13 +135,15 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             ),
         ],
     ),
-    "export": (
-        export,
+    "export": Verb(
+        "verbs",
+        "Write the packed file of a checkpoint that was trained with the stages.",
         "fairseq-quant-noise export --path ipq/checkpoint_best.pt --out model.safetensors",
         [_PATH, _OUT],
     ),
-    "prune": (
-        prune,
+    "prune": Verb(
+        "verbs",
+        "Write a checkpoint without some of its layers, for networks that were trained with LayerDrop.",
         "fairseq-quant-noise prune --path dense.pt --keep every-other --out pruned.pt",
         [
             _PATH,
@@ -156,8 +159,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _OUT,
         ],
     ),
-    "share": (
-        share,
+    "share": Verb(
+        "verbs",
+        "Write a checkpoint whose adjacent layers share one set of weights; training goes on with them shared.",
         "fairseq-quant-noise share --path dense.pt --share-layers 2 --share-from mean --out shared.pt",
         [
             _PATH,
@@ -173,10 +177,21 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _OUT,
         ],
     ),
-    "inspect": (inspect, "fairseq-quant-noise inspect model.safetensors --json", [_FILE, _JSON]),
-    "verify": (verify, "fairseq-quant-noise verify model.safetensors", [_FILE, _JSON]),
-    "report": (
-        report,
+    "inspect": Verb(
+        "verbs",
+        "Show what a packed file holds, and its bytes.",
+        "fairseq-quant-noise inspect model.safetensors --json",
+        [_FILE, _JSON],
+    ),
+    "verify": Verb(
+        "verbs",
+        "Check that a packed file is whole: its hash, its header and every code.",
+        "fairseq-quant-noise verify model.safetensors",
+        [_FILE, _JSON],
+    ),
+    "report": Verb(
+        "verbs",
+        "Show finished runs on one HTML page with tables and pictures.",
         "fairseq-quant-noise report runs/quickstart --out runs/quickstart/report",
         [
             _option("folders", metavar="DIR", nargs="+", help="a finished run, or a folder above several"),
@@ -184,8 +199,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             _JSON,
         ],
     ),
-    "bench": (
-        bench,
+    "bench": Verb(
+        "programs",
+        "Measure a performance claim on this machine, beside fairseq's own code.",
         "fairseq-quant-noise bench noise --threads 2 --json",
         [
             _option("claim", choices=CLAIMS, help="what is measured"),
@@ -194,13 +210,15 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             ),
         ],
     ),
-    "to-dense": (
-        to_dense,
+    "to-dense": Verb(
+        "verbs",
+        "Turn a packed file or a checkpoint into a stock fairseq checkpoint that needs no plugin.",
         "fairseq-quant-noise to-dense model.safetensors --out stock.pt",
         [_option("file", metavar="FILE", help="a packed file or a checkpoint"), _OUT],
     ),
-    "export-onnx": (
-        export_onnx,
+    "export-onnx": Verb(
+        "verbs",
+        "Write the network of a packed file as an ONNX model, about as small, which onnxruntime runs without torch.",
         "fairseq-quant-noise export-onnx model.safetensors --out model.onnx",
         [
             _FILE,
@@ -213,8 +231,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             ),
         ],
     ),
-    "from-hf": (
-        from_hf,
+    "from-hf": Verb(
+        "verbs",
+        "A Hugging Face folder of a RoBERTa, XLM-R or BERT, into a fairseq checkpoint with its dictionary beside it.",
         "fairseq-quant-noise from-hf roberta-base --out roberta/model.pt",
         [
             _option("folder", metavar="DIR", help="a folder with config.json, weights and a tokenizer"),
@@ -226,8 +245,9 @@ _VERBS: dict[str, tuple[Verb, str, list[tuple[tuple[str, ...], dict[str, Any]]]]
             ),
         ],
     ),
-    "to-hf": (
-        to_hf,
+    "to-hf": Verb(
+        "verbs",
+        "A fairseq checkpoint or a packed file of a RoBERTa, into a folder that transformers loads.",
         "fairseq-quant-noise to-hf model.safetensors --dict roberta --out folder",
         [
             _option("path", metavar="CKPT", help="a checkpoint or a packed file of a RoBERTa"),
@@ -250,13 +270,18 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line: a subcommand for each verb, each with an example."""
     parser = argparse.ArgumentParser(prog="fairseq-quant-noise", description="Quant-Noise and iPQ for fairseq.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, (verb, example, options) in _VERBS.items():
-        summary = (verb.__doc__ or "").strip()
-        sub = verbs.add_parser(name, help=summary, description=summary, epilog=f"example: {example}")
-        for flags, settings in options:
+    for name, verb in _VERBS.items():
+        sub = verbs.add_parser(name, help=verb.summary, description=verb.summary, epilog=f"example: {verb.example}")
+        for flags, settings in verb.options:
             sub.add_argument(*flags, **settings)
-        sub.set_defaults(run=verb)
     return parser
+
+
+def function(name: str) -> Callable[[argparse.Namespace], None]:
+    """The function of a verb."""
+    module = importlib.import_module(f".{_VERBS[name].module}", __package__)
+    found: Callable[[argparse.Namespace], None] = getattr(module, name.replace("-", "_"))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -272,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING)
     args = make_parser().parse_args(argv)
     try:
-        args.run(args)
+        function(args.verb)(args)
         sys.stdout.flush()
     except UserError as error:
         end_program(error)

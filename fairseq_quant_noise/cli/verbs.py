@@ -1,13 +1,10 @@
 """Implement the verbs of `fairseq-quant-noise`, which take parsed arguments.
 
-`main.py` prints a verb's whole docstring in its --help, so that these have no sections. Verbs raise UserError for a
-user's mistake and DamagedFileError for a damaged file; `bench` raises SystemExit with the benchmark's exit code.
+They raise UserError for a user's mistake and DamagedFileError for a damaged file.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +25,6 @@ from ..structure.state import stack_sizes
 from ..utils.files import replace_file
 from .common import check_out, importance_of, need_fairseq, say
 from .printing import print_inspection
-
-
-def user_dir(args: argparse.Namespace) -> None:
-    """Print the path to give fairseq as --user-dir."""
-    print(Path(__file__).parents[1])
 
 
 def quantize(args: argparse.Namespace) -> None:
@@ -219,11 +211,3 @@ def report(args: argparse.Namespace) -> None:
     print(f"{summary['page']}: {len(runs.names)} runs, {len(runs.points)} scores, {len(runs.files)} packed files")
     for note in runs.notes:
         say(f"note: {note}")
-
-
-def bench(args: argparse.Namespace) -> None:
-    """Measure a performance claim on this machine, beside fairseq's own code."""
-    program = Path(__file__).parents[2] / "benchmarks" / f"{args.claim}.py"
-    if not program.exists():
-        raise UserError(f"bench {args.claim}: {program} is not there; run it in a checkout of the repository")
-    raise SystemExit(subprocess.run([sys.executable, str(program), *args.options]).returncode)

@@ -1,9 +1,7 @@
 """List the words that a plan may use. Tests check them against the code that implements them."""
 
-from ..scalar import SCHEMES
-
-#: Kinds of noise (`noise/distortions.py`).
-KINDS = ("proxy", "mean", "pq", *SCHEMES)
+#: Kinds of noise (`noise/distortions.py`): int2 to int8 besides those of blocks.
+KINDS = ("proxy", "mean", "pq", *(f"int{bits}" for bits in range(2, 9)))
 #: How blocks are hit: independently, or with all blocks of their centroid (`noise/psi.py`).
 CHOICES = ("subvectors", "clusters")
 #: Schedules of the noise's p (`noise/schedule.py`).

@@ -22,7 +22,7 @@ from lm_fixture import (
 from toys import python
 
 from fairseq_quant_noise.artifact import read
-from fairseq_quant_noise.cli.main import _VERBS, main
+from fairseq_quant_noise.cli.main import main
 
 TENSOR = {"name", "scheme", "shape", "block_size", "n_centroids", "bytes", "tied_to"}
 
@@ -378,21 +378,6 @@ def test_fairseqs_programs_refuse_a_damaged_file_with_code_3(lab, files, program
         getattr(lab, program)(files["damaged"])
     assert end.value.code == 3
     assert str(files["damaged"]) in one_error(capsys.readouterr())
-
-
-@pytest.mark.parametrize("name", _VERBS)
-def test_help_shows_an_example(name, capsys):
-    with pytest.raises(SystemExit) as end:
-        main([name, "--help"])
-    assert end.value.code == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    example = printed.partition("example: ")[2]
-    assert "fairseq-quant-noise" in example
-    assert name in example
-
-
-def test_the_table_of_verbs_is_the_designs():
-    assert {"user-dir", "plan", "quantize", "export", "inspect", "verify", "to-dense"} <= set(_VERBS)
 
 
 def test_fairseq_is_the_version_these_tests_know():
