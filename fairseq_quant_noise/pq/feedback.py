@@ -23,6 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..utils.bits import code_dtype
 from .encode import FP16_MAX, nearest
 
 ROUNDS = 3  # of feeding back and fitting
@@ -92,12 +93,12 @@ def refined(layers: Sequence[Layer], centroids: Tensor) -> tuple[list[Tensor], T
         centroids: (K, d) float32, those of k-means.
 
     Returns:
-        For each weight its codes (O, I/d) uint8; and the centroids (K, d) float32.
+        For each weight its codes (O, I/d) uint8, or int32 where K is above 256; and the centroids (K, d) float32.
     """
     for _ in range(ROUNDS):
         centroids = _fitted(layers, [layer.fed_back(centroids) for layer in layers], centroids)
     codes = [layer.descended(layer.fed_back(centroids), centroids) for layer in layers]
-    return [found.to(torch.uint8) for found in codes], centroids
+    return [found.to(code_dtype(len(centroids))) for found in codes], centroids
 
 
 def _fitted(layers: Sequence[Layer], codes: Sequence[Tensor], centroids: Tensor) -> Tensor:

@@ -44,6 +44,15 @@ def test_outputs_lose_less_than_by_k_means():
     assert loss(of, codes, centroids) < 0.6 * loss(of, *plain(of))
 
 
+def test_codes_of_more_than_256_centroids_are_whole():
+    of = layer(rows=400)
+    centroids = torch.randn(300, D)
+    (codes,), found = refined([of], centroids)
+    assert codes.dtype == torch.int32
+    assert int(codes.max()) > 255
+    assert loss(of, codes, found) < loss(of, of.fed_back(centroids), centroids)
+
+
 @pytest.mark.parametrize("step", ["feed back", "fit", "descend"])
 def test_each_step_lowers_the_loss(step):
     of = layer(1)
