@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..kernels import in_graph
 from ..scalar import LEARNED_RANGES, SCHEMES, STAGE_RANGES, Affine, bits_of, by_channel, fake_quantize, fit_affine
 from ..utils.autograd import StraightThrough, in_backward
 from ..weights.access import noise_attribute
@@ -82,7 +83,7 @@ class LatentIntWeight(ScalarWeight):
             UserError: the weight holds NaN or infinity.
         """
         if self.range != "histogram":
-            return fit_affine(self.name, self.matrix, self.bits, self.range)
+            return fit_affine(self.name, self.matrix, self.bits, self.range, check=not in_graph())
         low, high = self.latent.detach().aminmax()
         version = (float(self.latent.data_ptr()), float(self.latent._version), float(low), float(high))
         if self._fitted is None or self._fitted[0] != version:

@@ -100,7 +100,7 @@ class PQWeight(QuantizedWeight):
             affine = Affine.of_tensor(self.file_affine, self.bits)
             if in_graph() or torch.equal(fake_quantize(self.centroids, affine), self.centroids):
                 return affine
-        return fit_affine("centroids", self.centroids, self.bits, "tensor")
+        return fit_affine("centroids", self.centroids, self.bits, "tensor", check=not in_graph())
 
     def stored_centroids(self) -> Tensor:
         """The centroids (K, d) as the file holds them: rounded to fp16 or to 8 bits, in the model's own dtype."""

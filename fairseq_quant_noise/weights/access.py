@@ -11,12 +11,16 @@ decoded from codes:
 """
 
 import functools
+import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .blocks import is_conv1d
 
+#: torch.export and torch.func.functional_call find a module by its name with `getattr`; here it has a weight's name.
+_BY_NAME = "torch.nn.utils._named_member_accessor"
 LATENT = "latent"  # the name, inside a quantized weight in training, of the dense Parameter that it is computed from
 
 
@@ -56,6 +60,9 @@ def _property(key: str, turned: bool) -> property:
         if quantized is None:
             stored: Tensor = self._parameters[key]
             return stored if noise is None else noise(self, stored)
+        if not torch.compiler.is_dynamo_compiling() and sys._getframe(1).f_globals.get("__name__") == _BY_NAME:
+            found: Tensor = quantized
+            return found
         latent = quantized._parameters.get(LATENT)
         if latent is None or noise is None or not quantized.training:
             seen: Tensor = quantized.decode()

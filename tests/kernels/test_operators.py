@@ -40,13 +40,30 @@ def test_compile_takes_the_network_whole(packed):
         assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
-def test_export_gives_a_graph_of_products_with_codes_for_any_batch(packed):
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_gives_a_graph_of_products_with_codes_for_any_batch(packed, strict):
     name, model, x = packed
     with torch.no_grad():
-        exported = torch.export.export(model, (x,), strict=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        exported = torch.export.export(model, (x,), strict=strict, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         assert torch.equal(exported.module()(x[:2]), model(x[:2]))
     called = [str(node.target) for node in exported.graph.nodes if "fairseq_quant_noise" in str(node.target)]
     assert called == [f"fairseq_quant_noise.{OPERATORS[name]}.default"] * 2
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_export_takes_a_network_that_still_trains(plan):
+    model, x = quantize_(network(), PLANS[plan]).eval(), torch.arange(8)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+        assert torch.equal(model(x), expected)  # nothing of the graph is left in it
+
+
+def test_functional_call_finds_quantized_weights(packed):
+    _, model, x = packed
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        assert torch.equal(torch.func.functional_call(model, state, (x,)), model(x))
 
 
 def test_compile_after_a_call_sees_centroids_that_change():
