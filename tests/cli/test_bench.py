@@ -8,7 +8,7 @@ from lm_fixture import one_error
 from toys import python
 
 from fairseq_quant_noise.cli import main as cli
-from fairseq_quant_noise.cli import verbs
+from fairseq_quant_noise.cli import programs
 
 SMALL = {
     "noise": "--layers 1 --dim 64 --words 200 --tokens 128",
@@ -23,7 +23,7 @@ SMALL = {
 def test_a_benchmark_prints_its_claims(claim, monkeypatch):
     ran = []
     run = SimpleNamespace(run=lambda line: ran.append(python(*line[1:], fresh=False)) or ran[0])
-    monkeypatch.setattr(verbs, "subprocess", run)
+    monkeypatch.setattr(programs, "subprocess", run)
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", claim, *SMALL[claim].split(), "--repeats", "1", "--threads", "1", "--json"])
     assert end.value.code == 0, ran[0].stderr[-2000:]
@@ -41,7 +41,7 @@ def test_a_benchmark_prints_its_claims(claim, monkeypatch):
 
 def test_without_a_checkout_it_says_where_to_run_it(monkeypatch, tmp_path, capsys):
     package = tmp_path / "site-packages" / "fairseq_quant_noise"
-    monkeypatch.setattr(verbs, "__file__", str(package / "cli" / "verbs.py"))
+    monkeypatch.setattr(programs, "__file__", str(package / "cli" / "programs.py"))
     with pytest.raises(SystemExit) as caught:
         cli.main(["bench", "noise"])
     assert caught.value.code == 2
