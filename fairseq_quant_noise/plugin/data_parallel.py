@@ -39,11 +39,9 @@ def distributed_fairseq_model(args: Any, model: nn.Module, process_group: Any, d
         device: where the model is.
 
     Raises:
-        UserError: LayerDrop, on GPUs, without --find-unused-parameters, or with the back end fully_sharded.
+        UserError: LayerDrop, on GPUs, without --find-unused-parameters.
     """
     if args.ddp_backend == sharded.BACKEND:
-        with exits_on_user_error():
-            _check_layerdrop(model, "each process would wait for the others at a layer that they leave out")
         return sharded.Sharded(model.to(device), device)
     if args.ddp_backend in _BACKENDS:
         if device.type == "cpu":

@@ -56,13 +56,6 @@ def dropping(p, learned=False):
 
 
 @pytest.mark.upstream(32)
-def test_layerdrop_is_refused_where_each_process_has_a_part_of_a_layer():
-    whole = section(ddp_backend="fully_sharded")
-    with refuses("--decoder-layerdrop 0.2: each process would wait for the others .*; give --ddp-backend legacy_ddp$"):
-        data_parallel.distributed_fairseq_model(whole, dropping(0.2), None, CPU)
-
-
-@pytest.mark.upstream(32)
 @pytest.mark.parametrize("device", [CPU, GPU], ids=str)
 @pytest.mark.parametrize("backend", ["legacy_ddp", "no_c10d"])
 def test_fairseqs_first_back_end_takes_layerdrop(monkeypatch, backend, device):
