@@ -45,20 +45,15 @@ __all__ = [
     "share_layers_",
 ]
 
-#: Names that are imported when they are first asked for: torch takes a second, which `--help` need not wait for.
-_LATER = {
-    **dict.fromkeys(("attach_noise", "detach_noise", "keep_layers_", "learn_layerdrop_", "load", "noise_of"), ".api"),
-    **dict.fromkeys(("quantize_", "save", "share_layers_"), ".api"),
-    "Plan": ".plan.plan",
-    "cover": ".weights.blocks",
-    "second_moments": ".quantization.importance",
-}
+#: Where the names of `__all__` are that are not in api.py. They are imported when they are first asked for: torch takes
+#: a second, which `--help` need not wait for.
+_ELSEWHERE = {"Plan": ".plan.plan", "cover": ".weights.blocks", "second_moments": ".quantization.importance"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = getattr(importlib.import_module(_LATER[name], __name__), name)
+    found = globals()[name] = getattr(importlib.import_module(_ELSEWHERE.get(name, ".api"), __name__), name)
     return found
 
 

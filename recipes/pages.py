@@ -7,7 +7,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES makes i
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def paper() -> str:
     return verdicts([claim for claim in CLAIMS if claim.claim in SHOWN], scores)
 
 
-def verdicts(claims: Any, scores: Scores, with_paper: bool = True) -> str:
+def verdicts(claims: Iterable[Claim], scores: Scores, with_paper: bool = True) -> str:
     """A row for each claim that has a run."""
     kept = [i for i in range(len(CLAIM_HEADER)) if with_paper or i != 1]
     rows = [claim_row(found) for claim in claims if (found := find(claim, scores)).ours]

@@ -1,6 +1,7 @@
 """Describe the content of a packed file as plain data, one row per tensor."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,16 @@ from .codebooks import CodebookUse, codebook_use
 from .packed import Packed
 
 
-def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
-    """The keys of `inspect --json`.
+def inspection(path: str | Path, packed: Packed, uses: Sequence[CodebookUse] | None = None) -> dict[str, Any]:
+    """The keys of `inspect --json`; `uses` are those of `codebook_use`, where they are known.
 
     `ratio` is dense bytes over bytes on disk; `code_bytes` are those of all codes, and `entropy_bytes` what they would
     take at their entropy (`codebooks.py`).
     """
     manifest = packed.manifest
     rest = rest_bits(entry.scheme for entry in manifest.tensors.values())
-    uses = {use.tensor: use for use in codebook_use(packed)}
-    rows = [_row(packed, name, None, use=uses.get(name)) for name in manifest.tensors]
+    found = {use.tensor: use for use in (codebook_use(packed) if uses is None else uses)}
+    rows = [_row(packed, name, None, use=found.get(name)) for name in manifest.tensors]
     rows += [_row(packed, name, None, rest) for name in packed.dense_names]
     rows += [_row(packed, copy, owner) for copy, owner in packed.ties.items()]
     file_bytes = Path(path).stat().st_size
@@ -29,8 +30,8 @@ def inspection(path: str | Path, packed: Packed) -> dict[str, Any]:
         "paper_bytes": sum(r["paper_bytes"] for r in rows),
         "dense_bytes": dense_bytes,
         "ratio": dense_bytes / file_bytes,
-        "code_bytes": sum(use.codes * manifest.tensors[name].code_bits for name, use in uses.items()) / 8,
-        "entropy_bytes": sum(use.codes * use.entropy for use in uses.values()) / 8,
+        "code_bytes": sum(use.codes * manifest.tensors[name].code_bits for name, use in found.items()) / 8,
+        "entropy_bytes": sum(use.codes * use.entropy for use in found.values()) / 8,
         "producer": manifest.producer,
         "model": manifest.model.get("architecture"),
         "plan": manifest.plan,

@@ -76,7 +76,8 @@ def _find(args: argparse.Namespace, option: str) -> None:
     checkpoint = _dense_checkpoint(args)
     model = checkpoint.network
     warn_of_uncovered(model, args.strict)
-    budget = None if args.budget is None else budget_of(args.budget, make_table(model).dense_bytes)
+    dense_bytes = make_table(model).dense_bytes
+    budget = None if args.budget is None else budget_of(args.budget, dense_bytes)
     smallest = smallest_plan(checkpoint, budget)
     measure = None
     if args.calibration_data is not None:
@@ -88,7 +89,7 @@ def _find(args: argparse.Namespace, option: str) -> None:
     priced = price(model, importance, say)
     losses = None if measure is None else Losses(model, importance, measure, now_and_then(say))
     if args.frontier:
-        _show_frontier(args, frontier(checkpoint, priced, smallest), losses, make_table(model).dense_bytes)
+        _show_frontier(args, frontier(checkpoint, priced, smallest), losses, dense_bytes)
     elif budget is not None:
         found = best_plan(checkpoint, priced, budget, smallest)
         after = None if losses is None else (losses.dense, losses(found.plan))

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError
 from ..utils import ranks
+from ..utils.modes import evaluating
 
 _ONE_VALUE = "Expected more than 1 value per channel"  # torch, of a batch that has no variance
 
@@ -40,15 +41,13 @@ def estimating(model: nn.Module) -> Iterator[None]:
     norms = batch_norms(model)
     before = {name: [buffer.clone() for buffer in _buffers(norm)] for name, norm in norms.items()}
     momenta = {name: norm.momentum for name, norm in norms.items()}
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for norm in norms.values():
-        norm.reset_running_stats()
-        norm.momentum = None  # all batches count alike, where a momentum would weigh the last ones most
-        norm.training = True
     reached: set[str] = set()
     try:
-        with torch.no_grad():
+        with evaluating(model):
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # all batches count alike, where a momentum would weigh the last ones most
+                norm.training = True
             yield
         _mean_over_ranks(list(norms.values()))
         _check(norms)
@@ -63,8 +62,6 @@ def estimating(model: nn.Module) -> Iterator[None]:
             for buffer, old in zip(_buffers(norm), before[name], strict=True):
                 if name not in reached:
                     buffer.copy_(old)
-        for module, training in modes.items():
-            module.training = training
 
 
 def _buffers(norm: Any) -> tuple[Tensor, Tensor, Tensor]:

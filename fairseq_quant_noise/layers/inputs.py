@@ -27,8 +27,9 @@ from ..kernels import in_graph
 from ..scalar import INPUT_RANGES, RANGES, Affine, fake_quantize
 from ..scalar.ranges import histogram_range
 from ..utils.autograd import in_backward
+from ..utils.modes import evaluating
 from ..weights.access import multiplier
-from ..weights.discovery import Place, find_weights
+from ..weights.discovery import Place, find_weights, some_of
 from .parts import numbers_in
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 NAME = "input_quantizer"
 GRID = "_grid"  # an attribute of a rounded input: scale and zero point, (2,) float32, for a product in whole numbers
 FAST_PATH_OFF = "skip_embed_dim_check"  # an attention's attribute; true keeps it from torch's fast path
-_NAMED = 4  # weights in the warning
 SPARSE = 100  # in training, one forward in so many is looked at after the first ones
 
 
@@ -149,18 +149,13 @@ def _quantize_input(
     return args, kwargs | {first: _rounded(module, kwargs[first])}
 
 
-def in_integers(module: nn.Module, x: Tensor) -> bool:
-    """Whether `module` multiplies x (..., I) by a quantized weight in whole numbers."""
-    weight = multiplier(module, x)
-    return weight is not None and weight.in_integers(x)
-
-
 def _rounded(module: nn.Module, x: Any) -> Tensor:
     """The input x (…), rounded; or about to be, by a product that does so itself."""
     quantizer = module._modules[NAME]
     assert isinstance(quantizer, InputQuantizer)
+    weight = multiplier(module, x) if quantizer.bits == 8 else None
     settled = not (quantizer.training or quantizer.calibrating or in_graph())
-    if settled and quantizer.bits == 8 and in_integers(module, x):
+    if settled and weight is not None and weight.in_integers(x):
         return quantizer.with_grid(x)
     return quantizer(x)
 
@@ -229,9 +224,9 @@ def warn_of_unrounded(model: nn.Module, names: Iterable[str], strict: bool = Fal
     """
     left = unrounded(model, names)
     if left:
-        some = [f"{name} ({why})" for name, why in [*left.items()][:_NAMED]] + ["…"] * (len(left) > _NAMED)
+        some = some_of([f"{name} ({why})" for name, why in left.items()])
         text = (
-            f"activations: the inputs of {len(left)} weights are not rounded: {', '.join(some)}; build these layers "
+            f"activations: the inputs of {len(left)} weights are not rounded: {some}; build these layers "
             "of nn.Linear, or leave `activations` out"
         )
         if strict:
@@ -283,20 +278,16 @@ def calibrating(model: nn.Module, required: bool = True) -> Iterator[None]:
         UserError: no input reached a quantizer that is required to see one.
     """
     quantizers = input_quantizers(model)
-    modes = {module: module.training for module in model.modules()}
     before = {name: copy.deepcopy(quantizer.state_dict()) for name, quantizer in quantizers.items()}
-    model.eval()
-    for quantizer in quantizers.values():
-        quantizer.reset()
-        quantizer.calibrating = True
-    try:
-        with torch.no_grad():
-            yield
-    finally:
+    with evaluating(model):
         for quantizer in quantizers.values():
-            quantizer.calibrating = False
-        for module, training in modes.items():
-            module.training = training
+            quantizer.reset()
+            quantizer.calibrating = True
+        try:
+            yield
+        finally:
+            for quantizer in quantizers.values():
+                quantizer.calibrating = False
     silent = [name for name, quantizer in quantizers.items() if not quantizer.count]
     if silent and required:
         raise UserError(f"{silent[0]}: no finite calibration input reached it; give batches that use the whole model")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..layers.inputs import FAST_PATH_OFF, is_product
 from ..pq.encode import Encoded
 from ..pq.feedback import Layer, refined
+from ..utils.modes import evaluating
 from ..weights.discovery import Weight, find_weights
 from .targets import Target
 
@@ -43,26 +44,23 @@ def measuring_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
     wanted = set(names)
     found: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    handles, modes = [], {module: module.training for module in model.modules()}
+    handles = []
     for weight in find_weights(model):
         for module in _products(weight) if weight.name in wanted else ():
             hook = partial(_add, found, counts, weight.tensor_name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     # An attention may have a way past its projections, which a forward takes that needs none of them.
-    fast = {module: module.__dict__[FAST_PATH_OFF] for module in modes if FAST_PATH_OFF in module.__dict__}
+    fast = {module: module.__dict__[FAST_PATH_OFF] for module in model.modules() if FAST_PATH_OFF in module.__dict__}
     for module in fast:
         module.__dict__[FAST_PATH_OFF] = True
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield found
     finally:
         for handle in handles:
             handle.remove()
         for module, off in fast.items():
             module.__dict__[FAST_PATH_OFF] = off
-        for module, training in modes.items():
-            module.training = training
     for name, count in counts.items():
         found[name] /= count
 

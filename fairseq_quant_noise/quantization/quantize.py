@@ -30,7 +30,7 @@ from ..plan.rules import Activations, Codes
 from ..pq.encode import encode_together
 from ..utils import ranks
 from ..utils.progress import watched
-from ..weights.discovery import warn_of_uncovered
+from ..weights.discovery import some_of, warn_of_uncovered
 from .code_training import encode_in_training
 from .feedback import Feedback, measuring_inputs
 from .importance import check_importance
@@ -363,8 +363,7 @@ def _warn_of_plain(targets: Sequence[Target], feedback: Feedback | None, progres
             "the model, or leave it out"
         )
     if left:
-        some = ", ".join(left[:4]) + ", …" * (len(left) > 4)
-        progress(f"note: without error feedback, since no product's inputs were measured: {some}")
+        progress(f"note: without error feedback, since no product's inputs were measured: {some_of(left)}")
 
 
 def _seen(target: Target, dense: Tensor) -> Tensor:

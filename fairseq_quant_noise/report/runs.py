@@ -120,7 +120,8 @@ def _read_run(runs: Runs, name: str, folder: Path, files: list[Path], evals: lis
     for path in files:
         try:
             packed = read(path)
-            file = File(name, label_of(path.stem), path.name, inspection(path, packed), codebook_use(packed))
+            uses = codebook_use(packed)
+            file = File(name, label_of(path.stem), path.name, inspection(path, packed, uses), uses)
         except UserError as error:  # damaged files too
             runs.notes.append(f"{name}: {path.name} is left out: {str(error).removeprefix(str(path)).lstrip(': ')}")
             continue

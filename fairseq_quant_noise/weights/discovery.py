@@ -8,7 +8,7 @@ weight is theirs.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -195,6 +195,11 @@ def uncovered(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def some_of(names: Sequence[str]) -> str:
+    """The first few of the names, for a message."""
+    return ", ".join([*names[:_NAMED], "…"] if len(names) > _NAMED else names)
+
+
 def warn_of_uncovered(model: nn.Module, strict: bool = False) -> None:
     """Log one warning that names the parameters that no rule can name; they stay dense, whatever `match` says.
 
@@ -205,10 +210,10 @@ def warn_of_uncovered(model: nn.Module, strict: bool = False) -> None:
     if left:
         sizes = {name: p.numel() for name, p in model.named_parameters()}
         share = sum(sizes[name] for name in left) / sum(sizes.values())
-        some = [f"{name} ({why})" for name, why in [*left.items()][:_NAMED]] + ["…"] * (len(left) > _NAMED)
+        some = some_of([f"{name} ({why})" for name, why in left.items()])
         text = (
             f"{len(left)} weights ({share:.1%} of the parameters) stay as they are, since no rule covers modules of "
-            f"their type: {', '.join(some)}; fairseq_quant_noise.cover makes a type known"
+            f"their type: {some}; fairseq_quant_noise.cover makes a type known"
         )
         if strict:
             raise UserError(text)
