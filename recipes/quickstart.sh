@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows Quant-Noise on your own machine: 9 to 10 minutes on two quiet cores, plus 1 to 5 minutes of set-up. Downloads no data.
+# Shows Quant-Noise on your own machine: 9 to 12 minutes on two quiet cores, plus 1 to 5 minutes of set-up. Downloads no data.
 #
 #     bash recipes/quickstart.sh
 #
