@@ -24,7 +24,10 @@ def register(draw: Any) -> int:
 
 @torch.library.custom_op("fairseq_quant_noise::begin", mutates_args=())
 def begin(last: Tensor, draw: int) -> Tensor:
-    """Let the noise `draw` draw the seed of a forward, (1,); that of the forward before orders them in a graph."""
+    """Draw the seed of a forward, (1,), by the noise of number `draw`.
+
+    `last`, the seed of the forward before, only keeps the calls of a graph in their order.
+    """
     found: Tensor = _DRAWS[draw].begin()
     return found.clone()
 
@@ -38,7 +41,7 @@ def noised(stored: Tensor, seed: Tensor, draw: int, name: str) -> Tensor:
 
 @torch.library.custom_op("fairseq_quant_noise::spend", mutates_args=())
 def spend(gradient: Tensor, draw: int) -> Tensor:
-    """A copy of a noised weight's gradient, (…): the backward of the forward has reached a weight."""
+    """A copy of a noised weight's gradient, (…); notes that backward has begun, so that the next forward draws anew."""
     _DRAWS[draw].spent = True
     return gradient.clone()
 
