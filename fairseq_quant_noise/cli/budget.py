@@ -29,6 +29,7 @@ from ..weights.discovery import find_weights
 
 BEST = "best"
 POINTS = 10  # of a frontier, beside the sizes of the uniform plans
+TUNING = 512  # bytes of a budget left for what a tuning adds to the manifest: its codes, options of fairseq
 TOLERANCE = 0.01  # of the bytes that --target-loss finds
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

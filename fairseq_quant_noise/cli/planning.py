@@ -23,7 +23,7 @@ from ..report.frontier import check_picture, frontier_picture
 from ..utils.files import replace_file
 from ..utils.progress import now_and_then
 from ..weights.discovery import warn_of_uncovered
-from .budget import BEST, Losses, Planned, best_plan, budget_of, frontier, least_plan, smallest_plan
+from .budget import BEST, TUNING, Losses, Planned, best_plan, budget_of, frontier, least_plan, smallest_plan
 from .common import check_out, importance_of, need_fairseq, say
 from .printing import format_rows, print_table
 
@@ -91,7 +91,7 @@ def _find(args: argparse.Namespace, option: str) -> None:
     if args.frontier:
         _show_frontier(args, frontier(checkpoint, priced, smallest), losses, dense_bytes)
     elif budget is not None:
-        found = best_plan(checkpoint, priced, budget, smallest)
+        found = best_plan(checkpoint, priced, budget - TUNING, smallest)
         after = None if losses is None else (losses.dense, losses(found.plan))
         _show_found(args, model, found, f"--budget {args.budget}", after)
     elif losses is not None:

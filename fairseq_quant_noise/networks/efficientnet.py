@@ -58,7 +58,12 @@ class EfficientNet(nn.Module):
         self.blocks = nn.Sequential(*map(Stage, network.blocks))
         self.conv_head, self.bn2 = network.conv_head, network.bn2
         self.global_pool, self.classifier = network.global_pool, network.classifier
-        self.dropout = config.dropout
+        self.dropout, self.lite = config.dropout, config.lite
+
+    @property
+    def depths(self) -> list[int]:
+        """How many blocks each stage has."""
+        return [1 + len(stage.layers) for stage in self.blocks if isinstance(stage, Stage)]
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W), normalised as in training -> (N, classes) logits."""
@@ -70,13 +75,16 @@ class EfficientNet(nn.Module):
 def _timm_network(config: EfficientNetConfig) -> Any:
     builder = import_vision("timm.models._efficientnet_builder")
     rounded = partial(builder.round_channels, multiplier=config.width)
+    # Lite: the stem and the head do not grow with the width, and TensorFlow's padding and epsilon
+    variant = {"fix_stem": True, "pad_type": "same", "norm_layer": partial(nn.BatchNorm2d, eps=1e-3)}
     return import_vision("timm.models").EfficientNet(
         builder.decode_arch_def(config.stages),
         num_classes=config.num_classes,
-        num_features=rounded(1280),
+        num_features=1280 if config.lite else rounded(1280),
         round_chs_fn=rounded,
-        act_layer=nn.SiLU,
+        act_layer=nn.ReLU6 if config.lite else nn.SiLU,
         drop_path_rate=config.drop_path,
+        **(variant if config.lite else {}),
     )
 
 

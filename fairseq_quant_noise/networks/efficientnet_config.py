@@ -40,6 +40,9 @@ class EfficientNetConfig:
     # blocks of a stage, as a multiple of B0's; rounded up
     stem_stride: int = 2
     # stride of the first convolution; 1 for images of 32 x 32
+    lite: bool = False
+    # EfficientNet-Lite: no squeeze-excitation, ReLU6; stem, head and the first and last stage keep B0's size. The
+    # published networks pad as TensorFlow does and divide by sqrt(variance + 1e-3) in batch normalisation.
     dropout: float = 0.2
     # before the classifier, in training
     drop_path: float = 0.2
@@ -54,6 +57,8 @@ class EfficientNetConfig:
     # blocks after the first in each stage, where `depth` does not say it: in a pruned network
 
     def __post_init__(self) -> None:
+        if type(self.lite) is not bool:
+            raise UserError(f"option lite is {self.lite!r}; give true or false")
         for name, (low, high) in {**_LIMITS, **_COUNTS}.items():
             value = getattr(self, name)
             kinds: tuple[type, ...] = (int,) if name in _COUNTS else (int, float)
@@ -76,9 +81,13 @@ class EfficientNetConfig:
     def blocks(self, stage: int) -> int:
         """How many blocks the stage has."""
         layers = getattr(self, LAYER_OPTIONS[stage])
-        return math.ceil(STAGES[stage][1] * self.depth) if layers is None else 1 + int(layers)
+        if layers is not None:
+            return 1 + int(layers)
+        fixed = self.lite and stage in (0, len(STAGES) - 1)
+        return STAGES[stage][1] if fixed else math.ceil(STAGES[stage][1] * self.depth)
 
     @property
     def stages(self) -> list[list[str]]:
         """The stages in timm's notation."""
-        return [[f"{kind}_r{self.blocks(i)}_{rest}"] for i, (kind, _, rest) in enumerate(STAGES)]
+        found = [f"{kind}_r{self.blocks(i)}_{rest}" for i, (kind, _, rest) in enumerate(STAGES)]
+        return [[stage.removesuffix("_se0.25") if self.lite else stage] for stage in found]

@@ -1,7 +1,7 @@
-"""Rename EfficientNet's weights between timm's names and ours, and load timm's weight files."""
+"""Rename EfficientNet's weights between timm's names and ours, and load files of weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError, is_about_a_file
+from .efficientnet import EfficientNet
 
 _THEIRS = re.compile(r"blocks\.(\d+)\.(\d+)\.")
 
 _OURS = re.compile(r"blocks\.(\d+)\.(?:first|layers\.(\d+))\.")
+
+#: Names of the package efficientnet-pytorch, in which the published EfficientNet-Lites come: `_blocks.3._bn2.weight`. A
+#: block without expansion, which has no `_expand_conv`, is the first of timm's depthwise separable ones.
+_FLAT = re.compile(r"_blocks\.(\d+)\._(\w+)\.(\w+)")
+_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_SEPARABLE = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
+_INVERTED = {
+    **_SEPARABLE,
+    "expand_conv": "conv_pw",
+    "project_conv": "conv_pwl",
+    "bn0": "bn1",
+    "bn1": "bn2",
+    "bn2": "bn3",
+}
 
 #: Keys under which timm's checkpoints keep the weights, in the order in which timm itself looks.
 _PLACES = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -45,18 +60,43 @@ def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_THEIRS.sub(renamed, name): tensor for name, tensor in state.items()}
 
 
-def load_timm_weights(model: nn.Module, path: str | Path) -> None:
+def staged_names(state: Mapping[str, Tensor], blocks: Sequence[int]) -> dict[str, Tensor]:
+    """Rename a state of efficientnet-pytorch's EfficientNet-Lite to timm's names; any other comes back as it is.
+
+    Args:
+        state: tensors of any shape; they are passed on, not copied.
+        blocks: of each stage, how many blocks it has: that package numbers them without stages.
+    """
+    places = [(stage, block) for stage, count in enumerate(blocks) for block in range(count)]
+
+    def renamed(name: str) -> str:
+        if (found := _FLAT.fullmatch(name)) and int(found[1]) < len(places):
+            stage, block = places[int(found[1])]
+            expands = f"_blocks.{found[1]}._expand_conv.weight" in state
+            part = (_INVERTED if expands else _SEPARABLE).get(found[2])
+            return f"blocks.{stage}.{block}.{part}.{found[3]}" if part else name
+        first, _, rest = name.partition(".")
+        return f"{_OUTSIDE[first]}.{rest}" if first in _OUTSIDE else name
+
+    return {renamed(name): tensor for name, tensor in state.items()}
+
+
+def load_timm_weights(model: EfficientNet, path: str | Path) -> None:
     """Load the weights of timm's EfficientNet of the same shape from a local file.
 
     Args:
-        model: an `EfficientNet`. A classifier for another number of classes than the file's stays as it is.
+        model: a classifier for another number of classes than the file's stays as it is. A Lite also takes the names
+            of the package efficientnet-pytorch, whose other networks pad differently from timm's.
         path: of a `.safetensors` file, or of a state dict that torch.save wrote.
 
     Raises:
         UserError: the file does not exist, holds no state dict, or is of another network; the message then names the
             first tensor that does not fit.
     """
-    state, ours = our_names(read_weights(path)), model.state_dict()
+    state = read_weights(path)
+    if model.lite:
+        state = staged_names(state, model.depths)
+    state, ours = our_names(state), model.state_dict()
     if any(key in state and state[key].shape != ours[key].shape for key in ("classifier.weight", "classifier.bias")):
         state |= {key: ours[key] for key in ("classifier.weight", "classifier.bias")}
     counts = {name: t for name, t in ours.items() if name.endswith("num_batches_tracked")}  # some files lack them

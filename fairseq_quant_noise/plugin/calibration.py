@@ -167,7 +167,9 @@ def _prepared(checkpoint: Checkpoint, data: str, **options: Any) -> tuple[nn.Mod
         data: as there.
         options: values that replace options of the checkpoint.
     """
-    parts = {name: copy.deepcopy(checkpoint.state.get(name)) for name in ("args", "cfg", "task_state")}
+    parts = {name: copy.deepcopy(checkpoint.state.get(name)) for name in ("args", "cfg")}
+    if checkpoint.state.get("task_state"):  # absent where nothing was trained: a task cannot load None
+        parts["task_state"] = copy.deepcopy(checkpoint.state["task_state"])
     content = {**parts, "model": dict(checkpoint.weights), **no_training()}
     state = upgraded(checkpoint.path, content, {"data": data, **options})
     load = fairseq.checkpoint_utils.load_model_ensemble_and_task

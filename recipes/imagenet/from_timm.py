@@ -13,6 +13,7 @@ import fairseq.models  # noqa: F401 (first, so that the package registers its mo
 
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.checkpoints.keys import no_training
+from fairseq_quant_noise.images import NORMALIZATIONS
 from fairseq_quant_noise.networks.registry import build
 from fairseq_quant_noise.networks.timm_weights import load_timm_weights
 from fairseq_quant_noise.plugin.exits import exits_on_user_error
@@ -27,14 +28,21 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="an option of the model")
     parser.add_argument("--image-size", type=int, default=300)
     parser.add_argument("--crop-ratio", type=float, default=0.904)
+    parser.add_argument("--normalization", choices=NORMALIZATIONS, default="imagenet")
     parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
     with exits_on_user_error():
         options = architecture_options(args.arch, args.set)
         model = build(args.arch, options, 0)
         load_timm_weights(model, args.weights)
-        task = {"data": "", "image_size": args.image_size, "crop_ratio": args.crop_ratio}
+        task = {
+            "data": "",
+            "image_size": args.image_size,
+            "crop_ratio": args.crop_ratio,
+            "normalization": args.normalization,
+        }
         cfg = {
+            "common": {"seed": 1},  # the task's seed refers to it
             "model": options,
             "task": {"_name": "image_classification", **task},
             "criterion": {"_name": "cross_entropy", "sentence_avg": False},

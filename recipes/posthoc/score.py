@@ -1,10 +1,11 @@
-"""The score of a network on a task's validation sentences, and its milliseconds a sentence, in PyTorch without fairseq.
+"""The score of a network on a task's validation rows, and its milliseconds a row, in PyTorch without fairseq.
 
-    python -m recipes.posthoc.score FILE TEXT NETWORK --task TASK [--sentences 50]
+    python -m recipes.posthoc.score FILE DATA NETWORK --task TASK [--sentences 50]
 
-FILE is a packed file or a checkpoint, TEXT the folder that recipes.posthoc.texts wrote, NETWORK the folder of dict.txt.
-The score is the accuracy of mnli and sst2, Spearman's rank correlation of stsb, and the share of masked residues that
-are found, each in percent. Milliseconds are the median over single sentences, on the threads that torch has.
+FILE is a packed file or a checkpoint, DATA the folder that recipes.posthoc.texts wrote, or one with train/CLASS and
+val/CLASS/IMAGE, NETWORK the folder of dict.txt, for images that of model.pt. The score is the accuracy of mnli, sst2
+and images, Spearman's rank correlation of stsb, and the share of masked residues that are found, each in percent.
+Milliseconds are the median over single sentences or images, on the threads that torch has.
 """
 
 import argparse
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 
 from fairseq_quant_noise import load
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
+from fairseq_quant_noise.images import evaluation_transform
+from fairseq_quant_noise.networks.roberta import Roberta
+from recipes.posthoc.flags import pixels
 from recipes.posthoc.texts import TASKS
 
 BEGIN, PADDING, END, UNKNOWN, _FIRST = 0, 1, 2, 3, 4
@@ -106,6 +110,31 @@ def labels(text: Path, dictionary: Path | None) -> Tensor:
     return torch.tensor([names.index(line) for line in lines])
 
 
+def images(data: Path, network: Path) -> tuple[list[Tensor], Tensor]:
+    """The images of DATA/val, each (3, size, size), as the checkpoint `network` was trained on, and their classes (N,).
+
+    A class is the place of its folder among those of DATA/train, as in fairseq's task.
+    """
+    from PIL import Image
+
+    classes = {folder.name: i for i, folder in enumerate(sorted((data / "train").iterdir()))}
+    paths = sorted(path for path in (data / "val").glob("*/*") if path.parent.name in classes)
+    seen: Any = pixels(Checkpoint(network))
+    transform = evaluation_transform(seen["image_size"], seen["crop_ratio"], seen["normalization"])
+    found = []
+    for path in paths:
+        with Image.open(path) as image:
+            found.append(transform(image.convert("RGB")))
+    return found, torch.tensor([classes[path.parent.name] for path in paths])
+
+
+@torch.no_grad()
+def image_accuracy(network: nn.Module, pictures: list[Tensor], classes: Tensor) -> float:
+    """The share of images (3, H, W) whose class (N,) is the best guess."""
+    guesses = [network(torch.stack(pictures[at : at + _ROWS])).argmax(1) for at in range(0, len(pictures), _ROWS)]
+    return float((torch.cat(guesses) == classes).float().mean())
+
+
 def score(network: nn.Module, task: str, text: Path, folder: Path, label_names: Path | None, separator: bool) -> float:
     """The score of a network on a task, in percent."""
     rows = sentences(text, folder / "dict.txt", TASKS[task], separator)
@@ -119,15 +148,13 @@ def score(network: nn.Module, task: str, text: Path, folder: Path, label_names: 
 
 
 @torch.no_grad()
-def milliseconds(network: nn.Module, rows: Iterable[list[int]]) -> float:
-    """The median time of a forward pass of a single row."""
-    heads: Any = network.classification_heads
-    head = next(iter(heads), None)
+def milliseconds(network: nn.Module, rows: Iterable[Tensor]) -> float:
+    """The median time of a forward pass of a single row: numbers (T,), or an image (3, H, W)."""
+    heads = [next(iter(network.classification_heads), None)] if isinstance(network, Roberta) else []
     times = []
     for row in rows:
-        tokens = torch.tensor([row])
         began = time.perf_counter()
-        network(tokens, head)
+        network(row[None], *heads)
         times.append(1000 * (time.perf_counter() - began))
     return statistics.median(times)
 
@@ -136,9 +163,9 @@ def main() -> None:
     """Print the figures of one file as a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("text", type=Path)
+    parser.add_argument("data", type=Path)
     parser.add_argument("network", type=Path)
-    parser.add_argument("--task", choices=TASKS, required=True)
+    parser.add_argument("--task", choices=(*TASKS, "images"), required=True)
     parser.add_argument("--labels", type=Path, help="the dict.txt of the labels, for mnli and sst2")
     parser.add_argument(
         "--separator", action="store_true", help="a second </s> between two sentences, as RoBERTa has it"
@@ -146,8 +173,13 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=50, help="for the time of one (default 50)")
     args = parser.parse_args()
     network = network_of(args.file)
-    rows = sentences(args.text, args.network / "dict.txt", TASKS[args.task], args.separator)
-    found = score(network, args.task, args.text, args.network, args.labels, args.separator)
+    if args.task == "images":
+        rows, classes = images(args.data, args.network / "model.pt")
+        found = 100 * image_accuracy(network, rows, classes)
+    else:
+        found = score(network, args.task, args.data, args.network, args.labels, args.separator)
+        numbers = sentences(args.data, args.network / "dict.txt", TASKS[args.task], args.separator)
+        rows = [torch.tensor(row) for row in numbers]
     time_of_one = milliseconds(network, rows[: args.sentences])
     line = {"score": round(found, 2), "ms": round(time_of_one, 2), "bytes": os.path.getsize(args.file)}
     print(json.dumps(line | {"threads": torch.get_num_threads()}))

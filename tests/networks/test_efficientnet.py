@@ -12,8 +12,17 @@ from fairseq_quant_noise.networks import EfficientNet, EfficientNetConfig
 from fairseq_quant_noise.networks.efficientnet import seen_in_weights
 from fairseq_quant_noise.networks.registry import build
 from fairseq_quant_noise.networks.timm_weights import load_timm_weights, our_names, timm_names
+from fairseq_quant_noise.plugin.models.architectures import architecture_options
 
-SHAPES = {"efficientnet_b0": (EfficientNetConfig(), 5_288_548), "efficientnet_b3": (None, 12_233_232)}
+SHAPES = {
+    "efficientnet_b0": ("b0", 5_288_548),
+    "efficientnet_b3": ("b3", 12_233_232),
+    "tf_efficientnet_lite0": ("lite0", 4_652_008),
+    "tf_efficientnet_lite1": ("lite1", 5_416_680),
+    "tf_efficientnet_lite2": ("lite2", 6_092_072),
+    "tf_efficientnet_lite3": ("lite3", 8_197_096),
+    "tf_efficientnet_lite4": ("lite4", 13_006_568),
+}
 TINY = EfficientNetConfig(num_classes=3, width=0.1, depth=0.6, dropout=0.0, drop_path=0.0)
 
 
@@ -24,9 +33,10 @@ def tiny(seed=0, config=TINY):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_tensors_and_parameters_are_those_of_timm(name):
-    config, parameters = SHAPES[name]
+    architecture, parameters = SHAPES[name]
+    options = architecture_options(f"quant_noise_efficientnet_{architecture}", [])
     with torch.device("meta"):
-        ours = EfficientNet(config or EfficientNetConfig(width=1.2, depth=1.4))
+        ours = build("quant_noise_efficientnet", options, 0)
         theirs = timm.create_model(name)
     renamed = timm_names(ours.state_dict())
     assert {k: t.shape for k, t in renamed.items()} == {k: t.shape for k, t in theirs.state_dict().items()}
@@ -51,6 +61,43 @@ def test_timm_weights_load_from_a_file_and_give_the_same_logits(theirs, form, tm
     load_timm_weights(ours, path)
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(ours(images), theirs(images))
+
+
+def package_names(state):
+    """A state with timm's names of a Lite0 as efficientnet-pytorch writes it: blocks numbered through, other words."""
+    separable = {"conv_dw": "depthwise_conv", "bn1": "bn1", "conv_pw": "project_conv", "bn2": "bn2"}
+    inverted = {"conv_pw": "expand_conv", "conv_dw": "depthwise_conv", "conv_pwl": "project_conv"}
+    inverted |= {"bn1": "bn0", "bn2": "bn1", "bn3": "bn2"}
+    outside = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    firsts = [0, 1, 3, 5, 8, 11, 15]
+    renamed = {}
+    for name, tensor in state.items():
+        first, *rest = name.split(".")
+        if first == "blocks":
+            stage, block, part, entry = rest
+            words = inverted if int(stage) else separable
+            renamed[f"_blocks.{firsts[int(stage)] + int(block)}._{words[part]}.{entry}"] = tensor
+        else:
+            renamed[".".join([outside[first], *rest])] = tensor
+    return renamed
+
+
+def test_a_lite_loads_the_weights_of_the_package_that_publishes_them(tmp_path):
+    torch.manual_seed(2)
+    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=4).eval()
+    torch.save(package_names(theirs.state_dict()), tmp_path / "lite0.pth")
+    ours = EfficientNet(EfficientNetConfig(num_classes=4, lite=True)).eval()
+    load_timm_weights(ours, tmp_path / "lite0.pth")
+    images = torch.randn(2, 3, 45, 64)  # an odd height: TensorFlow's padding adds more on one side
+    assert torch.equal(ours(images), theirs(images))
+
+
+def test_a_package_file_with_blocks_that_the_network_lacks_names_the_first(tmp_path):
+    theirs = timm.create_model("tf_efficientnet_lite0", num_classes=3)
+    torch.save(package_names(theirs.state_dict()), tmp_path / "lite0.pth")
+    shallow = EfficientNet(EfficientNetConfig(num_classes=3, lite=True, blocks_5_layers=1))
+    with refuses("lite0.pth: .*_blocks.14"):
+        load_timm_weights(shallow, tmp_path / "lite0.pth")
 
 
 def test_a_classifier_for_other_classes_stays_as_it_was(tmp_path):
@@ -96,7 +143,15 @@ def test_a_file_that_is_not_there_is_named():
         load_timm_weights(tiny(), "nowhere.pth")
 
 
-BAD = [{"width": 0}, {"depth": 1e9}, {"num_classes": 2.5}, {"stem_stride": 3}, {"blocks_2_layers": -1}, {"width": "1"}]
+BAD = [
+    {"width": 0},
+    {"depth": 1e9},
+    {"num_classes": 2.5},
+    {"stem_stride": 3},
+    {"blocks_2_layers": -1},
+    {"width": "1"},
+    {"lite": 1},
+]
 
 
 @pytest.mark.parametrize("options", BAD, ids=str)

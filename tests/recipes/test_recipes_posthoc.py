@@ -7,9 +7,12 @@ import torch
 from hf_folders import config, logits, weights, write_folder
 from nli import WORDS, write_glue
 from test_recipes_mnli import ROOT, recipe
+from vision_fixture import write_images
 
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.cli.main import main
+from fairseq_quant_noise.networks.registry import build
+from recipes.imagenet import from_timm
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"
@@ -72,13 +75,33 @@ def test_a_checkpoint_is_compressed_as_published(tmp_path):
     assert (tmp_path / "out/residues/seed-1/noise-0/posthoc_int8@once.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_an_image_network_is_compressed_as_published_by_its_own_answers(tmp_path):
+    """Codes are trained with the published network as the teacher, so the labels of training images do not matter."""
+    write_images(tmp_path / "data", each=6)
+    options = {"num_classes": 3, "width": 0.1, "depth": 0.6, "lite": True}
+    torch.save(build("quant_noise_efficientnet", options, 0).state_dict(), tmp_path / "weights.pth")
+    arguments = [str(tmp_path / "weights.pth"), *(f"--set={key}={value}" for key, value in options.items())]
+    arguments += ["--image-size", "32", "--crop-ratio", "1.0", "--normalization", "inception"]
+    from_timm.main([*arguments, "--arch", "quant_noise_efficientnet_lite0", "--out", str(tmp_path / "net.pt")])
+    settings = {"SEEDS": "1", "NOISES": "0", "IPQ_UPDATES": "2", "METHODS": "efficientnet_lite@once budget@best"}
+    done = recipe("posthoc.sh", "net.pt", "out", "--data", "data", "--task", "images", cwd=tmp_path, **settings)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = [json.loads(line) for line in (tmp_path / "out/posthoc.jsonl").read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["dense", "budget@best", "efficientnet_lite@once"]
+    assert all(line["score"] in [round(100 * n / 18, 2) for n in range(19)] for line in lines)
+    assert lines[1]["bytes"] <= lines[2]["bytes"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["minilm"], "give NETWORK OUT"),
         (["minilm", "out"], "give --data DIR, the folder of the data of mnli"),
         (["nowhere", "out"], "there are minilm, sapiens-vh, sapiens-vl"),
-        (["data", "out"], "give --task mnli, sst2, stsb or residues"),
+        (["data", "out"], "give --task mnli, sst2, stsb, residues or images"),
+        (["efficientnet-lite0", "out"], "give --data DIR, a folder with train/CLASS/IMAGE and val/CLASS/IMAGE"),
+        (["efficientnet-lite0", "out", "--data", "data"], "data: has no folders train and val of images"),
         (["data", "out", "--task", "cola"], "task cola is none of"),
         (["data", "out", "--task", "residues"], "give --data FILE"),
         (["a", "b", "c"], "c: give NETWORK and OUT alone"),
@@ -146,7 +169,7 @@ def test_the_scores_are_those_of_the_network(tmp_path):
     found = score.score(network, "mnli", tmp_path / "text", tmp_path / "net", tmp_path / "labels.txt", separator=False)
     assert found == 75.0
     assert score.sentences(tmp_path / "text", tmp_path / "net/dict.txt", 2, separator=True)[1] == [0, 7, 2, 2, 8, 9, 2]
-    assert score.milliseconds(network, rows) > 0
+    assert score.milliseconds(network, [torch.tensor(row) for row in rows]) > 0
 
 
 def test_the_rank_correlation_is_spearmans():

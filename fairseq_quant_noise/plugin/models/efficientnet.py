@@ -2,6 +2,7 @@
 """Provide `quant_noise_efficientnet`: EfficientNet for fairseq from timm's blocks, with Quant-Noise and iPQ."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -35,6 +36,7 @@ class QuantNoiseEfficientNetConfig(QuantNoiseOptions, FairseqDataclass):
     width: float = option(1.0, "channels, as a multiple of EfficientNet-B0's; B3 has 1.2")
     depth: float = option(1.0, "blocks of a stage, as a multiple of EfficientNet-B0's; B3 has 1.4")
     stem_stride: int = option(2, "of the first convolution; 1 for images of 32 x 32")
+    lite: bool = option(False, "EfficientNet-Lite: no squeeze-excitation, ReLU6, TensorFlow's padding")
     dropout: float = option(0.2, "dropout before the classifier")
     drop_path: float = option(
         0.2, "stochastic depth: probability of leaving out the last block, less for those before it (LayerDrop)"
@@ -123,6 +125,14 @@ def _defaults(args: Any, **values: Any) -> None:
 def b3(args: Any) -> None:
     """Set the options of EfficientNet-B3, the paper's: 12,233,232 parameters with 1000 classes."""
     _defaults(args, width=1.2, depth=1.4, dropout=0.3)
+
+
+#: Width, depth and dropout of the published EfficientNet-Lite0 to 4, for images of 224, 240, 260, 280 and 300 pixels.
+_LITES = ((1.0, 1.0, 0.2), (1.0, 1.1, 0.2), (1.1, 1.2, 0.3), (1.2, 1.4, 0.3), (1.4, 1.8, 0.3))
+for _number, (_width, _depth, _dropout) in enumerate(_LITES):
+    register_model_architecture("quant_noise_efficientnet", f"quant_noise_efficientnet_lite{_number}")(
+        partial(_defaults, lite=True, width=_width, depth=_depth, dropout=_dropout)
+    )
 
 
 @register_model_architecture("quant_noise_efficientnet", "quant_noise_efficientnet_small")

@@ -12,7 +12,7 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING
 
 from ...errors import UserError
-from ...images import AUGMENTATIONS, evaluation_transform, training_transform
+from ...images import AUGMENTATIONS, NORMALIZATIONS, evaluation_transform, training_transform
 from ...networks.timm_weights import load_timm_weights
 from ..distillation import Recorder
 from ..exits import exits_on_user_error
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 TOP = (1, 5)  # accuracies that validation logs, in percent: top1, top5
 _Augmentation: Any = ChoiceEnum(AUGMENTATIONS)
+_Normalization: Any = ChoiceEnum(list(NORMALIZATIONS))
 
 
 @dataclass
@@ -36,6 +37,9 @@ class ImageClassificationConfig(FairseqDataclass):
     augmentation: _Augmentation = field(
         default="imagenet",
         metadata={"help": "imagenet: random parts, flips; randaugment: and RandAugment; cifar: moves, flips; none"},
+    )
+    normalization: _Normalization = field(
+        default="imagenet", metadata={"help": "imagenet: its mean and deviation; inception: pixels from -1 to 1 (Lite)"}
     )
     timm_weights: Optional[str] = field(
         default=None, metadata={"help": "file with weights of timm's EfficientNet to start from (.pth, .safetensors)"}
@@ -86,11 +90,12 @@ class ImageClassificationTask(FairseqTask):
     def load_dataset(self, split: str, combine: bool = False, task_cfg: Any = None, **kwargs: Any) -> None:
         """Read the names of a split's images; `train` is shuffled and augmented."""
         cfg, train = self.cfg, split == "train"
+        normalization = str(cfg.normalization)
         with exits_on_user_error():
             if train:
-                transform = training_transform(cfg.image_size, str(cfg.augmentation), cfg.crop_ratio)
+                transform = training_transform(cfg.image_size, str(cfg.augmentation), cfg.crop_ratio, normalization)
             else:
-                transform = evaluation_transform(cfg.image_size, cfg.crop_ratio)
+                transform = evaluation_transform(cfg.image_size, cfg.crop_ratio, normalization)
             folder = split_folder(cfg.data, split)
             self.datasets[split] = ImageDataset(folder, self.classes, transform, shuffle=train, seed=cfg.seed)
 

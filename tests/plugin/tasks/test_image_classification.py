@@ -11,12 +11,13 @@ import torch
 import yaml
 from lm_fixture import one_error, same, state_of
 from PIL import Image
-from toys import WITHOUT_FAIRSEQ, python
+from toys import WITHOUT_FAIRSEQ, python, refuses
 from vision_fixture import CLASSES, PLAN, ImageLab, verb
 
 from fairseq_quant_noise import load
 from fairseq_quant_noise.images import evaluation_transform
 from fairseq_quant_noise.layers.batch_statistics import batch_norms, estimating
+from fairseq_quant_noise.networks.registry import build
 from fairseq_quant_noise.networks.timm_weights import timm_names
 from fairseq_quant_noise.plugin import calibration
 from fairseq_quant_noise.plugin.tasks.image_dataset import ImageDataset
@@ -132,6 +133,31 @@ def test_timms_weights_become_a_checkpoint_and_go_back_to_timm(tmp_path):
     verb("to-dense", tmp_path / "b0.pt", "--out", tmp_path / "out.pt")
     again = timm.create_model("efficientnet_b0", num_classes=5, checkpoint_path=str(tmp_path / "out.pt"))
     assert same(dict(again.state_dict()), dict(theirs.state_dict()))
+
+
+def test_a_checkpoint_of_published_weights_validates_and_is_calibrated_without_a_training(images, tmp_path):
+    """Its state has no task, and its configuration few sections."""
+    options = {"num_classes": 3, "width": 0.1, "depth": 0.6, "drop_path": 0.0}
+    theirs = build("quant_noise_efficientnet", options, 0)
+    torch.save(timm_names(theirs.state_dict()), tmp_path / "w.pth")
+    arguments = [f"--set={key}={value}" for key, value in options.items()]
+    arguments += ["--arch", "quant_noise_efficientnet_b0", "--image-size", "32", "--crop-ratio", "1.0"]
+    path, out = images.new("published.pt"), images.new("published.safetensors")
+    from_timm.main([str(tmp_path / "w.pth"), *arguments, "--normalization", "inception", "--out", str(path)])
+    assert 0 <= images.validate(path)["top1"] <= 100
+    plan = images.new("published.yaml")
+    plan.write_text(yaml.safe_dump({"stages": [{"match": ".*", "scheme": "int8"}]}))
+    verb("quantize", "--path", path, "--plan", plan, "--out", out, "--calibration-data", images.data)
+    assert not torch.equal(load(out).bn1.running_mean, theirs.bn1.running_mean)
+
+
+def test_the_normalization_decides_what_range_pixels_have():
+    white = Image.new("RGB", (8, 8), "white")
+    seen = {name: evaluation_transform(8, 1.0, name)(white)[:, 0, 0] for name in ("imagenet", "inception")}
+    torch.testing.assert_close(seen["inception"], torch.ones(3))
+    torch.testing.assert_close(seen["imagenet"], torch.tensor([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]))
+    with refuses("--normalization is 'none'; give one of imagenet, inception"):
+        evaluation_transform(8, 1.0, "none")
 
 
 INT8 = {"stages": [{"match": ".*", "scheme": "int8"}], "activations": {"bits": 8, "calibration_batches": 2}}
