@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError
 from ..structure.modules import share_layers_
@@ -67,13 +68,33 @@ def meta_model(architecture: str, options: Mapping[str, Any], vocab_size: int, p
         UserError: the network, or one of its options, is not implemented without fairseq.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutNumbers():
             return build(architecture, options, vocab_size, padding_idx)
     except UserError:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise NoNetworkError(f"{architecture}: these options make no network ({reason}); change one of them") from None
+
+
+class _WithoutNumbers(TorchFunctionMode):
+    """Leave weights on the meta device as they are where a module draws or fills them.
+
+    They hold no numbers, and torch would import its compiler to fill them, which takes longer than to import torch.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        if getattr(func, "__name__", "") in _FILLS and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **kwargs)
+
+
+#: What fills a tensor with numbers: methods of tensors, and those of torch.nn.init that draw.
+_FILLS = frozenset(
+    ("normal_", "uniform_", "trunc_normal_", "xavier_normal_", "xavier_uniform_", "kaiming_normal_", "kaiming_uniform_")
+)
 
 
 def _transformer_lm(options: Mapping[str, Any], vocab_size: int, padding_idx: int) -> nn.Module:
