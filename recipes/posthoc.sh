@@ -12,7 +12,7 @@
 # OUT/TASK/seed-S/noise-P/METHOD.safetensors. After a kill, the same command resumes.
 #     TASKS="mnli sst2 stsb"   SEEDS="1 2 3"   NOISES="0 0.1"   UPDATES, IPQ_UPDATES (by task)   TRAIN=N: the first N rows alone
 #     PRECISION=bf16|fp16: trains in half precision; on a CPU with AMX, bf16 takes a third of the time
-#     METHODS: plans. PLAN@once quantizes without training; PLAN@best trains the codes too, all weights together (docs/codes.md).
+#     METHODS: plans. PLAN@once quantizes without training, PLAN@feedback with error feedback; PLAN@best trains the codes too, all weights together (docs/codes.md).
 #     The plan `budget` is the one that `plan --budget` finds for the bytes of posthoc@once (or that of the network's plan).
 #     BEST_LR=R: the rate of @best, whose codes have CODES_LR times that (docs/codes.md)
 #     Default: posthoc@once posthoc budget@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8; posthoc_shared for sapiens;
@@ -152,11 +152,11 @@ if [ "$TASKS" = residues ] && [ -z "$DATA" ]; then
 fi
 
 # settings TASK: sets COMMON, the options of all trainings on the task, and DENSE_UPDATES, STAGES_UPDATES, CRITERION, DENSE_FLAGS
-# (of the fine-tuning), TEACHER_FLAGS and BEST_FLAGS (of @best)
+# (of the fine-tuning), TEACHER_FLAGS, BEST_FLAGS (of @best) and BINARIZED, the data
 settings() {
-  local classes=3 data="$OUT/$1-bin" best_lr=2e-4 drop=(--dropout 0.1 --attention-dropout 0.1) task_flags
+  local classes=3 best_lr=2e-4 drop=(--dropout 0.1 --attention-dropout 0.1) task_flags
   local metric=(--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric)
-  CRITERION=sentence_prediction TEACHER_FLAGS=()
+  CRITERION=sentence_prediction TEACHER_FLAGS=() BINARIZED="$OUT/$1-bin"
   case "$1" in
     mnli) DENSE_UPDATES="${UPDATES:-1200}" STAGES_UPDATES="${IPQ_UPDATES:-600}" ;;
     sst2) DENSE_UPDATES="${UPDATES:-2000}" STAGES_UPDATES="${IPQ_UPDATES:-600}" classes=2 ;;
@@ -165,7 +165,7 @@ settings() {
       DENSE_UPDATES="${UPDATES:-600}" STAGES_UPDATES="${IPQ_UPDATES:-600}" metric=() CRITERION=masked_lm best_lr=1e-3
       ;;
     images) # the published network is the teacher, and no label is read
-      DENSE_UPDATES="${UPDATES:-300}" STAGES_UPDATES="${IPQ_UPDATES:-300}" data="$DATA" drop=(--dropout 0.1 --drop-path 0) CRITERION=cross_entropy
+      DENSE_UPDATES="${UPDATES:-300}" STAGES_UPDATES="${IPQ_UPDATES:-300}" BINARIZED="$DATA" drop=(--dropout 0.1 --drop-path 0) CRITERION=cross_entropy
       metric=(--best-checkpoint-metric top1 --maximize-best-checkpoint-metric) TEACHER_FLAGS=(--ipq-distillation-weight 1)
       ;;
   esac
@@ -183,7 +183,7 @@ settings() {
       ;;
   esac
   BEST_FLAGS=(--ipq-codes-lr "${CODES_LR:-2}" --lr "${BEST_LR:-$best_lr}" "${drop[@]/0.1/0}" --weight-decay 0)
-  COMMON=("$data" --user-dir "$PLUGIN" "${MODEL[@]}" "${task_flags[@]}" ${metric[@]+"${metric[@]}"} "${drop[@]}"
+  COMMON=("$BINARIZED" --user-dir "$PLUGIN" "${MODEL[@]}" "${task_flags[@]}" ${metric[@]+"${metric[@]}"} "${drop[@]}"
     --batch-size 32 --required-batch-size-multiple 1 --clip-norm 1.0 --weight-decay 0.01
     --optimizer adam --adam-betas "(0.9,0.98)" --adam-eps 1e-6 --lr-scheduler polynomial_decay --ddp-backend legacy_ddp
     --no-epoch-checkpoints --save-interval-updates 200 --keep-interval-updates 1 --no-progress-bar --log-format simple --log-interval 50 --num-workers 0)
@@ -203,15 +203,16 @@ fine_tune() {
 }
 # compress DIR METHOD SEED DENSE: writes DIR/METHOD.safetensors, by the plan in METHOD
 compress() {
-  local plan="${2%@*}" run="$1/$2" best=() images=()
-  if [ "$CRITERION" = cross_entropy ]; then images=(--calibration-data "$DATA"); fi # for the batch statistics
+  local plan="${2%@*}" run="$1/$2" best=() data=()
   if [ "$plan" = budget ]; then
     plan="$1/budget.yaml"
     [ -f "$1/$PLAN@once.safetensors" ] || die "$2: budget takes the bytes of $PLAN@once; name that before it in METHODS"
     [ -f "$plan" ] || quietly "$run.log" fairseq-quant-noise plan --path "$4" --budget "$(wc -c <"$1/$PLAN@once.safetensors")" --out "$plan"
   fi
-  if [[ "$2" == *@once ]]; then
-    quietly "$run.log" fairseq-quant-noise quantize --path "$4" --plan "$plan" --seed "$3" ${images[@]+"${images[@]}"} --out "$run.safetensors"
+  if [[ "$2" == *@once || "$2" == *@feedback ]]; then
+    if [ "$CRITERION" = cross_entropy ]; then data=(--calibration-data "$BINARIZED"); fi # for the batch statistics
+    if [[ "$2" == *@feedback ]]; then data=(--calibration-data "$BINARIZED" --encode feedback); fi
+    quietly "$run.log" fairseq-quant-noise quantize --path "$4" --plan "$plan" --seed "$3" ${data[@]+"${data[@]}"} --out "$run.safetensors"
     return
   fi
   METHOD=paper

@@ -4,10 +4,11 @@ The metric M of a layer has the second moments of its inputs, H = E[x x^T], with
 
     M_ii = H_ii,    M_ij = (1 - damping) H_ij
 
-Rows count by the mean importance of their numbers, where there is any. A weight that an embedding looks up and a
-product multiplies by (the output projection of a language model) costs in both uses. In the first, the errors of a
-row's numbers do not depend on one another as far as is known. So half of the correlations is left, and M_ii is the mean
-importance of column i, where there is any.
+For a convolution, x is what a kernel sees at one place, I = C / groups * kernel numbers; groups, as the channels of a
+depthwise convolution, share the mean H of all. Rows count by the mean importance of their numbers, where there is any.
+A weight that an embedding looks up and a product multiplies by (the output projection of a language model) costs in
+both uses. In the first, the errors of a row's numbers do not depend on one another as far as is known. So half of the
+correlations is left, and M_ii is the mean importance of column i, where there is any.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.inputs import FAST_PATH_OFF, is_product
@@ -35,8 +37,9 @@ def measuring_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
 
     Args:
         model: dense.
-        names: what a plan calls the weights. Those that no module multiplies an input of its own by (an embedding's, a
-            convolution's, the projections inside `nn.MultiheadAttention`) are left out, as those that no input reaches.
+        names: what a plan calls the weights. Those that no module multiplies an input of its own by (an embedding's,
+            the projections inside `nn.MultiheadAttention`) are left out, as those that no input reaches, and those of
+            transposed and three-dimensional convolutions.
 
     Yields:
         By the tensor's name E[x x^T], (I, I) float32; complete after the context.
@@ -63,13 +66,39 @@ def measuring_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
             module.__dict__[FAST_PATH_OFF] = off
     for name, count in counts.items():
         found[name] /= count
+        if not found[name].any():
+            del found[name]  # nothing but zeros has reached it
 
 
 def _products(weight: Weight) -> list[nn.Module]:
-    """The modules that multiply their inputs (..., I) by the weight (O, I)."""
-    flat = isinstance(weight.stored, Tensor) and weight.stored.dim() == 2
-    places = [place for place in weight.places if flat and is_product(place)]
-    return [place.module for place in places if not getattr(place.module, "transpose", False)]
+    """The modules that multiply inputs by the weight: (O, I), or (O, C, ...) of convolutions over lines or images."""
+    if not isinstance(weight.stored, Tensor):
+        return []
+    modules = [place.module for place in weight.places if is_product(place)]
+    if weight.stored.dim() == 2:
+        return [module for module in modules if not getattr(module, "transpose", False)]
+    return [module for module in modules if isinstance(module, nn.Conv1d | nn.Conv2d)]
+
+
+def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
+    """What a convolution's kernels see of its input x, (N, C, W) or (N, C, H, W): for each image (places, I).
+
+    A module that pads in its own way, as timm's for TensorFlow's padding, is seen without its padding, but for images
+    smaller than the kernel.
+    """
+    size, stride, dilation = module.kernel_size, module.stride, module.dilation
+    sides: list[int] = []  # before and after, of the last dimension first
+    for i in reversed(range(len(size))):
+        around = (size[i] - 1) * dilation[i]
+        both = around if module.padding == "same" else max(2 * int(module.padding[i]), around + 1 - x.shape[i + 2])
+        sides += [both // 2, both - both // 2]
+    if any(sides):
+        x = F.pad(x, sides, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
+    if len(size) == 1:
+        x, size, stride, dilation = x[:, :, None], (1, *size), (1, *stride), (1, *dilation)
+    for image in x:  # one by one: windows take a kernel's size times the memory of the image
+        groups = image.unflatten(0, (module.groups, -1))  # (groups, C / groups, H, W)
+        yield F.unfold(groups, size, dilation, stride=stride).transpose(1, 2).flatten(0, 1)
 
 
 def _add(
@@ -80,10 +109,17 @@ def _add(
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> None:
-    """Add the squares of a module's first argument (..., I)."""
+    """Add the squares of a module's first argument, (..., I) or images."""
     given = next(iter([*args, *kwargs.values()]), None)
-    if isinstance(given, Tensor) and given.is_floating_point():
-        x = given.detach().float().flatten(0, -2)  # (n, I)
+    if not isinstance(given, Tensor) or not given.is_floating_point():
+        return
+    given = given.detach().float()
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        batched = given if given.dim() > len(module.kernel_size) + 1 else given[None]
+        parts: Iterable[Tensor] = _windows(module, batched)
+    else:
+        parts = [given.flatten(0, -2)]
+    for x in parts:  # (n, I)
         if bool(x.isfinite().all()):
             found[name] = found[name].addmm_(x.t(), x) if name in found else x.t() @ x
             counts[name] = counts.get(name, 0) + len(x)
@@ -130,9 +166,9 @@ class Feedback:
     def _layer(self, weight: Weight, importance: Tensor | None) -> Layer:
         """A weight (O, I) with its metric, of mean 1 on the diagonal, and with the importance of its rows."""
         stored: Tensor = weight.stored  # type: ignore[assignment]
-        dense = stored.detach().float()
+        dense = stored.detach().float().flatten(1)
         second = self.inputs[weight.tensor_name].to(dense.device).double()
-        counts = None if importance is None else importance.to(dense)
+        counts = None if importance is None else importance.to(dense).flatten(1)
         own, kept = second.diagonal(), 1 - self.damping
         if any(isinstance(place.module, nn.Embedding | nn.EmbeddingBag) for place in weight.places):
             kept = min(kept, LOOKED_UP)

@@ -1,5 +1,7 @@
 """`encode: feedback`: the layers' inputs, measured; weights, encoded by their outputs' errors."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from fairseq_quant_noise.quantization.quantize import quantized_state
 
 PLAN = {"stages": [{"match": ".*", "block_size": 4, "n_centroids": 8}], "encode": "feedback"}
 PLAIN = PLAN | {"encode": "plain"}
+KINDS = ("plain", "feedback")
 
 
 def network(seed=0):
@@ -52,6 +55,76 @@ def test_measured_are_the_second_moments_over_all_inputs():
     torch.testing.assert_close(found["2.weight"], hidden.t() @ hidden / 30)
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+CONVOLUTIONS = {
+    "grouped, strided": (nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), (3, 6, 9, 11)),
+    "depthwise, dilated": (nn.Conv2d(4, 4, 5, padding="same", dilation=(1, 2), groups=4), (2, 4, 8, 9)),
+    "1x1": (nn.Conv2d(4, 6, 1, stride=2), (2, 4, 7, 5)),
+    "one dimension": (nn.Conv1d(4, 5, 3, stride=2, padding=2), (2, 4, 12)),
+    "reflected": (nn.Conv2d(4, 6, (1, 3), padding=(0, 1), padding_mode="reflect"), (2, 4, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_the_moments_of_a_convolution_are_those_of_what_its_kernels_see(name):
+    """The mean square of its outputs without bias, of each group, is w M w^T with the mean moments of the groups."""
+    module, shape = CONVOLUTIONS[name]
+    torch.manual_seed(3)
+    x = torch.randn(shape)
+    kernel = torch.randn(module.weight[0].shape)
+    with torch.no_grad():
+        module.weight.copy_(kernel.expand_as(module.weight))  # all rows alike: then each output sees the mean of groups
+        module.bias.zero_()
+        squares = module(x).square().mean()
+    with measuring_inputs(nn.Sequential(module), ["0"]) as found:
+        module(x)
+    flat = kernel.flatten()
+    torch.testing.assert_close(flat @ found["0.weight"] @ flat, squares)
+
+
+def test_an_image_smaller_than_the_kernel_is_seen_in_its_middle():
+    """As by a module that pads for itself, such as timm's Conv2dSame, whose `padding` is 0."""
+    module = nn.Conv2d(1, 1, 3)
+    with measuring_inputs(nn.Sequential(module), ["0"]) as found, contextlib.suppress(RuntimeError):
+        module(torch.full((1, 1, 1, 1), 2.0))
+    assert found["0.weight"].nonzero().tolist() == [[4, 4]]
+    assert found["0.weight"][4, 4] == 4
+
+
+@pytest.mark.parametrize(("kernel", "groups"), [(1, 1), (3, 1), (3, 16)])
+def test_a_convolutions_outputs_are_nearer_than_by_k_means(kernel, groups):
+    def built():
+        torch.manual_seed(5)
+        return nn.Sequential(nn.Conv2d(16, 64, kernel, padding=kernel // 2, groups=groups))
+
+    def images(seed):
+        """Neighbours and channels are correlated."""
+        noise = torch.randn(16, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+        mixed = torch.einsum("nchw,cd->ndhw", noise, torch.randn(16, 16, generator=torch.Generator().manual_seed(9)))
+        return nn.functional.avg_pool2d(mixed, 3, stride=1, padding=1)
+
+    def error(model):
+        with torch.no_grad():
+            return float((model(images(2)) - built()(images(2))).square().sum())
+
+    plan = {"stages": [{"match": ".*", "block_size": 4 if kernel == 1 else 3, "n_centroids": 8}]}
+    plain, fed = (quantize_(built(), plan | {"encode": how}, calibration=[images(1)], progress=quiet) for how in KINDS)
+    assert error(fed) < 0.8 * error(plain)
+
+
+def test_a_weight_that_only_zeros_reach_is_encoded_plainly():
+    lines = []
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.Linear(16, 16))
+    with torch.no_grad():
+        model[2].weight.zero_(), model[2].bias.zero_()
+    quantize_(
+        model,
+        {"stages": [{"match": "[03]", "block_size": 4, "n_centroids": 8}], "encode": "feedback"},
+        calibration=[inputs()],
+        progress=lines.append,
+    )
+    assert "note: without error feedback, since no product's inputs were measured: 3" in lines
 
 
 def test_a_tied_weight_is_measured_where_it_multiplies():

@@ -39,19 +39,19 @@ def test_from_a_folder_to_the_table_and_again(tmp_path):
     write_glue(tmp_path / "data/MNLI", 16, 8)
     arguments = ["folder", "out", "--data", "data", "--task", "mnli"]
     settings = {"SEEDS": "1", "NOISES": "0.1", "UPDATES": "2", "IPQ_UPDATES": "2"}
-    settings["METHODS"] = "posthoc@once budget@best"
+    settings["METHODS"] = "posthoc@once posthoc@feedback budget@best"
     done = recipe("posthoc.sh", *arguments, cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "out/posthoc.jsonl").read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["dense", "budget@best", "posthoc@once"]
+    assert [line["method"] for line in lines] == ["dense", "budget@best", "posthoc@feedback", "posthoc@once"]
     assert all(line["score"] in [round(100 * n / 24, 2) for n in range(25)] for line in lines)
     packed = tmp_path / "out/mnli/seed-1/noise-0.1/budget@best.safetensors"
     assert lines[1]["bytes"] == packed.stat().st_size
-    assert lines[1]["bytes"] <= lines[2]["bytes"]
+    assert lines[1]["bytes"] <= lines[3]["bytes"]
     assert len(read(packed).manifest.tensors) > 0
     table = (tmp_path / "out/table.md").read_text().splitlines()
     assert table[0] == "| network | task | noise | method | seeds | score | before | file MiB | ratio | ms a sentence |"
-    assert [row.split(" | ")[3] for row in table[2:]] == ["dense", "budget@best", "posthoc@once"]
+    assert [row.split(" | ")[3] for row in table[2:]] == ["dense", "budget@best", "posthoc@feedback", "posthoc@once"]
     again = recipe("posthoc.sh", *arguments, cwd=tmp_path, **settings)
     assert "[step]" not in again.stdout
     assert again.stdout.endswith("\n".join(table) + "\n")
@@ -84,13 +84,23 @@ def test_an_image_network_is_compressed_as_published_by_its_own_answers(tmp_path
     arguments = [str(tmp_path / "weights.pth"), *(f"--set={key}={value}" for key, value in options.items())]
     arguments += ["--image-size", "32", "--crop-ratio", "1.0", "--normalization", "inception"]
     from_timm.main([*arguments, "--arch", "quant_noise_efficientnet_lite0", "--out", str(tmp_path / "net.pt")])
-    settings = {"SEEDS": "1", "NOISES": "0", "IPQ_UPDATES": "2", "METHODS": "efficientnet_lite@once budget@best"}
+    settings = {
+        "SEEDS": "1",
+        "NOISES": "0",
+        "IPQ_UPDATES": "2",
+        "METHODS": "efficientnet_lite@feedback efficientnet_lite@once budget@best",
+    }
     done = recipe("posthoc.sh", "net.pt", "out", "--data", "data", "--task", "images", cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = [json.loads(line) for line in (tmp_path / "out/posthoc.jsonl").read_text().splitlines()]
-    assert [line["method"] for line in lines] == ["dense", "budget@best", "efficientnet_lite@once"]
+    assert [line["method"] for line in lines] == [
+        "dense",
+        "budget@best",
+        "efficientnet_lite@feedback",
+        "efficientnet_lite@once",
+    ]
     assert all(line["score"] in [round(100 * n / 18, 2) for n in range(19)] for line in lines)
-    assert lines[1]["bytes"] <= lines[2]["bytes"]
+    assert lines[1]["bytes"] <= lines[3]["bytes"]
 
 
 @pytest.mark.parametrize(
