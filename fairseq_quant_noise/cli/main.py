@@ -17,6 +17,8 @@ from ..structure.layer_map import START
 
 #: The claims that `bench` can measure: the programs in benchmarks/.
 CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "generate", "growth", "ranks", "sizes")
+#: `deployment.products.PRODUCTS`, whose module needs torch.
+PRODUCTS = ("float", "int8", "int4")
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -228,6 +230,13 @@ _VERBS = {
                 metavar="PART",
                 help="of a RoBERTa, the head whose classes are scored (default: words); of a model for translation, "
                 "encoder or decoder",
+            ),
+            _option(
+                "--products",
+                choices=PRODUCTS,
+                default=PRODUCTS[0],
+                help="how weights in integers are multiplied: float, by the decoded weight (default); int8, in whole "
+                "numbers, with inputs of 8 bits; int4, as int8, but int4 weights stay in 4 bits in memory",
             ),
         ],
     ),
