@@ -16,7 +16,7 @@ from ..plan.vocabulary import FEEDBACK, PLAIN
 from ..structure.layer_map import START
 
 #: The claims that `bench` can measure: the programs in benchmarks/.
-CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "generate", "growth", "ranks", "sizes")
+CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "graphs", "generate", "growth", "ranks", "sizes")
 #: `deployment.products.PRODUCTS`, whose module needs torch.
 PRODUCTS = ("float", "int8", "int4")
 
@@ -229,7 +229,7 @@ _VERBS = {
                 "--part",
                 metavar="PART",
                 help="of a RoBERTa, the head whose classes are scored (default: words); of a model for translation, "
-                "encoder or decoder",
+                "encoder or decoder; or source and step, and of a language model step, where a word costs a step",
             ),
             _option(
                 "--products",

@@ -24,7 +24,7 @@ class _Traced(nn.Module):
         super().__init__()
         self.network, self.part = network, part
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         return self.part.run(*inputs)
 
 
@@ -62,7 +62,7 @@ def trace(network: nn.Module, part: Part, inputs: Mapping[str, Mapping[str, Any]
     for i, tensor in enumerate(network.state_dict().values()):
         tensor.fill_(i)  # the tracer takes equal tensors for one
     content: Any = io.BytesIO()  # which only the newer way does not take
-    open_sizes = {name: given.sizes for name, given in part.inputs.items()} | {part.output: part.sizes}
+    open_sizes = {name: given.sizes for name, given in part.inputs.items()} | part.outputs
     with warnings.catch_warnings():  # of torch: that this way of tracing is an old one, and follows one branch
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -74,7 +74,7 @@ def trace(network: nn.Module, part: Part, inputs: Mapping[str, Mapping[str, Any]
             do_constant_folding=False,
             opset_version=OPSET,
             input_names=[*part.inputs],
-            output_names=[part.output],
+            output_names=[*part.outputs],
             dynamic_axes={key: {i: n for i, n in enumerate(sizes) if n} for key, sizes in open_sizes.items()},
         )
     return content.getvalue()
