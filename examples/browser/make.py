@@ -57,7 +57,7 @@ def make(file: Path, corpus: Path, out: Path, products: str) -> None:
     expected, found = packed.manifest.model.get("vocab_size"), len(about["words"])
     if expected != found:
         raise UserError(f"--corpus {corpus}: dict.txt has {found} words, but {file} {expected}; give the model's own")
-    content = onnx_model(file, packed, None, products)
+    content = onnx_model(file, packed, "step", products)
     out.mkdir(parents=True, exist_ok=True)
     (out / "model.onnx").write_bytes(content)
     about["dense_bytes"] = inspection(file, packed)["dense_bytes"]

@@ -21,13 +21,19 @@ async function load() {
   return { pieces: new Pieces(about), session };
 }
 
-// The scores of the word after the numbers.
+// Computes the scores of the word after the numbers. It keeps the keys and values of those that it has seen, so that
+// each word costs a step of the network (`export-onnx --part step`).
 function scorer(session) {
+  const sizes = session.inputMetadata.find(({ name }) => name === "past").shape;
+  const [layers, two, , heads, , channels] = sizes;
+  let past = new ort.Tensor("float32", new Float32Array(0), [layers, two, 1, heads, 0, channels]);
+  let seen = 0;
   return async (numbers) => {
-    const tokens = new ort.Tensor("int64", BigInt64Array.from(numbers, BigInt), [1, numbers.length]);
-    const { scores } = await session.run({ tokens });
-    const words = scores.dims[2];
-    return scores.data.subarray((numbers.length - 1) * words);
+    const fresh = BigInt64Array.from(numbers.slice(seen), BigInt);
+    const tokens = new ort.Tensor("int64", fresh, [1, fresh.length]);
+    const { scores, present } = await session.run({ tokens, past });
+    [past, seen] = [present, numbers.length];
+    return scores.data.subarray((fresh.length - 1) * scores.dims[2]);
   };
 }
 

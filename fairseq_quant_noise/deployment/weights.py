@@ -28,7 +28,7 @@ from ..layers.registry import QuantizedTensor
 from ..scalar import SCHEMES
 from ..utils.bits import pack_bits, unpack_bits
 from .builder import Builder
-from .codes import add_codes
+from .codes import add_codes, add_rows_of_codes
 
 #: The schemes of packed files that have a form in ONNX.
 KNOWN = ("pq", *SCHEMES)
@@ -76,12 +76,16 @@ def add_rows(graph: Builder, packed: Packed, name: str, numbers: str, output: st
         output: the name of the rows.
     """
     entry = packed.manifest.tensors[name]
-    codes = (_pq_codes if entry.scheme == "pq" else _int_codes)(graph, packed, name, entry)
-    found = graph.compute(f"{output}.codes", "Gather", codes, numbers)  # (..., I), or (..., blocks a row)
+    if entry.scheme != "pq" and entry.code_bits == 8:
+        found = graph.compute(f"{output}.codes", "Gather", _int_codes(graph, packed, name, entry), numbers)
+    else:  # (..., I), or (..., blocks a row)
+        of_file, shape = f"{name}.{CODES}", (entry.shape[0], entry.n_codes // entry.shape[0])
+        codes, bits = packed.tensors[of_file], entry.code_bits
+        found = add_rows_of_codes(graph, of_file, codes, bits, shape, numbers, f"{output}.codes")
     if entry.scheme == "pq":
         outer = graph.compute(f"{output}.outer", "Shape", numbers)
-        shape = graph.compute(f"{output}.shape", "Concat", outer, graph.numbers(*entry.shape[1:]), axis=0)
-        return _add_blocks(graph, output, found, _centroids(graph, packed, name, entry), shape)
+        size = graph.compute(f"{output}.shape", "Concat", outer, graph.numbers(*entry.shape[1:]), axis=0)
+        return _add_blocks(graph, output, found, _centroids(graph, packed, name, entry), size)
     of_rows = []
     for key, tensor in zip(("scale", "zero"), _affine(packed, name, len(entry.shape)), strict=True):
         stored = graph.store(f"{name}.{key}", tensor)  # (1, 1) or (rows, 1)
