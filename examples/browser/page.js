@@ -15,6 +15,7 @@ async function load() {
     fetch("model.onnx").then((found) => found.arrayBuffer()),
   ]);
   const session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"] });
+  await scorer(session)([2]); // the first step of a session takes longer
   at("facts").textContent =
     `The model has ${mib(model.byteLength)} MiB; the dense network has ${mib(about.dense_bytes)} MiB. ` +
     `Nothing you type leaves this page.`;
