@@ -7,6 +7,7 @@ RoBERTa-base with a head of three classes and random weights, batch x tokens, al
 by channel and 4-bit weights (MatMulNBits). Needs onnxruntime, onnx and onnx_ir, and 6 GB.
 """
 
+import argparse
 import copy
 import functools
 import importlib.util
@@ -33,6 +34,13 @@ FORMS = {
     "int4 as int8": ("int4", "int8"),
     "int4": ("int4", "int4"),
 }
+
+
+def need_onnxruntime(options: argparse.ArgumentParser) -> None:
+    """End the program where a package is missing."""
+    missing = [name for name in ("onnxruntime", "onnx", "onnx_ir") if importlib.util.find_spec(name) is None]
+    if missing:
+        options.exit(2, f"error: {missing[0]} is not installed; run: pip install onnxruntime onnx onnx_ir\n")
 
 
 def quantized(dense: nn.Module, form: str) -> nn.Module:
@@ -95,9 +103,7 @@ def main() -> None:
     options.add_argument("--cases", type=case, nargs="+", default=[(1, 128), (1, 16)], metavar="BxT")
     options.add_argument("--layers", type=positive, default=12)
     args = options.parse_args()
-    missing = [name for name in ("onnxruntime", "onnx", "onnx_ir") if importlib.util.find_spec(name) is None]
-    if missing:
-        options.exit(2, f"error: {missing[0]} is not installed; run: pip install onnxruntime onnx onnx_ir\n")
+    need_onnxruntime(options)
     torch.set_num_threads(args.threads)
     claims, sizes = measure(args.cases, args.layers, args.repeats, args.threads)
     report(claims, args.json)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from encoder import HEAD, with_random_codes
+from graphs import need_onnxruntime
 from side_by_side import machine, parser, positive
 from torch import nn
 
@@ -132,6 +133,7 @@ def main() -> None:
     options = parser(__doc__, repeats=9)
     options.add_argument("--layers", type=positive, default=12)
     args = options.parse_args()
+    need_onnxruntime(options)
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:

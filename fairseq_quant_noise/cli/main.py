@@ -16,7 +16,7 @@ from ..plan.vocabulary import FEEDBACK, PLAIN
 from ..structure.layer_map import START
 
 #: The claims that `bench` can measure: the programs in benchmarks/.
-CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "graphs", "generate", "growth", "ranks", "sizes")
+CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "graphs", "phone", "generate", "growth", "ranks", "sizes")
 #: `deployment.products.PRODUCTS`, whose module needs torch.
 PRODUCTS = ("float", "int8", "int4")
 
