@@ -206,9 +206,8 @@ def causal_mask(padding: Tensor) -> Tensor | None:
     keys = key_mask(padding)
     if keys is None:
         return None
-    length = padding.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
-    return causal & keys
+    places = torch.arange(padding.shape[1], device=padding.device)
+    return (places <= places[:, None]) & keys  # not `tril`: of truth values, older onnxruntimes have none
 
 
 def key_mask(padding: Tensor) -> Tensor | None:
