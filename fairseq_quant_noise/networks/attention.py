@@ -113,7 +113,7 @@ class Attention(nn.Module):
             k, v = self.keys_values(x if memory is None else memory)
         if past is not None:
             k, v = past.extend(k, v)
-        if mask is not None and torch.jit.is_tracing():  # for ONNX, where one of truth values costs a look for NaN
+        if mask is not None and torch.onnx.is_in_onnx_export():  # one of truth values would cost a look for NaN
             mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min)
         is_causal = self.causal and mask is None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)  # (B, H, T, C/H)

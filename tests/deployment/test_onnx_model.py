@@ -143,6 +143,17 @@ def test_onnxruntime_1_17_has_every_operator_of_a_language_model(tmp_path):
     assert "Trilu" not in used
 
 
+def test_a_row_of_padding_alone_has_scores_and_leaves_the_others_theirs(tmp_path):
+    """A mask of large negative numbers needs no look for NaN, which cost 6 % of a RoBERTa's time."""
+    path, tokens = packed_file(tmp_path), texts()[2]
+    tokens[1] = PAD
+    content = onnx_model(path, read(path))
+    found = scores(runtime(content), tokens=tokens)
+    assert found.isfinite().all()
+    same(found[:1], decoded(load(path), tokens)[:1])
+    assert "IsNaN" not in {node.op_type for node in onnx.load_model_from_string(content).graph.node}
+
+
 def test_the_verb_writes_the_model(tmp_path, capsys):
     path, out = packed_file(tmp_path), tmp_path / "model.onnx"
     main(["export-onnx", str(path), "--out", str(out)])
