@@ -33,7 +33,7 @@ def spendable(x: Tensor) -> bool:
 
     A large tensor costs more to allocate than to fill. A graph has its own memory, and no_grad leaves hooks their x.
     """
-    return torch.is_inference_mode_enabled() and not in_graph() and x.is_inference()
+    return not in_graph() and torch.is_inference_mode_enabled() and x.is_inference()
 
 
 def activate(x: Tensor, name: str) -> Tensor:
