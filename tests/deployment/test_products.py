@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from exported import LM, PAD, ROBERTA, decoded, packed_file, runtime, scores, texts
+from exported import LM, PAD, ROBERTA, TRANSLATION, decoded, packed_file, runtime, scores, texts
 from toys import refuses
 
 from fairseq_quant_noise import load
@@ -110,6 +110,35 @@ def test_other_files_have_their_inputs_rounded_as_they_come(plan, products, oper
     difference = largest(found, expected, tokens.ne(PAD))
     assert nodes(content)[operator] == count
     assert difference < 1e-5 if products == "float" else 1e-4 < difference < 0.1
+
+
+def test_a_head_s_classes_are_products_in_whole_numbers_too(tmp_path):
+    """They multiply rows (B, C) and add a bias in one operator, Gemm."""
+    path, tokens = packed_file(tmp_path, "roberta", ROBERTA, ints(8)), texts()[2]
+    content, expected = model_of(path, "int8", "mnli"), decoded(load(path), tokens, "mnli")
+    found = scores(runtime(content), tokens=tokens)
+    assert (nodes(content)["MatMulInteger"], nodes(content)["Gemm"]) == (14, 0)
+    assert 1e-4 < largest(found, expected, slice(None)) < 0.1
+
+
+def test_a_translation_with_rounded_inputs_scores_as_in_torch_in_steps_and_whole(tmp_path):
+    tokens, source = texts()[1], texts()[2][:1, :9]
+    path = packed_file(
+        tmp_path,
+        "transformer",
+        TRANSLATION,
+        ints(8) | ROUNDED,
+        calibration=[{"src_tokens": source, "prev_output_tokens": tokens}],
+    )
+    network, past = load(path), load(path).decoder.new_past(1)
+    memory = scores(runtime(model_of(path, "int8", "source")), source=source)
+    found = scores(runtime(model_of(path, "int8", "step")), tokens=tokens, past=past, memory=memory, source=source)
+    with torch.inference_mode():
+        expected = network(source, tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    encoded = scores(runtime(model_of(path, "int8", "encoder")), source=source)
+    whole = scores(runtime(model_of(path, "int8", "decoder")), tokens=tokens, memory=encoded, source=source)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("width", [16, 24, 136], ids="{} inputs".format)
