@@ -16,7 +16,9 @@ from ..plan.vocabulary import FEEDBACK, PLAIN
 from ..structure.layer_map import START
 
 #: The claims that `bench` can measure: the programs in benchmarks/.
-CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "generate", "growth", "ranks", "sizes")
+CLAIMS = ("noise", "finetune", "encode", "infer", "encoder", "graphs", "phone", "generate", "growth", "ranks", "sizes")
+#: `deployment.products.PRODUCTS`, whose module needs torch.
+PRODUCTS = ("float", "int8", "int4")
 
 
 def _option(*flags: str, **settings: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -227,7 +229,14 @@ _VERBS = {
                 "--part",
                 metavar="PART",
                 help="of a RoBERTa, the head whose classes are scored (default: words); of a model for translation, "
-                "encoder or decoder",
+                "encoder or decoder; or source and step, and of a language model step, where a word costs a step",
+            ),
+            _option(
+                "--products",
+                choices=PRODUCTS,
+                default=PRODUCTS[0],
+                help="how weights in integers are multiplied: float, by the decoded weight (default); int8, in whole "
+                "numbers, with inputs of 8 bits; int4, as int8, but int4 weights stay in 4 bits in memory",
             ),
         ],
     ),

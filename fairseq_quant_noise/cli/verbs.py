@@ -156,7 +156,7 @@ def to_dense(args: argparse.Namespace) -> None:
 def export_onnx(args: argparse.Namespace) -> None:
     """Write the network of a packed file as an ONNX model, about as small, which onnxruntime runs without torch."""
     check_out(args.out, args.file)
-    content = onnx_model(args.file, read(args.file), args.part)
+    content = onnx_model(args.file, read(args.file), args.part, args.products)
     replace_file(args.out, content)
     file_bytes = Path(args.file).stat().st_size
     print(f"{args.out}: {len(content) / MIB:.3f} MiB, from a packed file of {file_bytes / MIB:.3f} MiB")

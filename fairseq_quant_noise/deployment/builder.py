@@ -1,5 +1,6 @@
 """Collect the initializers and nodes of an ONNX graph; a tensor goes by its name."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,11 +33,12 @@ class Builder:
         """An initializer of these whole numbers, such as a shape; returns its name."""
         return self.store(".".join(("numbers", *map(str, values))), torch.tensor(values))
 
-    def compute(self, output: str, operator: str, *inputs: str, **attributes: Any) -> str:
-        """A node, whose one output is the tensor `output`; returns that name."""
-        self._names.add(output)
-        self.nodes.append(self._onnx.helper.make_node(operator, inputs, [output], **attributes))
-        return output
+    def compute(self, output: str | Sequence[str], operator: str, *inputs: str, **attributes: Any) -> str:
+        """A node, whose output is the tensor `output`, or several; returns that name, or the first."""
+        outputs = [output] if isinstance(output, str) else [*output]
+        self._names.update(outputs)
+        self.nodes.append(self._onnx.helper.make_node(operator, inputs, outputs, **attributes))
+        return outputs[0]
 
     def cast(self, output: str, given: str, to: str = "FLOAT") -> str:
         """The tensor `given` in another of ONNX's types, as the tensor `output`; returns that name."""

@@ -3,7 +3,8 @@
 They exist so that a packed file runs where fairseq is not installed. The projections are called as modules: each
 reads its own `weight` (noised, or decoded from codes) at use. Dropout is left alone.
 
-Shapes: B batch, T tokens, S tokens of the memory (the encoder's output), C channels, M channels of the memory, H heads.
+Shapes: B batch, T tokens, S tokens of the memory (the encoder's output), P tokens before, C channels, M channels of the
+memory, H heads, L layers.
 """
 
 from collections.abc import Callable
@@ -32,12 +33,46 @@ def spendable(x: Tensor) -> bool:
 
     A large tensor costs more to allocate than to fill. A graph has its own memory, and no_grad leaves hooks their x.
     """
-    return torch.is_inference_mode_enabled() and not in_graph() and x.is_inference()
+    return not in_graph() and torch.is_inference_mode_enabled() and x.is_inference()
 
 
 def activate(x: Tensor, name: str) -> Tensor:
     """The nonlinearity `name`, one of ACTIVATIONS, of a tensor (...) that the caller does not read again: (...)."""
     return (_IN_PLACE.get(name, ACTIVATIONS[name]) if spendable(x) else ACTIVATIONS[name])(x)
+
+
+class Past:
+    """Keys and values of the tokens before, so that a token costs a step and not the whole text again.
+
+    Each attention to its own sequence takes its part when it is called, in the order of the layers.
+
+    Args:
+        keys_values: (L, 2, B, H, P, C/H); P may be 0.
+    """
+
+    def __init__(self, keys_values: Tensor) -> None:
+        self._before = keys_values
+        self._made: list[Tensor] = []
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return self._before.shape[4]
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of a layer's new tokens, (B, H, T, C/H) each, after those before: (B, H, P + T, C/H) each."""
+        both = torch.cat([self._before[len(self._made)], torch.stack([k, v])], 3)  # (2, B, H, P + T, C/H)
+        self._made.append(both)
+        return both[0], both[1]
+
+    def present(self) -> Tensor:
+        """What `keys_values` is at the next call, (L, 2, B, H, P + T, C/H), once every layer has been called."""
+        return torch.stack(self._made)
+
+    def mask(self, n_tokens: int) -> Tensor:
+        """Which keys each of the T new tokens sees, those up to itself: (T, P + T) bool."""
+        keys = torch.arange(self.length + n_tokens, device=self._before.device)
+        return keys <= keys[self.length :, None]
 
 
 class Attention(nn.Module):
@@ -59,19 +94,34 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None, past: Past | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C).
 
         Args:
             x: (B, T, C).
-            mask: None where no key is padding, else what `causal_mask` (or, if not `causal`, `key_mask`) returns.
-            memory: (B, S, M), or None for attention to its own sequence.
+            mask: None where no key is padding, else what `causal_mask` (or, if not `causal`, `key_mask`) returns; with
+                `past`, its own.
+            memory: (B, S, M), or its keys and values (2, B, H, S, C/H), or None for attention to its own sequence.
+            past: the keys and values of the tokens before, for attention to its own sequence.
         """
-        keys = x if memory is None else memory
-        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(keys)), self._heads(self.v_proj(keys))
+        q = self._heads(self.q_proj(x))
+        if memory is not None and memory.dim() == 5:
+            k, v = memory.unbind()
+        else:
+            k, v = self.keys_values(x if memory is None else memory)
+        if past is not None:
+            k, v = past.extend(k, v)
+        if mask is not None and torch.onnx.is_in_onnx_export():  # one of truth values would cost a look for NaN
+            mask = torch.where(mask, 0.0, torch.finfo(q.dtype).min)
         is_causal = self.causal and mask is None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)  # (B, H, T, C/H)
         return self.out_proj(y.transpose(1, 2).flatten(2))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a sequence (B, T, M): (B, H, T, C/H) each."""
+        return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
 
     def _heads(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, H, T, C/H)."""
@@ -120,9 +170,10 @@ class TransformerLayer(nn.Module):
         mask: Tensor | None = None,
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
-        """x: (B, T, C) -> (B, T, C); memory (B, S, M), and the masks as in `Attention`."""
-        x = self._block(x, self.self_attn_layer_norm, lambda y: self.self_attn(y, mask))
+        """x: (B, T, C) -> (B, T, C); memory (B, S, M), the masks and the past as in `Attention`."""
+        x = self._block(x, self.self_attn_layer_norm, lambda y: self.self_attn(y, mask, past=past))
         attend, norm = self.encoder_attn, self.encoder_attn_layer_norm
         if attend is not None and norm is not None:
             x = self._block(x, norm, lambda y: attend(y, memory_mask, memory))
@@ -155,9 +206,8 @@ def causal_mask(padding: Tensor) -> Tensor | None:
     keys = key_mask(padding)
     if keys is None:
         return None
-    length = padding.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=padding.device).tril()
-    return causal & keys
+    places = torch.arange(padding.shape[1], device=padding.device)
+    return (places <= places[:, None]) & keys  # not `tril`: of truth values, older onnxruntimes have none
 
 
 def key_mask(padding: Tensor) -> Tensor | None:

@@ -1,21 +1,21 @@
 """Implement fairseq's `TransformerDecoder` in plain PyTorch, for a language model and a model for translation.
 
-Module paths, parameter and buffer names and results are fairseq's. Dropout, LayerDrop and incremental decoding are
-left alone.
+Module paths, parameter and buffer names and results are fairseq's. Dropout and LayerDrop are left alone.
 
-Shapes: B batch, T tokens, S tokens of the memory (the encoder's output), C channels, M channels of the memory,
-V vocabulary.
+Shapes: B batch, T tokens, S tokens of the memory (the encoder's output), P tokens before, C channels, M channels of the
+memory, V vocabulary, L layers, H heads.
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from .adaptive import AdaptiveInput, AdaptiveSoftmax, new_embedding
-from .attention import TransformerLayer, causal_mask
+from .attention import Past, TransformerLayer, causal_mask
 from .decoder_config import TransformerLMConfig
-from .positions import check_length, new_positions, number_positions
+from .positions import SinusoidalPositions, check_length, new_positions, number_positions
 
 
 class TransformerDecoder(nn.Module):
@@ -51,29 +51,52 @@ class TransformerDecoder(nn.Module):
         else:
             self.output_projection = _output_projection(config, self.embed_tokens)
 
-    def forward(self, tokens: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
         """tokens: (B, T) int64 -> (B, T, V), logits or (adaptive softmax) log-probabilities.
 
         Args:
-            tokens: the words so far.
-            memory: (B, S, M), what the encoder made of the source.
+            tokens: the words so far; with `past`, those that are new, without padding.
+            memory: (B, S, M), what the encoder made of the source, or what `memory_keys` makes of that.
             memory_mask: `key_mask` of the source.
+            past: the keys and values of the words before.
         """
-        x = self.features(tokens, memory, memory_mask)
+        x = self.features(tokens, memory, memory_mask, past)
         return self.adaptive_softmax(x) if self.config.adaptive_softmax_cutoff else self.output_projection(x)
 
-    def features(self, tokens: Tensor, memory: Tensor | None = None, memory_mask: Tensor | None = None) -> Tensor:
+    def features(
+        self,
+        tokens: Tensor,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        past: Past | None = None,
+    ) -> Tensor:
         """What the softmax sees: (B, T) int64 -> (B, T, decoder_output_dim)."""
-        x = self._embed(tokens)
-        mask = causal_mask(tokens.eq(self.config.padding_idx))
-        for layer in self.layers:
-            x = layer(x, mask, memory, memory_mask)
+        x = self._embed(tokens, 0 if past is None else past.length)
+        mask = causal_mask(tokens.eq(self.config.padding_idx)) if past is None else past.mask(tokens.shape[1])
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, memory[i] if memory is not None and memory.dim() == 6 else memory, memory_mask, past)
         if self.layer_norm is not None:
             x = self.layer_norm(x)
         return x if self.project_out_dim is None else self.project_out_dim(x)
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, C)."""
+    def memory_keys(self, memory: Tensor) -> Tensor:
+        """The keys and values of each layer's attention to the memory (B, S, M): (L, 2, B, H, S, C/H)."""
+        attentions = (cast(TransformerLayer, layer).encoder_attn for layer in self.layers)
+        return torch.stack([torch.stack(attention.keys_values(memory)) for attention in attentions if attention])
+
+    def new_past(self, batch: int) -> Tensor:
+        """The `Past` before the first word: (L, 2, B, H, 0, C/H)."""
+        heads = self.config.decoder_attention_heads
+        return torch.zeros(len(self.layers), 2, batch, heads, 0, self.config.decoder_embed_dim // heads)
+
+    def _embed(self, tokens: Tensor, before: int) -> Tensor:
+        """(B, T) -> (B, T, C); so many words are before them."""
         config = self.config
         x = self.embed_tokens(tokens)
         if not config.no_scale_embedding:
@@ -82,8 +105,11 @@ class TransformerDecoder(nn.Module):
             x = x if project is None else project(x)
         if self.embed_positions is not None:
             if config.decoder_learned_pos:
-                check_length(tokens, "max_target_positions", config.max_target_positions)
-            x = x + self.embed_positions(number_positions(tokens, config.padding_idx)).to(x.dtype)
+                check_length(before + tokens.shape[1], "max_target_positions", config.max_target_positions)
+            elif isinstance(self.embed_positions, SinusoidalPositions):
+                self.embed_positions.reach(before + tokens.shape[1], tokens.device)
+            positions = number_positions(tokens, config.padding_idx)
+            x = x + self.embed_positions(positions + before if before else positions).to(x.dtype)
         return x if self.layernorm_embedding is None else self.layernorm_embedding(x)
 
 

@@ -88,7 +88,7 @@ class TransformerEncoder(nn.Module):
             x = x * math.sqrt(config.dim)
         if self.embed_positions is not None:
             if config.learned_positions is not None:
-                check_length(tokens, config.positions_option, config.learned_positions)
+                check_length(tokens.shape[1], config.positions_option, config.learned_positions)
             x = x + self.embed_positions(number_positions(tokens, config.padding_idx)).to(x.dtype)
         for after in (self.layernorm_embedding, self.quant_noise):
             x = x if after is None else after(x)

@@ -60,11 +60,15 @@ class SinusoidalPositions(nn.Module):
         self._table = torch.empty(0, dim)
 
     def forward(self, positions: Tensor) -> Tensor:
-        """positions: (B, T) int64 -> (B, T, C) fp32."""
-        needed = self.padding_idx + 1 + positions.shape[1]
-        if self._table.shape[0] < needed or self._table.device != positions.device:
-            self._table = sinusoids(needed, self.dim, self.padding_idx).to(positions.device)
+        """positions: (B, T) int64 -> (B, T, C) fp32; those of T tokens, or of more that `reach` was told of."""
+        self.reach(positions.shape[1], positions.device)
         return F.embedding(positions, self._table)
+
+    def reach(self, n_tokens: int, device: torch.device) -> None:
+        """Make the table long enough for rows of so many tokens."""
+        needed = self.padding_idx + 1 + n_tokens
+        if self._table.shape[0] < needed or self._table.device != device:
+            self._table = sinusoids(needed, self.dim, self.padding_idx).to(device)
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Tensor], prefix: str, *args: object) -> None:
         """Drop the buffers that other versions of fairseq store here (0.12.2, git main)."""
@@ -86,7 +90,7 @@ def new_positions(learned_rows: int | None, dim: int, padding_idx: int) -> nn.Mo
     return new_embedding(learned_rows + padding_idx + 1, dim, padding_idx)
 
 
-def check_length(tokens: Tensor, option: str, most: int) -> None:
-    """Raise UserError where a row of tokens (B, T) is longer than learned positions; `option` is fairseq's name."""
-    if tokens.shape[1] > most:
-        raise UserError(f"{tokens.shape[1]} tokens exceed {option} {most}; cut the text into shorter pieces")
+def check_length(n_tokens: int, option: str, most: int) -> None:
+    """Raise UserError where a row has more tokens than there are learned positions; `option` is fairseq's name."""
+    if n_tokens > most:
+        raise UserError(f"{n_tokens} tokens exceed {option} {most}; cut the text into shorter pieces")

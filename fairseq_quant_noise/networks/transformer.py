@@ -3,7 +3,7 @@
 It exists to evaluate a packed file where fairseq is not installed: module paths, parameter and buffer names, ties and
 results are those of `fairseq.models.transformer.TransformerModel`, so that a state dict of either loads strictly into
 the other. Every weight is read from its module when it is used, since the package may have replaced it by codes.
-Dropout, LayerDrop, incremental decoding, beam search and fairseq's losses are left alone.
+Dropout, LayerDrop, beam search and fairseq's losses are left alone.
 
 Shapes: B batch, S tokens of the source, T tokens of the target, M channels of the encoder, V vocabulary of the target.
 """

@@ -3,8 +3,7 @@
 It exists to evaluate a packed file where fairseq is not installed: module paths, parameter and buffer names,
 ties and results are those of `fairseq.models.transformer_lm.TransformerLanguageModel`, so that a state dict
 of either loads strictly into the other. Every weight is read from its module when it is used, since the
-package may have replaced it by codes. Dropout, LayerDrop, incremental decoding and fairseq's losses are left
-alone.
+package may have replaced it by codes. Dropout, LayerDrop and fairseq's losses are left alone.
 
 Shapes: B batch, T tokens, V vocabulary.
 """

@@ -1,6 +1,8 @@
 """The verb `bench`: the programs in benchmarks/, with what programs read of them."""
 
 import json
+import re
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +69,39 @@ def test_noise_sends_nothing_and_the_ranks_divide_the_work_of_a_stage():
     assert (alone["plain bytes"], alone["stage bytes"]) == (0, 0)
     assert two["noised bytes"] == two["plain bytes"] > 4 * two["numbers"]
     assert 0 < two["stage bytes"] < two["plain bytes"]
+
+
+@pytest.mark.parametrize("claim", ["graphs", "phone"])
+def test_without_onnxruntime_its_benchmarks_say_what_to_install(claim):
+    if find_spec("onnxruntime") and find_spec("onnx") and find_spec("onnx_ir"):
+        pytest.skip("onnxruntime is installed")
+    done = python(f"benchmarks/{claim}.py", "--layers", "1", fresh=False)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: onnx\w* is not installed; run: pip install onnxruntime onnx onnx_ir", last(done.stderr)
+    )
+
+
+@pytest.mark.slow
+def test_exported_models_are_measured_beside_onnxruntime_s_own_and_by_their_memory():
+    for name in ("onnxruntime", "onnx", "onnx_ir"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    few = ["--layers", "1", "--repeats", "1", "--threads", "1", "--json"]
+    done = python("benchmarks/graphs.py", *few, "--cases", "1x4", fresh=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    claims = json.loads(last(done.stdout))
+    assert len(claims) == 11
+    assert {claim["peer_name"] for claim in claims} == {"onnxruntime fp32", "onnxruntime int8", "onnxruntime 4-bit"}
+    done = python("benchmarks/phone.py", *few, fresh=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(last(done.stdout))
+    assert len(rows) == 2 * 6 * 2
+    assert all(row["seconds"] > 0 and row["at most"] >= row["at rest"] > 0 for row in rows)
+
+
+def last(text):
+    """The last line of a text."""
+    return text.splitlines()[-1]
 
 
 @pytest.mark.parametrize("option", ["--batches 0", "--threads -1", "--repeats x"])

@@ -136,6 +136,24 @@ def test_the_model_holds_codes_and_centroids_and_is_about_as_small(tmp_path):
     assert content == onnx_model(path, read(path))
 
 
+def test_onnxruntime_1_17_has_every_operator_of_a_language_model(tmp_path):
+    """It has no Trilu of truth values, by which a mask was made once; found by running the models in it."""
+    path = packed_file(tmp_path)
+    used = {node.op_type for node in onnx.load_model_from_string(onnx_model(path, read(path))).graph.node}
+    assert "Trilu" not in used
+
+
+def test_a_row_of_padding_alone_has_scores_and_leaves_the_others_theirs(tmp_path):
+    """A mask of large negative numbers needs no look for NaN, which cost 7 % of a RoBERTa's time."""
+    path, tokens = packed_file(tmp_path), texts()[2]
+    tokens[1] = PAD
+    content = onnx_model(path, read(path))
+    found = scores(runtime(content), tokens=tokens)
+    assert found.isfinite().all()
+    same(found[:1], decoded(load(path), tokens)[:1])
+    assert "IsNaN" not in {node.op_type for node in onnx.load_model_from_string(content).graph.node}
+
+
 def test_the_verb_writes_the_model(tmp_path, capsys):
     path, out = packed_file(tmp_path), tmp_path / "model.onnx"
     main(["export-onnx", str(path), "--out", str(out)])

@@ -52,9 +52,9 @@ def test_weights_that_one_model_cannot_hold_are_refused(file, monkeypatch):
 @pytest.mark.parametrize(
     ("network", "part", "cure"),
     [
-        ("transformer_lm", "encoder", "give no --part"),
+        ("transformer_lm", "encoder", "give no --part or --part step"),
         ("roberta", "nli", "give no --part or --part mnli or --part other"),
-        ("transformer", None, "give --part encoder or --part decoder"),
+        ("transformer", None, "give --part encoder or --part decoder or --part source or --part step"),
     ],
 )
 def test_a_part_that_the_network_does_not_have_is_refused_with_those_that_it_has(network, part, cure, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fairseq_quant_noise.networks.attention import ACTIVATIONS, TransformerLayer, activate
+from fairseq_quant_noise.networks.attention import ACTIVATIONS, TransformerLayer, activate, causal_mask
 
 MODES = {"inference mode": torch.inference_mode, "no_grad": torch.no_grad}
 
@@ -34,3 +34,18 @@ def test_a_sum_keeps_the_wider_type():
     layer = TransformerLayer(16, 32, 2, "gelu", normalize_before=True).eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert layer(torch.randn(2, 5, 16)).dtype == torch.float32
+
+
+def test_torch_compile_and_export_take_a_masked_layer_as_one_graph():
+    layer, x = TransformerLayer(16, 32, 2, "gelu", normalize_before=False).eval(), torch.randn(2, 3, 16)
+    mask = causal_mask(torch.tensor([[False, False, False], [False, True, True]]))
+    expected = layer(x, mask)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, mask), expected)
+    torch.testing.assert_close(torch.export.export(layer, (x, mask)).module()(x, mask), expected)
+
+
+def test_a_causal_mask_hides_later_words_and_padding():
+    mask = causal_mask(torch.tensor([[False, False, False], [False, False, True]]))
+    assert mask[:, 0].int().tolist() == [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [1, 1, 0], [1, 1, 0]]]
+    assert causal_mask(torch.zeros(2, 3, dtype=torch.bool)) is None

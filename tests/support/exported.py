@@ -45,10 +45,10 @@ def moved(model, seed=0):
     return model.eval()
 
 
-def packed_file(folder, name="transformer_lm", options=LM, plan=PQ, calibration=None, half=False):
+def packed_file(folder, name="transformer_lm", options=LM, plan=PQ, calibration=None, half=False, words=WORDS):
     """The path of a packed file of a small network."""
-    model = quantize_(moved(build(name, options, WORDS)), plan, calibration=calibration, progress=lambda line: None)
-    config = {"architecture": name, "cfg": {"model": options}, "vocab_size": WORDS, "padding_idx": PAD}
+    model = quantize_(moved(build(name, options, words)), plan, calibration=calibration, progress=lambda line: None)
+    config = {"architecture": name, "cfg": {"model": options}, "vocab_size": words, "padding_idx": PAD}
     save(model.half() if half else model, folder / "model.safetensors", plan, config)
     return folder / "model.safetensors"
 
