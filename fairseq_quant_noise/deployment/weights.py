@@ -3,6 +3,7 @@
     dense   NAME, or NAME.stored -> Cast
     pq      NAME.codes (rows, blocks a row) -> Cast -> Gather from NAME.centroids (K, d) -> Reshape
             centroids: fp16 -> Cast, or 8-bit codes as intN; once for all users of a shared codebook
+            with row scales: -> Mul NAME.scales (rows, 1, …), fp16 -> Cast
     intN    NAME.codes, of the weight's shape -> Cast -> Sub NAME.zero_point -> Mul NAME.scale
 
 Each makes the tensor NAME, floats as float32. Codes of less than 8 bits are unpacked first (`codes.py`). A runtime
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import Packed
-from ..layers.parts import AFFINE, CENTROIDS, CODES
+from ..layers.parts import AFFINE, CENTROIDS, CODES, SCALES
 from ..layers.registry import QuantizedTensor
 from ..scalar import SCHEMES
 from .builder import Builder
@@ -57,7 +58,12 @@ def _add_pq(graph: Builder, packed: Packed, name: str, entry: QuantizedTensor) -
     numbers = graph.cast(f"{codes}.numbers", codes, "INT32")
     centroids = _centroids(graph, packed, entry.codebook or name, entry.centroid_bits)
     blocks = graph.compute(f"{name}.blocks", "Gather", centroids, numbers)  # (rows, blocks a row, d)
-    return graph.compute(name, "Reshape", blocks, graph.numbers(*entry.shape))
+    if not entry.row_scales:
+        return graph.compute(name, "Reshape", blocks, graph.numbers(*entry.shape))
+    stored = packed.tensors[f"{name}.{SCALES}"].view(-1, *[1] * (len(entry.shape) - 1))
+    scales = graph.cast(f"{name}.{SCALES}.float32", graph.store(f"{name}.{SCALES}", stored))
+    unscaled = graph.compute(f"{name}.unscaled", "Reshape", blocks, graph.numbers(*entry.shape))
+    return graph.compute(name, "Mul", unscaled, scales)
 
 
 def _centroids(graph: Builder, packed: Packed, owner: str, bits: int) -> str:
