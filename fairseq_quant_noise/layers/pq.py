@@ -81,6 +81,7 @@ class PQWeight(PackedPQ):
             self.register_buffer(CENTROID_BITS, bits)
         self.bits = centroid_bits
         self._stored: tuple[Tensor, Tensor] | None = None  # (centroids at the last call, their fp16 or int8 rounding)
+        self._stored_scales: tuple[Tensor, Tensor] | None = None  # the same of the row scales
         self.shape = torch.Size(shape)
 
     codes: Tensor
@@ -135,7 +136,14 @@ class PQWeight(PackedPQ):
     def stored_scales(self) -> Tensor | None:
         """The row scales (rows,) as the file holds them, rounded to fp16, in the model's own dtype; None without."""
         scales = self._parameters[SCALES]
-        return None if scales is None else scales.half().to(scales.dtype)
+        if scales is None or torch.is_grad_enabled() or in_graph() or scales.device.type != "cpu":
+            return None if scales is None else scales.half().to(scales.dtype)
+        kept = self._stored_scales  # as `stored_centroids` does
+        if kept is None or kept[0].dtype != scales.dtype or not torch.equal(kept[0], scales):
+            with torch.inference_mode(False):
+                own = scales.detach().clone()
+                self._stored_scales = kept = own, own.half().to(own.dtype)
+        return kept[1]
 
     def decode(self) -> Tensor:
         """The dense weight, of `shape` (rows, …); in eval mode of centroids and scales as the file holds them.
@@ -211,7 +219,8 @@ class PQWeight(PackedPQ):
         flat, scales = numbers.flatten(), self._parameters[SCALES]
         found = self.stored_centroids().index_select(0, self.codes[flat].flatten().long())
         if scales is not None:
-            found = found.view(len(flat), -1) * scales[flat].half().to(scales.dtype)[:, None]
+            own = scales[flat, None]  # (n, 1): fewer than all, which `stored_scales` would round
+            found = found.view(len(flat), -1) * own.half().to(own.dtype)
         return found.view(*numbers.shape, *self.shape[1:])
 
     def facts(self) -> dict[str, Any]:
