@@ -109,6 +109,8 @@ SHARED_PLAN = {
     ]
 }
 #: The same in N bits, by the kinds of range, and in two schemes.
+SCALED_PLAN = {"stages": [stage | {"row_scales": True} for stage in SHARED_PLAN["stages"]]}
+
 INT_PLANS = {
     "int8": {"stages": [{"match": ".*", "scheme": "int8"}]},
     "int4 by channel": {"stages": [{"match": ".*", "scheme": "int4", "range": "channel"}]},
