@@ -23,6 +23,7 @@ from torch import nn
 from fairseq_quant_noise import quantize_, save
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.deployment import onnx_model
+from fairseq_quant_noise.networks import Roberta
 
 MATCHED = r".*(embed_tokens|layers\..*)"
 #: Ours: the file's form and the products of the model.
@@ -43,7 +44,7 @@ def need_onnxruntime(options: argparse.ArgumentParser) -> None:
         options.exit(2, f"error: {missing[0]} is not installed; run: pip install onnxruntime onnx onnx_ir\n")
 
 
-def quantized(dense: nn.Module, form: str) -> nn.Module:
+def quantized(dense: Roberta, form: str) -> nn.Module:
     """A copy of the network in a form that a packed file has."""
     model = copy.deepcopy(dense)
     if form.startswith("iPQ"):
@@ -52,16 +53,22 @@ def quantized(dense: nn.Module, form: str) -> nn.Module:
     plan = {"stages": [{"match": MATCHED, "scheme": form.split()[0], "range": "channel"}]}
     if "rounded" not in form:
         return quantize_(model, plan)
-    batches = [torch.randint(5, 50000, (2, 64), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    words = dense.config.vocab_size
+    batches = [torch.randint(5, words, (2, 64), generator=torch.Generator().manual_seed(i)) for i in range(2)]
     return quantize_(model, plan | {"activations": {"range": "tensor"}}, calibration=batches)
 
 
-def ours(dense: nn.Module, layers: int, folder: Path, threads: int) -> Iterator[tuple[str, Run, int]]:
+def ours(dense: Roberta, layers: int, folder: Path, threads: int) -> Iterator[tuple[str, Run, int]]:
     """Each of our forms: name, model, bytes."""
     import onnxruntime
 
     options = {"encoder_layers": layers, "classification_heads": {HEAD: [768, 3]}}
-    described = {"architecture": "roberta", "cfg": {"model": options}, "vocab_size": 50265, "padding_idx": 1}
+    described = {
+        "architecture": "roberta",
+        "cfg": {"model": options},
+        "vocab_size": dense.config.vocab_size,
+        "padding_idx": 1,
+    }
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = threads
     for name, (form, products) in FORMS.items():
@@ -74,10 +81,10 @@ def ours(dense: nn.Module, layers: int, folder: Path, threads: int) -> Iterator[
 
 
 def measure(
-    cases: list[tuple[int, int]], layers: int, repeats: int, threads: int
+    cases: list[tuple[int, int]], layers: int, words: int, repeats: int, threads: int
 ) -> tuple[list[Claim], dict[str, int]]:
     """The claims, and the bytes of each model."""
-    dense = network(layers)
+    dense = network(layers, words)
     runs: dict[str, Run] = {}
     sizes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +93,7 @@ def measure(
         runs[name], sizes[name] = run, size
     claims = []
     for batch, length in cases:
-        tokens = torch.randint(5, 50000, (batch, length))
+        tokens = torch.randint(5, words, (batch, length))
         seconds = rounds({name: functools.partial(run, tokens) for name, run in runs.items()}, repeats, rest=0.1)
         for name, (_, products) in FORMS.items():
             label = f"{batch}x{length}, {name}"
@@ -102,10 +109,11 @@ def main() -> None:
     options = parser(__doc__, repeats=9)
     options.add_argument("--cases", type=case, nargs="+", default=[(1, 128), (1, 16)], metavar="BxT")
     options.add_argument("--layers", type=positive, default=12)
+    options.add_argument("--words", type=positive, default=50265)
     args = options.parse_args()
     need_onnxruntime(options)
     torch.set_num_threads(args.threads)
-    claims, sizes = measure(args.cases, args.layers, args.repeats, args.threads)
+    claims, sizes = measure(args.cases, args.layers, args.words, args.repeats, args.threads)
     report(claims, args.json)
     if not args.json:
         print(", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items()))

@@ -90,17 +90,18 @@ def quantized(model: nn.Module, form: str) -> nn.Module:
     return quantize_(model, {"stages": [{"match": matched, "scheme": form, "range": "channel"}]})
 
 
-def models(layers: int, folder: Path) -> Iterator[tuple[str, str, str, Path, int]]:
+def models(layers: int, words: int | None, folder: Path) -> Iterator[tuple[str, str, str, Path, int]]:
     """Each model: its network, form and part, its path, and the bytes of the packed file."""
     for name, of in NETWORKS.items():
         side = "encoder" if name == "roberta" else "decoder"
         options = of["options"] | {f"{side}_layers": layers}
-        described = {"architecture": name, "cfg": {"model": options}, "vocab_size": of["words"], "padding_idx": 1}
+        size = words or of["words"]
+        described = {"architecture": name, "cfg": {"model": options}, "vocab_size": size, "padding_idx": 1}
         for label, (form, products) in {"dense": ("dense", "float"), **FORMS}.items():
             packed = folder / f"{name} {form}.safetensors"
             if not packed.exists():
                 torch.manual_seed(0)
-                model = build(name, options, of["words"]).eval()
+                model = build(name, options, size).eval()
                 save(model if form == "dense" else quantized(model, form), packed, {"stages": []}, described)
             path = folder / f"{name} {label}.onnx"
             path.write_bytes(onnx_model(packed, read(packed), of["part"], products))
@@ -132,12 +133,13 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__, repeats=9)
     options.add_argument("--layers", type=positive, default=12)
+    options.add_argument("--words", type=positive, help="of both (default: each network's own number)")
     args = options.parse_args()
     need_onnxruntime(options)
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for network, form, part, path, packed in models(args.layers, Path(folder)):
+        for network, form, part, path, packed in models(args.layers, args.words, Path(folder)):
             of = {"network": network, "form": form, "packed": packed}
             rows.append(of | {"file": path.stat().st_size} | measured(path, part, args.repeats))
             ready = converted(path)

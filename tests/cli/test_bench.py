@@ -1,12 +1,13 @@
 """The verb `bench`: the programs in benchmarks/, with what programs read of them."""
 
+import importlib
 import json
 import re
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-from lm_fixture import one_error
+from lm_fixture import ROOT, one_error
 from toys import python
 
 from fairseq_quant_noise.cli import main as cli
@@ -82,21 +83,32 @@ def test_without_onnxruntime_its_benchmarks_say_what_to_install(claim):
     )
 
 
-@pytest.mark.slow
-def test_exported_models_are_measured_beside_onnxruntime_s_own_and_by_their_memory():
+@pytest.fixture
+def onnxruntime():
     for name in ("onnxruntime", "onnx", "onnx_ir"):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    few = ["--layers", "1", "--repeats", "1", "--threads", "1", "--json"]
-    done = python("benchmarks/graphs.py", *few, "--cases", "1x4", fresh=False)
+
+
+@pytest.mark.slow
+def test_exported_models_are_measured_beside_onnxruntime_s_own(onnxruntime):
+    few = ["--layers", "1", "--words", "200", "--cases", "1x4", "--repeats", "1", "--threads", "1", "--json"]
+    done = python("benchmarks/graphs.py", *few, fresh=False)
     assert done.returncode == 0, done.stderr[-2000:]
     claims = json.loads(last(done.stdout))
     assert len(claims) == 11
     assert {claim["peer_name"] for claim in claims} == {"onnxruntime fp32", "onnxruntime int8", "onnxruntime 4-bit"}
-    done = python("benchmarks/phone.py", *few, fresh=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(last(done.stdout))
-    assert len(rows) == 2 * 6 * 2
-    assert all(row["seconds"] > 0 and row["at most"] >= row["at rest"] > 0 for row in rows)
+
+
+def test_a_model_and_its_ort_form_are_measured_in_processes_of_their_own(onnxruntime, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    phone = importlib.import_module("phone")
+    network, form, part, path, packed = next(phone.models(1, 200, tmp_path))
+    assert (network, form, part) == ("roberta", "dense", "classes")
+    assert abs(packed - path.stat().st_size) < 0.1 * packed
+    ready = phone.converted(path)
+    for found in (phone.measured(path, part, 1), phone.measured(ready, part, 1, "--ort")):
+        assert found["at most"] >= found["at rest"] > 0.5 * packed
+        assert found["seconds"] > 0
 
 
 def last(text):
