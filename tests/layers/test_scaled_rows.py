@@ -12,6 +12,7 @@ from toys import SCALED_PLAN, TOKENS, Tied, adopting, quiet, refuses, zoo
 from fairseq_quant_noise import load, quantize_, save, share_layers_
 from fairseq_quant_noise.artifact import dense_state, pack, read
 from fairseq_quant_noise.artifact.inspection import inspection
+from fairseq_quant_noise.cli.printing import print_inspection, print_table
 from fairseq_quant_noise.errors import UserError
 from fairseq_quant_noise.layers import LatentPQWeight, quantized_weights
 from fairseq_quant_noise.plan.plan import Plan
@@ -255,6 +256,20 @@ def test_a_file_gives_the_same_scores_and_the_sizes_that_were_planned(plan, tmp_
     assert packed.tensor_bytes("0.weight") == weight.codes.numel() * code_bits // 8 + of_centroids + 2 * 64
     planned = make_table(network(), resolve_stages(Plan.of(PLANS[plan]), network()))
     assert planned.paper_bytes == pytest.approx(found["paper_bytes"]) == pytest.approx(made_bytes(model))
+
+
+def test_the_dry_run_and_the_inspection_say_which_rows_have_scales(tmp_path, capsys):
+    plan, path = (
+        Plan.of({"stages": [STAGE | {"match": "0"}, STAGE | {"match": "2", "row_scales": False}]}),
+        tmp_path / "f",
+    )
+    save(quantize_(network(), plan, progress=quiet), path)
+    print_table(make_table(network(), resolve_stages(plan, network())))
+    print_inspection(path, read(path))
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    scaled = ["0.weight", "pq,", "row", "scales", "64x48", "4", "16"]
+    assert [line[:7] for line in said if line[0] == "0.weight"] == [scaled, scaled]
+    assert [line[:3] for line in said if line[0] == "2.weight"] == [["2.weight", "pq", "40x64"]] * 2
 
 
 def made_bytes(model):
