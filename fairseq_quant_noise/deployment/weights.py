@@ -186,7 +186,7 @@ def _row_scales(graph: Builder, packed: Packed, name: str, dims: int) -> str:
 
 def _scale(graph: Builder, output: str, unscaled: str, scales: str) -> str:
     """Rows (…, d) times scales (…, 1) of float16."""
-    return graph.compute(output, "Mul", unscaled, graph.cast(f"{output}.scales", scales))
+    return graph.compute(output, "Mul", unscaled, graph.cast(f"{output}.factors", scales))
 
 
 def _stored_centroids(graph: Builder, packed: Packed, name: str, entry: QuantizedTensor) -> str:
