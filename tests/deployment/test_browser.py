@@ -1,5 +1,6 @@
 """The page of examples/browser: its tokenizer is SentencePiece's, and in a browser it completes a text as in torch."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -31,30 +32,31 @@ OTHERS = [
 ]
 
 
+def program():
+    """examples/browser/make.py, as a module."""
+    spec = importlib.util.spec_from_file_location("make_page", EXAMPLE / "make.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """A corpus, a packed file and the page of them, without onnxruntime's part."""
-    pytest.importorskip("onnx", reason="onnx is not installed")
-    folder = tmp_path_factory.mktemp("page")
-    corpus = folder / "corpus"
-    corpus.mkdir()
+def corpus(tmp_path_factory):
+    """The folder of a tokenizer and its dictionary."""
+    folder = tmp_path_factory.mktemp("page") / "corpus"
+    folder.mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_prefix=str(corpus / "spm"), model_type="bpe",
+        sentence_iterator=iter(TEXT), model_prefix=str(folder / "spm"), model_type="bpe",
         vocab_size=90, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(corpus / "spm.model"))
+    pieces = tokenizer(folder)
     words = sorted(pieces.id_to_piece(i) for i in range(3, len(pieces)))
-    (corpus / "dict.txt").write_text("".join(f"{word} 1\n" for word in words), encoding="utf-8")
-    path = packed_file(folder, options=LM, words=len(words) + 4)
-    run_make(path, corpus, folder / "page")
+    (folder / "dict.txt").write_text("".join(f"{word} 1\n" for word in words), encoding="utf-8")
     return folder
 
 
-def run_make(path, corpus, out):
-    """The program's own part; npm is not run."""
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import make; from pathlib import Path; "
-    script += "make.make(*map(Path, sys.argv[2:5]), 'float')"
-    subprocess.run([sys.executable, "-c", script, EXAMPLE, path, corpus, out], check=True, cwd=ROOT)
+def tokenizer(corpus):
+    return sentencepiece.SentencePieceProcessor(model_file=str(corpus / "spm.model"))
 
 
 def node(program, *arguments):
@@ -68,18 +70,15 @@ def node(program, *arguments):
 
 
 @needs_node
-def test_the_tokenizer_splits_a_text_as_sentencepiece_does(page):
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(page / "corpus/spm.model"))
-    texts = TEXT + OTHERS
-    program = """
+def test_the_tokenizer_splits_a_text_as_sentencepiece_does(corpus):
+    pieces, about, texts = tokenizer(corpus), program().pieces(corpus), TEXT + OTHERS
+    script = """
         const [about, texts] = process.argv.slice(-2).map((given) => JSON.parse(given));
         const pieces = new text.Pieces(about);
         const of = (given) => [pieces.split(given), pieces.encode(given), pieces.decode(pieces.encode(given))];
         console.log(JSON.stringify(texts.map(of)));
     """
-    about = (page / "page/about.json").read_text(encoding="utf-8")
-    words = json.loads(about)["words"]
-    found = node(program, about, json.dumps(texts))
+    words, found = about["words"], node(script, json.dumps(about), json.dumps(texts))
     for given, (split, numbers, back) in zip(texts, found, strict=True):
         expected = pieces.encode(given, out_type=str)
         known = [piece in words for piece in expected]
@@ -90,9 +89,9 @@ def test_the_tokenizer_splits_a_text_as_sentencepiece_does(page):
 
 
 @needs_node
-def test_a_text_goes_on_with_the_likeliest_words_until_its_end(page):
+def test_a_text_goes_on_with_the_likeliest_words_until_its_end():
     """A word of number 3 or less is never written, but </s>, number 2, ends the text."""
-    program = """
+    script = """
         const words = ["<s>", "<pad>", "</s>", "<unk>", "\\u2581a", "b", "c"];
         const pieces = new text.Pieces({ words, ranks: { "\\u2581a": 1 } });
         const seen = [], rows = [[9, 9, 0, 9, 0, 5, 1], [0, 0, 2, 9, 1, 1, 3], [0, 0, 4, 0, 1, 1, 3]];
@@ -101,19 +100,19 @@ def test_a_text_goes_on_with_the_likeliest_words_until_its_end(page):
         for await (const so_far of text.complete(pieces, "a", 9, score)) texts.push(so_far);
         console.log(JSON.stringify({ seen, texts }));
     """
-    found = node(program)
+    found = node(script)
     assert found["texts"] == ["ab", "abc"]
     assert found["seen"] == [[2, 4], [2, 4, 5], [2, 4, 5, 6]]
 
 
-def test_a_dictionary_of_another_size_than_the_model_s_is_refused(page, tmp_path):
+def test_a_dictionary_of_another_size_than_the_model_s_is_refused(corpus, tmp_path):
     path = packed_file(tmp_path, options=LM)
     done = subprocess.run(
-        [sys.executable, EXAMPLE / "make.py", path, "--corpus", page / "corpus", "--out", tmp_path / "page"],
+        [sys.executable, EXAMPLE / "make.py", path, "--corpus", corpus, "--out", tmp_path / "page"],
         capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --corpus {page / 'corpus'}: dict.txt has ")
+    assert done.stderr.startswith(f"error: --corpus {corpus}: dict.txt has ")
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "page").exists()
 
@@ -123,8 +122,11 @@ def test_a_dictionary_of_another_size_than_the_model_s_is_refused(page, tmp_path
 @pytest.mark.skipif(
     not (EXAMPLE / "node_modules/playwright-core").is_dir(), reason="no npm install in examples/browser"
 )
-def test_in_a_browser_the_page_writes_the_words_that_torch_finds_likeliest(page, tmp_path):
-    arguments = [page / "model.safetensors", "--corpus", page / "corpus", "--out", tmp_path, "--serve", "0"]
+def test_in_a_browser_the_page_writes_the_words_that_torch_finds_likeliest(corpus, tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    words = program().pieces(corpus)["words"]
+    path = packed_file(tmp_path, options=LM, words=len(words))
+    arguments = [path, "--corpus", corpus, "--out", tmp_path / "page", "--serve", "0"]
     server = subprocess.Popen(
         [sys.executable, EXAMPLE / "make.py", *arguments], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -138,9 +140,7 @@ def test_in_a_browser_the_page_writes_the_words_that_torch_finds_likeliest(page,
         server.terminate()
         server.wait()
     found = json.loads(shown.stdout)
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(page / "corpus/spm.model"))
-    words = json.loads((tmp_path / "about.json").read_text(encoding="utf-8"))["words"]
-    network, numbers = load(page / "model.safetensors"), [2]
+    pieces, network, numbers = tokenizer(corpus), load(path), [2]
     numbers += [words.index(piece) for piece in pieces.encode(found["given"], out_type=str)]
     for _ in range(24):
         with torch.no_grad():
