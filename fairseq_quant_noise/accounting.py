@@ -8,20 +8,16 @@ from .scalar import bits_of
 MIB = 2**20
 
 
-def pq_bytes(n_blocks: int, block_size: int, n_centroids: int, centroid_bits: int = 16, scaled_rows: int = 0) -> float:
+def pq_bytes(n_blocks: int, block_size: int, n_centroids: int, centroid_bits: int = 16) -> float:
     """Bytes of one pq weight by the paper's accounting: n log2(K) / 8 for the codes, K d bits / 8 for the centroids.
-
-    And 2 for each row with a scale, which the paper does not have.
 
     Args:
         n_blocks: n, the number of blocks and so of codes.
         block_size: d, the numbers in a block.
         n_centroids: K.
         centroid_bits: bits of a centroid's number, 16 (fp16) or 8 (int8).
-        scaled_rows: rows with a scale in fp16.
     """
-    codes, centroids = n_blocks * math.log2(max(n_centroids, 1)) / 8, n_centroids * block_size * centroid_bits / 8
-    return codes + centroids + 2 * scaled_rows
+    return n_blocks * math.log2(max(n_centroids, 1)) / 8 + n_centroids * block_size * centroid_bits / 8
 
 
 def int_bytes(numbers: int, bits: int) -> float:

@@ -13,7 +13,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 cd "$REPO"
 
-RUNS="paper fixed best rows-best budget-best noise noise-best k64 k64-best d16 d16-best int4 int4-learned int2 int2-learned"
+RUNS="paper fixed best budget-best noise noise-best k64 k64-best d16 d16-best int4 int4-learned int2 int2-learned"
 case "${1:-}" in
   '') ;;
   -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 0 ;;
@@ -43,7 +43,7 @@ tune() {
   lm_flags
   case "$2" in
     noise*) network=noise flags=(--quant-noise-pq 0.05) ;;
-    k64* | d16* | rows*) plan="$OUT/plans/${2%-best}.yaml" ;;
+    k64* | d16*) plan="$OUT/plans/${2%-best}.yaml" ;;
     int*) plan="$OUT/plans/$2.yaml" ;;
   esac
   from="$OUT/seed-$1/$network/dense"

@@ -52,7 +52,6 @@ def _row(
         "shape": shape,
         "block_size": entry.block_size if entry else None,
         "n_centroids": entry.n_centroids if entry else None,
-        "row_scales": entry.row_scales if entry else False,
         "bytes": 0 if tied_to else packed.tensor_bytes(name),
         "paper_bytes": 0.0 if tied_to else entry.paper_bytes if entry else math.prod(shape) * rest / 8,
         "code_bits": entry.code_bits if entry and use else None,  # stored, of each code

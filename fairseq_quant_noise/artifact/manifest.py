@@ -12,8 +12,7 @@
 `tensors` lists the quantized tensors. Tensor NAME is stored, codes packed as `utils/bits.py` says, as
 
     scheme pq     NAME.codes (U8), NAME.centroids (F16); with centroid_bits 8: U8, and NAME.affine (F32, (2, 1));
-                  with "codebook": OTHER, the centroids and affine are those of the tensor OTHER;
-                  with "row_scales": true, also NAME.scales (F16, (rows,))
+                  with "codebook": OTHER, the codes alone: centroids and affine are those of the tensor OTHER
     scheme intN   NAME.codes (U8), NAME.affine (F32, (2, channels)): scales, then zero points
     "transposed"  true: what is stored is the tensor with its first two dimensions exchanged, and so is `shape`
 
@@ -32,12 +31,11 @@ from ..errors import DamagedFileError
 from ..layers.registry import QuantizedTensor
 from ..scalar import BITS
 
-FORMAT_VERSION = 7  # that of a file with row scales
-_WIDE = 6  # that of a file with codes of more than 8 bits, as before rows had scales
+FORMAT_VERSION = 6  # that of a file with codes of more than 8 bits
 _TRANSPOSED = 5  # that of a file with transposed tensors, as before codes had more than 8 bits
 _SHARED = 4  # that of a file with shared codebooks, as before there were transposed tensors
 _PLAIN = 3  # that of any other file, as before there were shared codebooks
-_KNOWN = (_PLAIN, _SHARED, _TRANSPOSED, _WIDE, FORMAT_VERSION)
+_KNOWN = (_PLAIN, _SHARED, _TRANSPOSED, FORMAT_VERSION)
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
 _LARGEST = 3.4e38  # the largest end of an input's range: a float32
@@ -58,10 +56,8 @@ class Manifest:
     @property
     def format_version(self) -> int:
         """The lowest format version that supports everything in the file."""
-        if any(entry.row_scales for entry in self.tensors.values()):
-            return FORMAT_VERSION
         if any(entry.code_bits > 8 for entry in self.tensors.values()):
-            return _WIDE
+            return FORMAT_VERSION
         if any(entry.transposed for entry in self.tensors.values()):
             return _TRANSPOSED
         return _SHARED if any(entry.codebook for entry in self.tensors.values()) else _PLAIN

@@ -72,7 +72,7 @@ class Losses:
     def __call__(self, plan: Plan) -> float:
         """The loss with each weight as `quantize` would give it to evaluation."""
         targets = resolve_stages(plan, self._model)
-        keys = [(t.weight.tensor_name, t.rule.scheme, t.block_size, t.n_centroids, t.rule.row_scales) for t in targets]
+        keys = [(t.weight.tensor_name, t.rule.scheme, t.block_size, t.n_centroids) for t in targets]
         new = [(key, t) for key, t in zip(keys, targets, strict=True) if key not in self._values]
         of_new = [target for _, target in new]
         found = quantized_values(of_new, seed=0, importance=self._importance, progress=self._progress)
@@ -208,8 +208,7 @@ def file_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
             target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range)
         else:
             codes = torch.zeros(code_shape(target.weight.shape, d), dtype=code_dtype(k))
-            scales = torch.zeros(len(codes)) if target.rule.row_scales else None
-            quantize_weight_(target.weight, codes, torch.zeros(k, d), scales=scales)
+            quantize_weight_(target.weight, codes, torch.zeros(k, d))
     return len(serialize(pack(network, plan, checkpoint.config)))
 
 

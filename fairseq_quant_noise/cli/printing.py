@@ -13,15 +13,7 @@ from ..quantization.table import Table
 def print_table(table: Table) -> None:
     """Print a plan's dry run: one row per tensor, and the totals."""
     rows = [
-        (
-            r.name,
-            _scheme(r.scheme, r.row_scales),
-            _shape(r.shape),
-            r.block_size,
-            r.n_centroids,
-            f"{r.bytes:,.0f}",
-            _tie(r.tied_to),
-        )
+        (r.name, r.scheme, _shape(r.shape), r.block_size, r.n_centroids, f"{r.bytes:,.0f}", _tie(r.tied_to))
         for r in table.rows
     ]
     print(format_rows(("tensor", "scheme", "shape", "d", "K", "bytes", ""), rows))
@@ -51,7 +43,7 @@ def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) ->
     rows = [
         (
             t["name"],
-            _scheme(t["scheme"], t["row_scales"]),
+            t["scheme"],
             _shape(t["shape"]),
             t["block_size"],
             t["n_centroids"],
@@ -70,10 +62,6 @@ def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) ->
     if info["code_bytes"]:
         share = 1 - info["entropy_bytes"] / info["code_bytes"]
         print(f"codes: {info['code_bytes']:,.0f} bytes, of which an entropy coder could save {share:.1%}")
-
-
-def _scheme(scheme: str, row_scales: bool) -> str:
-    return f"{scheme}, row scales" if row_scales else scheme
 
 
 def _shape(shape: Iterable[int]) -> str:

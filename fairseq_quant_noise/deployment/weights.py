@@ -3,7 +3,6 @@
     dense   NAME, or NAME.stored -> Cast
     pq      NAME.codes (rows, blocks a row) -> Cast -> Gather from NAME.centroids (K, d) -> Reshape
             centroids: fp16 -> Cast, or 8-bit codes as intN; once for all users of a shared codebook
-            with row scales: -> Mul NAME.scales (rows, 1, …), fp16 -> Cast
     intN    NAME.codes, of the weight's shape -> Cast -> Sub NAME.zero_point -> Mul NAME.scale
 
 Each makes the tensor NAME, floats as float32. Codes of less than 8 bits are unpacked first (`codes.py`). A runtime
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..artifact import Packed
-from ..layers.parts import AFFINE, CENTROIDS, CODES, SCALES
+from ..layers.parts import AFFINE, CENTROIDS, CODES
 from ..layers.registry import QuantizedTensor
 from ..scalar import SCHEMES
 from ..utils.bits import pack_bits, unpack_bits
@@ -61,10 +60,7 @@ def add_weight(graph: Builder, packed: Packed, name: str) -> str:
         return _add_dense(graph, name, packed.tensors[name])
     if entry.scheme == "pq":
         codes, centroids = _pq_codes(graph, packed, name, entry), _centroids(graph, packed, name, entry)
-        if not entry.row_scales:
-            return _add_blocks(graph, name, codes, centroids, graph.numbers(*entry.shape))
-        blocks = _add_blocks(graph, f"{name}.unscaled", codes, centroids, graph.numbers(*entry.shape))
-        return _scale(graph, name, blocks, _row_scales(graph, packed, name, len(entry.shape)))
+        return _add_blocks(graph, name, codes, centroids, graph.numbers(*entry.shape))
     codes, scale, zero_point = _int_codes(graph, packed, name, entry), *_affine(packed, name, len(entry.shape))
     return _decode(graph, name, codes, graph.store(f"{name}.scale", scale), graph.store(f"{name}.zero", zero_point))
 
@@ -89,12 +85,7 @@ def add_rows(graph: Builder, packed: Packed, name: str, numbers: str, output: st
     if entry.scheme == "pq":
         outer = graph.compute(f"{output}.outer", "Shape", numbers)
         size = graph.compute(f"{output}.shape", "Concat", outer, graph.numbers(*entry.shape[1:]), axis=0)
-        centroids = _centroids(graph, packed, name, entry)
-        if not entry.row_scales:
-            return _add_blocks(graph, output, found, centroids, size)
-        blocks = _add_blocks(graph, f"{output}.unscaled", found, centroids, size)
-        scales = _row_scales(graph, packed, name, len(entry.shape))
-        return _scale(graph, output, blocks, graph.compute(f"{output}.{SCALES}", "Gather", scales, numbers))
+        return _add_blocks(graph, output, found, _centroids(graph, packed, name, entry), size)
     of_rows = []
     for key, tensor in zip(("scale", "zero"), _affine(packed, name, len(entry.shape)), strict=True):
         stored = graph.store(f"{name}.{key}", tensor)  # (1, 1) or (rows, 1)
@@ -115,9 +106,6 @@ def add_integers(graph: Builder, packed: Packed, name: str) -> Matrix:
     entry = packed.manifest.tensors[name]
     turned = f"{name}.turned"
     scale, zero_point = _affine(packed, (entry.codebook or name) if entry.scheme == "pq" else name, 1)
-    if entry.row_scales:  # (O,); the zero point is that of the centroids
-        scale = scale * packed.tensors[f"{name}.{SCALES}"].float()
-        zero_point = zero_point.expand_as(scale).contiguous()
     if scale.numel() == 1:
         scale, zero_point = scale[0], zero_point[0]
     if turned not in graph:
@@ -176,17 +164,6 @@ def _add_blocks(graph: Builder, output: str, codes: str, centroids: str, shape: 
     """The tensor `output` of this shape, a centroid (of K, d) for each code."""
     numbers = graph.cast(f"{output}.numbers", codes, "INT32")
     return graph.compute(output, "Reshape", graph.compute(f"{output}.each", "Gather", centroids, numbers), shape)
-
-
-def _row_scales(graph: Builder, packed: Packed, name: str, dims: int) -> str:
-    """The scales of a weight's rows, (rows, 1, …) of `dims` dimensions, as they are stored: float16."""
-    stored = packed.tensors[f"{name}.{SCALES}"]
-    return graph.store(f"{name}.{SCALES}", stored.view(-1, *[1] * (dims - 1)))
-
-
-def _scale(graph: Builder, output: str, unscaled: str, scales: str) -> str:
-    """Rows (…, d) times scales (…, 1) of float16."""
-    return graph.compute(output, "Mul", unscaled, graph.cast(f"{output}.factors", scales))
 
 
 def _stored_centroids(graph: Builder, packed: Packed, name: str, entry: QuantizedTensor) -> str:

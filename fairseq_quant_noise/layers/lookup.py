@@ -12,50 +12,23 @@ GRADIENT_POWER = 0.5
 
 
 class Lookup(torch.autograd.Function):
-    """s_r centroids[codes], with the gradient of a centroid scaled by the number of blocks that use it, in all weights.
-
-    Rows without scales have s_r = 1. A centroid's gradient is sum_i s_i g_i over its blocks i, that of a scale
-    sum_j g_rj c_rj over its row; the latent weight takes g, the gradient of the weight, as it is.
-    """
+    """centroids[codes], with the gradient of a centroid scaled by the number of blocks that use it, in all weights."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        centroids: Tensor,
-        seen: Tensor,
-        codes: Tensor,
-        count: Tensor,
-        latent: Tensor | None,
-        scales: Tensor | None,
+        ctx: Any, centroids: Tensor, seen: Tensor, codes: Tensor, count: Tensor, latent: Tensor | None
     ) -> Tensor:
-        """The weight (O, I): the rows of `seen` (K, d), the centroids or their 8-bit rounding, at codes (O, I/d) int64.
-
-        `count` is (K, 1), `scales` (O,).
-        """
-        ctx.save_for_backward(codes, count, *(() if scales is None else (seen, scales)))
+        """The rows (n, d) of `seen` (K, d), the centroids or their 8-bit rounding, at codes (n,); `count` is (K, 1)."""
+        ctx.save_for_backward(codes, count)
         ctx.n_centroids = centroids.shape[0]
         ctx.latent_shape = None if latent is None else latent.shape
-        rows = _rows(seen, codes)
-        return rows if scales is None else rows * scales[:, None]
+        return seen.index_select(0, codes)  # (n, d)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients (K, d) of the centroids and (O,) of the scales, from that of the rows (O, I), the latent's."""
-        codes, count, *scaled = ctx.saved_tensors
-        through = None if ctx.latent_shape is None else gradients[0].view(ctx.latent_shape)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, Tensor | None]:
+        """The gradient (K, d) of the centroids, from that of the rows (n, d), which is the latent weight's."""
+        codes, count = ctx.saved_tensors
         gradient = gradients[0].float()  # sums over thousands of blocks overflow or drown in half precision
-        of_scales = None
-        if scaled:
-            seen, scales = scaled
-            of_scales = (gradient * _rows(seen, codes)).sum(1).to(scales.dtype)  # (O,)
-            gradient = gradient * scales[:, None]
-        flat = codes.flatten()  # (n,)
-        total = gradient.new_zeros(ctx.n_centroids, gradient.numel() // len(flat))  # (K, d)
-        total.index_add_(0, flat, gradient.reshape(len(flat), -1))
-        of_centroids = (total / count**GRADIENT_POWER).to(gradients[0].dtype)
-        return of_centroids, None, None, None, through, of_scales
-
-
-def _rows(centroids: Tensor, codes: Tensor) -> Tensor:
-    """The centroids (K, d) of codes (O, I/d), end to end: (O, I)."""
-    return centroids.index_select(0, codes.flatten()).view(len(codes), -1)
+        total = gradient.new_zeros(ctx.n_centroids, gradient.shape[1]).index_add_(0, codes, gradient)  # (K, d)
+        through = None if ctx.latent_shape is None else gradients[0].view(ctx.latent_shape)
+        return (total / count**GRADIENT_POWER).to(gradients[0].dtype), None, None, None, through

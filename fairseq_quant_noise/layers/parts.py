@@ -22,7 +22,6 @@ __all__ = [
     "LATENT_FACTOR",
     "LATENT_WEIGHT",
     "LOG_SCALE",
-    "SCALES",
     "SPEC",
     "numbers_in",
 ]
@@ -31,7 +30,6 @@ CODES = "codes"
 CENTROIDS = "centroids"
 CENTROID_BITS = "centroid_bits"
 FILE_AFFINE = "file_affine"  # scale and zero point of a file's int8 centroids
-SCALES = "scales"  # of the rows
 CODEBOOK = "codebook"  # the number of a shared codebook
 LATENT_WEIGHT = "latent_weight"  # the dense weight whose nearest centroids the codes are, over its factor
 LATENT_FACTOR = "latent_factor"

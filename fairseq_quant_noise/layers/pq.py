@@ -1,8 +1,5 @@
 """A weight as a codebook and codes:  W_hat[block i] = centroids[codes[i]]     (arXiv 2004.07320, equation 3).
 
-With row scales (`pq/row_scales.py`), row r of it is s_r times its centroids. A product with x is that of the centroids,
-multiplied by s: an output is the product of x with one row.
-
 Several weights may share one codebook: they hold the same Parameter, and in a state the same codebook number.
 """
 
@@ -14,23 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..accounting import pq_bytes
 from ..errors import UserError
 from ..kernels import SETTLED, decode, in_graph, linear, linear_of_centroids, takes_integers, takes_linear
-from ..scalar import Affine, fake_quantize, fit_affine
-from ..utils.bits import code_dtype
+from ..scalar import Affine, fake_quantize, fit_affine, is_affine
+from ..utils.bits import MOST_CENTROIDS, code_bits, code_dtype, largest_code, unpack_bits
 from ..weights.discovery import Weight
 from .inputs import GRID
 from .lookup import Lookup
-from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, LATENT_WEIGHT, SCALES
-from .pq_file import PackedPQ
-from .quantized import dense_weight, is_multiplied, swap_in
+from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, LATENT_WEIGHT
+from .quantized import QuantizedWeight, dense_weight, is_multiplied, swap_in
 from .registry import QuantizedTensor, register
 
 _DERIVED = ("_all_codes", "_in_bytes")  # attributes of rounded centroids: what the CPU's kernels keep of them
 
 
 @register("pq")
-class PQWeight(PackedPQ):
+class PQWeight(QuantizedWeight):
     """A product-quantized weight.
 
     Args:
@@ -42,14 +39,14 @@ class PQWeight(PackedPQ):
         codebook: the number of a shared codebook; `join` makes it one.
         block_major: let codes lie in memory as `kernels.linear` reads them, a row for each block of the input; their
             shape stays.
-        scales: (rows,), where each row has one.
     """
 
     scheme = "pq"
     plan_schemes: tuple[str, ...] = (scheme,)
     file_schemes: tuple[str, ...] = (scheme,)
-    entries: tuple[str, ...] = (CODES, CENTROIDS, CENTROID_BITS, CODEBOOK, FILE_AFFINE, SCALES)
+    entries: tuple[str, ...] = (CODES, CENTROIDS, CENTROID_BITS, CODEBOOK, FILE_AFFINE)
     needs: tuple[str, ...] = (CODES, CENTROIDS)
+    file_parts = (CODES, CENTROIDS, AFFINE)
     has_codebook = True
     full_precision: tuple[str, ...] = (FILE_AFFINE,)
 
@@ -62,7 +59,6 @@ class PQWeight(PackedPQ):
         affine: Tensor | None = None,
         codebook: int | None = None,
         block_major: bool = False,
-        scales: Tensor | None = None,
     ) -> None:
         super().__init__()
         if codebook is not None:
@@ -75,18 +71,15 @@ class PQWeight(PackedPQ):
         self.block_major = block_major
         self.register_buffer(CODES, self._laid_out(codes, centroids))
         self.centroids = nn.Parameter(centroids)
-        self.register_parameter(SCALES, None if scales is None else nn.Parameter(scales))
         if centroid_bits != 16:  # so that checkpoints with fp16 centroids hold codes and centroids alone
             bits = torch.tensor(centroid_bits, dtype=torch.uint8, device=codes.device)
             self.register_buffer(CENTROID_BITS, bits)
         self.bits = centroid_bits
         self._stored: tuple[Tensor, Tensor] | None = None  # (centroids at the last call, their fp16 or int8 rounding)
-        self._stored_scales: tuple[Tensor, Tensor] | None = None  # the same of the row scales
         self.shape = torch.Size(shape)
 
     codes: Tensor
     file_affine: Tensor | None
-    scales: nn.Parameter | None
 
     @property
     def block_size(self) -> int:
@@ -133,35 +126,20 @@ class PQWeight(PackedPQ):
             return self.centroids.half().to(self.centroids.dtype)
         return fake_quantize(self.centroids, self.affine())
 
-    def stored_scales(self) -> Tensor | None:
-        """The row scales (rows,) as the file holds them, rounded to fp16, in the model's own dtype; None without."""
-        scales = self._parameters[SCALES]
-        if scales is None or torch.is_grad_enabled() or in_graph() or scales.device.type != "cpu":
-            return None if scales is None else scales.half().to(scales.dtype)
-        kept = self._stored_scales  # as `stored_centroids` does
-        if kept is None or kept[0].dtype != scales.dtype or not torch.equal(kept[0], scales):
-            with torch.inference_mode(False):
-                own = scales.detach().clone()
-                self._stored_scales = kept = own, own.half().to(own.dtype)
-        return kept[1]
-
     def decode(self) -> Tensor:
-        """The dense weight, of `shape` (rows, …); in eval mode of centroids and scales as the file holds them.
+        """The dense weight, of `shape` (rows, …); in eval mode of the centroids as the file holds them.
 
         So scores agree. In training, 8-bit centroids are seen rounded too, with straight-through gradients.
         """
+        if not self.training and not torch.is_grad_enabled():
+            return decode(self.codes, self.stored_centroids()).view(self.shape)
+        codes = self.codes.flatten().long()
         if self.training:
-            codes = self.codes.flatten().long().view(self.codes.shape)  # a copy: these may change before backward
             seen = self.centroids.detach() if self.bits == 16 else self.stored_centroids()
             count = torch.stack([user.count() for user in self.users]).sum(0).clamp_(min=1)  # (K, 1)
             latent = self._parameters.get(LATENT_WEIGHT)
-            return Lookup.apply(self.centroids, seen, codes, count, latent, self.scales).view(self.shape)  # type: ignore[no-untyped-call]
-        scales = self.stored_scales()
-        if torch.is_grad_enabled():
-            rows = self.stored_centroids().index_select(0, self.codes.flatten().long()).view(len(self.codes), -1)
-        else:
-            rows = decode(self.codes, self.stored_centroids())
-        return (rows if scales is None else rows * scales[:, None]).view(self.shape)
+            return Lookup.apply(self.centroids, seen, codes, count, latent).view(self.shape)  # type: ignore[no-untyped-call]
+        return self.stored_centroids().index_select(0, codes).view(self.shape)
 
     def count(self) -> Tensor:
         """Blocks of each centroid in this weight: (K, 1)."""
@@ -185,12 +163,9 @@ class PQWeight(PackedPQ):
         kept = self._turned
         if kept is None or kept[0] is not self.codes:  # a view takes as long as a small product
             self._turned = kept = self.codes, self.codes.t()
-        scales, added = self.stored_scales(), bias if self.scales is None else None
         if self.in_integers(x):
-            found = linear_of_centroids(x, kept[1], *self._centroids_in_bytes(), added, getattr(x, GRID, None))
-        else:
-            found = linear(x, kept[1], self.stored_centroids(), added)
-        return found if scales is None else _times(found, scales, bias)
+            return linear_of_centroids(x, kept[1], *self._centroids_in_bytes(), bias, getattr(x, GRID, None))
+        return linear(x, kept[1], self.stored_centroids(), bias)
 
     def _centroids_in_bytes(self) -> tuple[Tensor, Tensor]:
         """The 8-bit centroids (256, d) uint8, zeros beyond K, and their scale and zero point (2, 1)."""
@@ -216,34 +191,24 @@ class PQWeight(PackedPQ):
 
     def rows(self, numbers: Tensor) -> Tensor:
         """The rows of these numbers, decoded: (...) int64 -> (..., I)."""
-        flat, scales = numbers.flatten(), self._parameters[SCALES]
-        found = self.stored_centroids().index_select(0, self.codes[flat].flatten().long())
-        if scales is not None:
-            own = scales[flat, None]  # (n, 1): fewer than all, which `stored_scales` would round
-            found = found.view(len(flat), -1) * own.half().to(own.dtype)
+        found = self.stored_centroids().index_select(0, self.codes[numbers.flatten()].flatten().long())
         return found.view(*numbers.shape, *self.shape[1:])
 
     def facts(self) -> dict[str, Any]:
-        """d, K, the bits of a centroid's numbers, and whether rows have scales."""
-        sizes = {"block_size": self.block_size, "n_centroids": self.n_centroids, "centroid_bits": self.bits}
-        return sizes | {"row_scales": self.scales is not None}
+        """d, K and the bits of a centroid's numbers."""
+        return {"block_size": self.block_size, "n_centroids": self.n_centroids, "centroid_bits": self.bits}
 
     def parts(self) -> dict[str, Tensor]:
-        """Codes (rows, blocks a row), centroids (K, d) in fp16 or uint8, scale and zero point (2, 1) of the latter.
-
-        And, where rows have them, their scales (rows,) in fp16.
-        """
-        found = {CODES: self.codes} | ({} if self.scales is None else {SCALES: self.scales.half()})
+        """Codes (rows, blocks a row), centroids (K, d) in fp16 or uint8, scale and zero point (2, 1) of the latter."""
         if self.bits == 16:
-            return found | {CENTROIDS: self.centroids.half()}
+            return {CODES: self.codes, CENTROIDS: self.centroids.half()}
         affine = self.affine()
-        return found | {CENTROIDS: affine.codes(self.centroids), AFFINE: affine.to_tensor()}
+        return {CODES: self.codes, CENTROIDS: affine.codes(self.centroids), AFFINE: affine.to_tensor()}
 
     def pack(self, entry: QuantizedTensor) -> dict[str, Tensor]:
-        """`parts` with codes packed, (bytes,); without the centroids where another tensor of the file has them."""
+        """`parts` with codes packed, (bytes,); the codes alone where another tensor of the file has the codebook."""
         parts = super().pack(entry)
-        own = parts.keys() - ({CENTROIDS, AFFINE} if entry.codebook is not None else set())
-        return {name: part for name, part in parts.items() if name in own}
+        return parts if entry.codebook is None else {CODES: parts[CODES]}
 
     def shared(self) -> Tensor:
         """The centroids, (K, d)."""
@@ -281,12 +246,7 @@ class PQWeight(PackedPQ):
         Raises:
             UserError: they do not fit the weight's shape.
         """
-        codes, centroids, scales = parts[CODES], parts[CENTROIDS], parts.get(SCALES)
-        if scales is not None and tuple(scales.shape) != weight.shape[:1]:
-            raise UserError(
-                f"{weight.name}: row scales of shape {tuple(scales.shape)} do not fit a weight of shape "
-                f"{weight.shape}; the file is of another architecture or dictionary"
-            )
+        codes, centroids = parts[CODES], parts[CENTROIDS]
         if centroids.dim() != 2 or codes.numel() * centroids.shape[1] != math.prod(weight.shape):
             raise UserError(
                 f"{weight.name}: codes of shape {tuple(codes.shape)} and centroids of shape {tuple(centroids.shape)} "
@@ -304,7 +264,6 @@ class PQWeight(PackedPQ):
             None if affine is None else torch.empty_like(affine, device=stored.device),
             int(parts[CODEBOOK]) if CODEBOOK in parts else None,
             is_multiplied(weight),
-            None if scales is None else torch.empty_like(scales, dtype=stored.dtype, device=stored.device),
         )
         new.prepare(parts)
         swap_in(weight, new)
@@ -313,9 +272,8 @@ class PQWeight(PackedPQ):
     def takes(self, parts: Mapping[str, Tensor]) -> bool:
         """Whether it has a place for each of the `parts` of a state, such as codes (rows, blocks a row)."""
         codebook = int(parts[CODEBOOK]) if CODEBOOK in parts else None
-        there = self.bits, self.file_affine is None, self.codebook_number, self.scales is None
-        wanted = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE) is None, codebook, SCALES not in parts
-        return there == wanted
+        there = self.bits, self.file_affine is None, self.codebook_number
+        return there == (int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE) is None, codebook)
 
     def prepare(self, parts: Mapping[str, Tensor]) -> None:
         """Make room for what a format derived from this one has besides; called before `parts` are loaded."""
@@ -342,16 +300,73 @@ class PQWeight(PackedPQ):
 
     @classmethod
     def dense(cls, parts: Mapping[str, Tensor]) -> Tensor:
-        """The weight as a matrix (rows, row length), from centroids and scales as the file holds them."""
+        """The weight as a matrix (rows, row length), from the centroids as the file holds them."""
         bits, affine = int(parts.get(CENTROID_BITS, 16)), parts.get(FILE_AFFINE)
-        main = parts[CODES], parts[CENTROIDS], cls.dense_shape(parts)
-        return PQWeight(*main, bits, affine, scales=parts.get(SCALES)).eval().decode()
+        return PQWeight(parts[CODES], parts[CENTROIDS], cls.dense_shape(parts), bits, affine).eval().decode()
 
     @classmethod
     def dense_shape(cls, parts: Mapping[str, Tensor]) -> tuple[int, ...]:
         """(rows, row length)."""
         codes, centroids = parts[CODES], parts[CENTROIDS]
         return codes.shape[0], codes.numel() // codes.shape[0] * centroids.shape[1]
+
+    @classmethod
+    def describes(cls, entry: QuantizedTensor) -> bool:
+        """Whether it has d, K (at most 4096) and centroids of 8 or 16 bits."""
+        k_fits = entry.n_centroids in range(MOST_CENTROIDS + 1)
+        return k_fits and entry.block_size is not None and entry.centroid_bits in (8, 16)
+
+    @classmethod
+    def code_bits(cls, entry: QuantizedTensor) -> int:
+        """Bits of a code: log2 K, rounded up (at least 1)."""
+        return code_bits(entry.n_centroids or 1)
+
+    @classmethod
+    def size(cls, entry: QuantizedTensor) -> float:
+        """Bytes: log2 K bits a code, plus the centroids (fp16 or int8) for the tensor that has the codebook."""
+        bits = 0 if entry.codebook else entry.centroid_bits
+        return pq_bytes(entry.n_codes, entry.block_size or 1, entry.n_centroids or 1, bits)
+
+    @classmethod
+    def file_types(cls, entry: QuantizedTensor) -> dict[str, torch.dtype]:
+        """Codes (bytes,); with its own codebook centroids (K, d), fp16, or uint8 with scale and zero point (2, 1)."""
+        if entry.codebook is not None:
+            return {CODES: torch.uint8}
+        if entry.centroid_bits == 16:
+            return {CODES: torch.uint8, CENTROIDS: torch.float16}
+        return {CODES: torch.uint8, CENTROIDS: torch.uint8, AFFINE: torch.float32}
+
+    @classmethod
+    def wrong(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor]) -> str | None:
+        """What is wrong with d, codes (bytes,), centroids (K, d) or scale and zero point (2, 1), or None."""
+        if math.prod(entry.shape[1:]) % (entry.block_size or 1) or entry.channels != 1:
+            return "block size or channels"
+        if not entry.holds(parts[CODES]):
+            return "codes' shape"
+        if AFFINE in parts and not is_affine(parts[AFFINE], entry.channels, entry.centroid_bits):
+            return "scales or zero points"
+        k, centroids = entry.n_centroids or 0, parts.get(CENTROIDS)
+        if centroids is not None and tuple(centroids.shape) != (k, entry.block_size):
+            return "centroids' shape"
+        if k < 2**entry.code_bits and largest_code(parts[CODES], entry.n_codes, entry.code_bits) >= k:
+            return f"a code beyond its {k} centroids"
+        if centroids is not None and centroids.is_floating_point() and not bool(torch.isfinite(centroids).all()):
+            return "a centroid that is not finite"
+        return None
+
+    @classmethod
+    def unpack(cls, entry: QuantizedTensor, parts: Mapping[str, Tensor], codebook: int | None) -> dict[str, Tensor]:
+        """Codes (rows, blocks a row) as in memory; centroids (K, d) in fp32; and how the file has the centroids."""
+        state = {CODES: unpack_bits(parts[CODES], entry.n_codes, entry.code_bits).view(entry.shape[0], -1)}
+        if codebook is not None:
+            state[CODEBOOK] = torch.tensor(codebook, dtype=torch.int32)
+        if entry.centroid_bits == 16:
+            return state | {CENTROIDS: parts[CENTROIDS].float()}
+        return state | {
+            CENTROIDS: Affine.of_tensor(parts[AFFINE], entry.centroid_bits).decode(parts[CENTROIDS]),
+            FILE_AFFINE: parts[AFFINE],
+            CENTROID_BITS: torch.tensor(entry.centroid_bits, dtype=torch.uint8),
+        }
 
 
 P = TypeVar("P", bound=PQWeight)
@@ -363,8 +378,6 @@ def quantize_weight_(
     centroids: Tensor,
     centroid_bits: int = 16,
     codebook: int | None = None,
-    scales: Tensor | None = None,
-    *,
     kind: type[P] = PQWeight,  # type: ignore[assignment]
 ) -> P:
     """Put codes and centroids in the place of a stored weight, for its owner and every alias; returns the new weight.
@@ -375,21 +388,13 @@ def quantize_weight_(
         centroids: (K, d), taken in the dtype of the stored weight.
         centroid_bits: 16 (fp16) or 8 (int8).
         codebook: the number of a shared one.
-        scales: (rows,), where each row has one.
         kind: the class of the new weight.
 
     Raises:
         UserError: the weight is quantized already.
     """
     stored = dense_weight(weight)
-    parts = codes.to(stored.device), centroids.to(stored), tuple(stored.shape), centroid_bits
-    of_rows = None if scales is None else scales.to(stored)
-    quantized = kind(*parts, None, codebook, is_multiplied(weight), of_rows)
+    parts = codes.to(stored.device), centroids.to(stored)
+    quantized = kind(*parts, tuple(stored.shape), centroid_bits, None, codebook, is_multiplied(weight))
     swap_in(weight, quantized)
     return quantized
-
-
-def _times(products: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """products * scales + bias, (..., O) with (O,); in place, but in a graph: nobody else has the products yet."""
-    out = None if in_graph() else products
-    return torch.mul(products, scales, out=out) if bias is None else torch.addcmul(bias, products, scales, out=out)

@@ -4,10 +4,9 @@
     backward    dL/d latent := dL/d W_hat                                 straight-through (arXiv 1308.3432)
     encoding    codes[i] = argmin_k || latent[block i] - centroids[k] ||^2     after an update
 
-(with row scales, s_r centroids[k] in place of centroids[k]) as in PV-tuning (arXiv 2405.14852), with the centroids
-trained by their own gradient as in `pq.py`. The latent weight is an ordinary Parameter, so that it lives in the user's
-own optimizer. It trains at `factor` times the optimizer's learning rate: the Parameter holds latent / factor, and takes
-the latent weight's gradient as its own.
+as in PV-tuning (arXiv 2405.14852), with the centroids trained by their own gradient as in `pq.py`. The latent weight
+is an ordinary Parameter, so that it lives in the user's own optimizer. It trains at `factor` times the optimizer's
+learning rate: the Parameter holds latent / factor, and takes the latent weight's gradient as its own.
 """
 
 from collections.abc import Mapping
@@ -71,21 +70,19 @@ class LatentPQWeight(PQWeight):
             How many codes changed, ().
         """
         blocks, centroids = self.blocks(), self._centroids()
-        scales = self._of_blocks()
-        over = blocks if scales is None else blocks / torch.where(scales == 0, 1.0, scales)
         before = self.codes.flatten()  # (n,)
         if share >= 1:
-            found = nearest(over, centroids).to(before.dtype)
+            found = nearest(blocks, centroids).to(before.dtype)
         else:
             distances = self._distances(blocks, centroids)
             if self.distances is None:
                 self.distances = distances
             most = (distances - self.distances).topk(max(1, round(share * len(blocks)))).indices
-            new = nearest(over[most], centroids)
+            some = blocks[most]
+            new = nearest(some, centroids)
             found = before.clone()
             found[most] = new.to(before.dtype)
-            seen = centroids[new] if scales is None else centroids[new] * scales[most]
-            self.distances[most] = (blocks[most] - seen).square().sum(1)
+            self.distances[most] = (some - centroids[new]).square().sum(1)
         changed = (found != before).sum()  # now, for `before` may be a view of the codes
         self.codes.copy_(found.view(self.codes.shape))
         return changed
@@ -94,17 +91,9 @@ class LatentPQWeight(PQWeight):
         """The centroids (K, d) as the file holds them, in float32."""
         return self._rounded().detach().float()
 
-    def _of_blocks(self) -> Tensor | None:
-        """The scale of each block's row as the file holds it, (n, 1) float32; None without row scales."""
-        scales = self.stored_scales()
-        if scales is None:
-            return None
-        return scales.detach().float()[:, None].expand(self.codes.shape).reshape(-1, 1)
-
     def _distances(self, blocks: Tensor, centroids: Tensor) -> Tensor:
-        """Squared distances of (n, d) blocks to what their codes stand for, of the centroids (K, d): (n,)."""
-        scales, seen = self._of_blocks(), centroids.index_select(0, self.codes.flatten().long())
-        return (blocks - (seen if scales is None else seen * scales)).square().sum(1)
+        """Squared distances of (n, d) blocks to those of the centroids (K, d) that their codes name: (n,)."""
+        return (blocks - centroids.index_select(0, self.codes.flatten().long())).square().sum(1)
 
     def prepare(self, parts: Mapping[str, Tensor]) -> None:
         """Make room for the latent weight of a state, (rows, …), and for its distances, (n,), if it has any."""

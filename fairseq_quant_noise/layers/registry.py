@@ -39,7 +39,6 @@ class QuantizedTensor:
     centroid_bits: int = 16  # pq only: 16 (fp16) or 8
     channels: int = 1  # intN only: how many scales
     codebook: str | None = None  # pq only: the tensor whose centroids it uses; None: its own
-    row_scales: bool = False  # pq only: whether each row has a scale
     transposed: bool = False  # whether the network's tensor has the first two dimensions of `shape` exchanged
 
     @property
@@ -84,8 +83,7 @@ class QuantizedTensor:
         numbers = [*self.shape, self.channels, self.centroid_bits]
         numbers += [n for n in (self.block_size, self.n_centroids) if n is not None]
         fits = isinstance(self.scheme, str) and self.scheme in file_formats() and self.format.describes(self)
-        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS
-        fits = fits and type(self.transposed) is bool and type(self.row_scales) is bool
+        fits = fits and 2 <= len(self.shape) <= _MOST_DIMENSIONS and type(self.transposed) is bool
         fits = fits and (self.codebook is None or (isinstance(self.codebook, str) and self.codebook != ""))
         if not fits or not all(type(n) is int and n > 0 for n in numbers):
             raise DamagedFileError(f"its manifest is damaged (a tensor entry {self!r} that no version writes)")

@@ -152,9 +152,8 @@ class IntWeight(ScalarWeight):
 
     @classmethod
     def describes(cls, entry: QuantizedTensor) -> bool:
-        """Whether it has none of pq's fields (blocks, centroids, a codebook, row scales)."""
-        of_pq = entry.block_size, entry.n_centroids, entry.codebook
-        return all(part is None for part in of_pq) and entry.row_scales is False
+        """Whether it has none of pq's fields (blocks, centroids, a codebook)."""
+        return all(part is None for part in (entry.block_size, entry.n_centroids, entry.codebook))
 
     @classmethod
     def code_bits(cls, entry: QuantizedTensor) -> int:

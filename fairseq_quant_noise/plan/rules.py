@@ -163,7 +163,6 @@ class StageRule:
     block_size: Setting = 8  # d, pq only
     n_centroids: Setting = 256  # K, pq only; at most 4096, codes of 12 bits
     codebook: str = "own"  # pq only. own: one per weight; shared: one per stage for weights of equal d and K
-    row_scales: bool = False  # pq only: a scale for each row of a weight, 2 bytes, which trains as the centroids do
     range: str = "tensor"  # intN only: tensor, channel, histogram; or learned, learned-channel (scalar/ranges.py)
     updates: int | None = None  # length of this stage; default: an equal share of the training's updates
 
@@ -177,13 +176,6 @@ class StageRule:
         for name, value, known in (("range", self.range, STAGE_RANGES), ("codebook", self.codebook, CODEBOOKS)):
             if value not in known:
                 raise UserError(f"stage '{self.match}': unknown {name} {value!r}; known: {', '.join(known)}")
-        if type(self.row_scales) is not bool:
-            raise UserError(f"stage '{self.match}': row_scales is {self.row_scales!r}; give true or false")
-        if self.row_scales and not self.format.has_codebook:
-            raise UserError(
-                f"stage '{self.match}': row_scales is for scheme pq; for {self.scheme} give range: channel or "
-                "learned-channel"
-            )
         if self.updates is not None:
             check_positive(f"stage '{self.match}': updates", self.updates)
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +10,10 @@ from torch import Tensor
 from ..errors import UserError
 from ..kernels import nearest as nearest_centroid
 from ..weights.blocks import as_blocks, code_shape
-from .kmeans import Clustering, kmeans
-from .row_scales import first_scales, fitted_scales
+from .kmeans import kmeans
 
 ITERATIONS = 20  # k-means iterations, the paper's setting
 FP16_MAX = 65504.0
-ROUNDS, AGAIN = 2, 5  # with row scales: of k-means and fitting the scales; iterations after the first round
 FLOOR = 1e-4  # least importance of a number, as a share of the mean
 
 
@@ -27,12 +24,6 @@ class Encoded:
     codes: Tensor  # (rows, blocks a row) uint8, or int32 where K is above 256
     centroids: Tensor  # (K, d) float32
     relative_error: float  # ||W - W_hat|| / ||W||, Frobenius norms
-    scales: Tensor | None = None  # (rows,) float32, exact in fp16, where rows have them (`row_scales.py`)
-
-    def cpu(self) -> "Encoded":
-        """The same in the memory of the CPU."""
-        scales = None if self.scales is None else self.scales.cpu()
-        return Encoded(self.codes.cpu(), self.centroids.cpu(), self.relative_error, scales)
 
 
 def encode(
@@ -44,7 +35,6 @@ def encode(
     seed: int = 0,
     importance: Tensor | None = None,
     iterations: int = ITERATIONS,
-    row_scales: bool = False,
 ) -> Encoded:
     """Quantize `weight` by k-means over all its blocks.
 
@@ -57,13 +47,12 @@ def encode(
         importance: of the numbers' squared errors (`quantization/importance.py`), of the weight's shape; all alike
             without.
         iterations: of k-means.
-        row_scales: give each row a scale (`row_scales.py`).
 
     Raises:
         UserError: the weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 4096.
     """
-    how: dict[str, Any] = {"seed": seed, "iterations": iterations, "row_scales": row_scales}
-    return encode_together([name], [weight], block_size, n_centroids, importance=[importance], **how)[0]
+    sizes = block_size, n_centroids
+    return encode_together([name], [weight], *sizes, seed=seed, importance=[importance], iterations=iterations)[0]
 
 
 def encode_together(
@@ -75,7 +64,6 @@ def encode_together(
     seed: int,
     importance: Sequence[Tensor | None],
     iterations: int = ITERATIONS,
-    row_scales: bool = False,
 ) -> list[Encoded]:
     """`encode` of several weights with one codebook, by k-means over the blocks of all.
 
@@ -89,11 +77,9 @@ def encode_together(
         seed: of k-means.
         importance: for each weight one of its shape, or None.
         iterations: of k-means.
-        row_scales: give each row of each weight a scale (`row_scales.py`).
 
     Returns:
-        For each weight its codes (rows, blocks a row), with the centroids (K, d) that all have in common; and its
-        scales (rows,).
+        For each weight its codes (rows, blocks a row), with the centroids (K, d) that all have in common.
 
     Raises:
         UserError: a weight holds NaN or infinity, or values that fp16 centroids cannot hold; K is not in 1 .. 4096.
@@ -106,48 +92,16 @@ def encode_together(
     counts = None
     if len(given) == len(weights):
         counts = _normalized(torch.cat([as_blocks(tensor.to(blocks.device), block_size) for tensor in given]))
-    scales: Sequence[Tensor | None] = [None] * len(weights)
-    if row_scales:
-        found, scales = _with_scales(weights, blocks, counts, n_centroids, iterations, seed)
-    else:
-        found = kmeans(blocks, n_centroids, iterations=iterations, seed=seed, weights=counts)
+    found = kmeans(blocks, n_centroids, iterations=iterations, seed=seed, weights=counts)
     parts = found.codes.split([weight.numel() // block_size for weight in weights])
-    return [
-        _encoded(weight, codes.view(code_shape(tuple(weight.shape), block_size)), found.centroids, of_weight)
-        for weight, codes, of_weight in zip(weights, parts, scales, strict=True)
-    ]
-
-
-def _with_scales(
-    weights: Sequence[Tensor], blocks: Tensor, counts: Tensor | None, n_centroids: int, iterations: int, seed: int
-) -> tuple[Clustering, list[Tensor]]:
-    """k-means of blocks (n, d) over the scales of their rows, and the scales (O,) of each weight (O, …).
-
-    `counts` is what the squared error of each number counts, (n, d).
-    """
-    sizes = [weight.numel() // blocks.shape[1] for weight in weights]  # blocks of each
-    scales, start = first_scales(weights), None
-    for _ in range(ROUNDS):
-        repeated = [s.repeat_interleave(size // len(s)) for s, size in zip(scales, sizes, strict=True)]
-        of_blocks = torch.cat(repeated)[:, None]  # (n, 1)
-        squares = of_blocks.square().expand_as(blocks) if counts is None else counts * of_blocks.square()
-        over = blocks / of_blocks
-        found = kmeans(over, n_centroids, iterations=iterations, seed=seed, start=start, weights=squares)
-        start, iterations = found.centroids, AGAIN
-        seen = found.centroids[found.codes.long()]  # (n, d)
-        slope = seen if counts is None else counts * seen
-        each = zip(blocks.split(sizes), seen.split(sizes), slope.split(sizes), scales, strict=True)
-        scales = [fitted_scales(w.view(len(s), -1), c.view(len(s), -1), hc.view(len(s), -1), s) for w, c, hc, s in each]
-    return found, scales
-
-
-def _encoded(weight: Tensor, codes: Tensor, centroids: Tensor, scales: Tensor | None) -> Encoded:
-    """With the relative error of a weight (O, …), for codes (O, blocks a row), centroids (K, d) and scales (O,)."""
-    exact = weight.double().flatten(1)  # (O, I)
-    seen = centroids.double()[codes.flatten().long()].view_as(exact)
-    away = torch.linalg.vector_norm(exact - (seen if scales is None else seen * scales[:, None])).item()
-    norm = torch.linalg.vector_norm(exact).item()
-    return Encoded(codes, centroids, away / norm if norm else 0.0, scales)
+    encoded = []
+    for weight, codes in zip(weights, parts, strict=True):
+        exact = as_blocks(weight, block_size).double()
+        away = torch.linalg.vector_norm(exact - found.centroids.double()[codes.long()]).item()
+        norm = torch.linalg.vector_norm(exact).item()
+        shaped = codes.view(code_shape(tuple(weight.shape), block_size))
+        encoded.append(Encoded(shaped, found.centroids, away / norm if norm else 0.0))
+    return encoded
 
 
 def _check(name: str, weight: Tensor) -> None:

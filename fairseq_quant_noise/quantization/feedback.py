@@ -13,7 +13,7 @@ correlations is left, and M_ii is the mean importance of column i, where there i
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..layers.inputs import FAST_PATH_OFF, is_product
 from ..pq.encode import Encoded
 from ..pq.feedback import Layer, refined
-from ..pq.row_scales import fitted_scales
 from ..utils.modes import evaluating
 from ..weights.discovery import Weight, find_weights
 from .targets import Target
@@ -139,10 +138,8 @@ class Feedback:
 
     def refined(
         self, targets: Sequence[Target], found: Sequence[Encoded], importance: Sequence[Tensor | None]
-    ) -> tuple[list[Encoded], str]:
+    ) -> tuple[list[tuple[Tensor, Tensor]], str]:
         """Codes (O, I/d) and centroids (K, d) of weights of one codebook; those of k-means, if none are better.
-
-        Rows with scales are encoded over them; then the scales of least output error for these codes follow.
 
         Args:
             targets: the weights, whose inputs are known.
@@ -150,28 +147,24 @@ class Feedback:
             importance: of each a tensor (O, I), as its blocks lie, or None.
 
         Returns:
-            For each weight what was found, with the relative error of k-means; and a few words for the log.
+            For each weight codes and centroids; and a few words for the log.
         """
+        pairs = [(one.codes, one.centroids) for one in found]
         given = [None if None in importance else counts for counts in importance]
-        each = zip(targets, given, found, strict=True)
-        layers = [self._layer(target.weight, counts, one.scales) for target, counts, one in each]
+        layers = [self._layer(target.weight, counts) for target, counts in zip(targets, given, strict=True)]
         mean = torch.cat([layer.rows for layer in layers]).mean()
         layers = [Layer(layer.weight, layer.metric, layer.rows / mean) for layer in layers]
         if all(torch.equal(layer.metric, layer.metric.diagonal().diag()) for layer in layers):
-            return [*found], "no correlations to feed errors back by"
+            return pairs, "no correlations to feed errors back by"
         codes, centroids = refined(layers, found[0].centroids)
-        before = sum(_loss(layer, one.codes, one.centroids) for layer, one in zip(layers, found, strict=True))
+        before = sum(_loss(layer, *pair) for layer, pair in zip(layers, pairs, strict=True))
         after = sum(_loss(layer, part, centroids) for layer, part in zip(layers, codes, strict=True))
         if not after < before:
-            return [*found], "no gain by error feedback"
-        better = [
-            replace(one, codes=part, centroids=centroids, scales=_refitted(layer, part, centroids, one.scales))
-            for layer, part, one in zip(layers, codes, found, strict=True)
-        ]
-        return better, f"error feedback, output error x{(after / before) ** 0.5:.3f}"
+            return pairs, "no gain by error feedback"
+        return [(part, centroids) for part in codes], f"error feedback, output error x{(after / before) ** 0.5:.3f}"
 
-    def _layer(self, weight: Weight, importance: Tensor | None, scales: Tensor | None) -> Layer:
-        """A weight (O, I) over its scales (O,), its metric, of mean 1 on the diagonal, and what its rows count."""
+    def _layer(self, weight: Weight, importance: Tensor | None) -> Layer:
+        """A weight (O, I) with its metric, of mean 1 on the diagonal, and with the importance of its rows."""
         stored: Tensor = weight.stored  # type: ignore[assignment]
         dense = stored.detach().float().flatten(1)
         second = self.inputs[weight.tensor_name].to(dense.device).double()
@@ -184,23 +177,8 @@ class Feedback:
         metric = kept * second * scale * scale[:, None]
         metric.diagonal().copy_(own.clamp(min=_LEAST * own.mean()))
         rows = torch.ones(len(dense), device=dense.device) if counts is None else counts.mean(1)
-        rows = rows.clamp(min=_LEAST * rows.mean())
-        if scales is not None:
-            dense, rows = dense / scales[:, None], rows * scales.square()
-        return Layer(dense.contiguous(), metric / own.mean(), rows)
+        return Layer(dense.contiguous(), metric / own.mean(), rows.clamp(min=_LEAST * rows.mean()))
 
 
 def _loss(layer: Layer, codes: Tensor, centroids: Tensor) -> float:
-    return layer.loss(_seen(layer, codes, centroids) - layer.weight)
-
-
-def _seen(layer: Layer, codes: Tensor, centroids: Tensor) -> Tensor:
-    return centroids.to(layer.weight)[codes.long()].view_as(layer.weight)
-
-
-def _refitted(layer: Layer, codes: Tensor, centroids: Tensor, scales: Tensor | None) -> Tensor | None:
-    """The scales (O,) of least output error, of a layer whose weight is over `scales`; None without."""
-    if scales is None:
-        return None
-    seen = _seen(layer, codes, centroids)
-    return fitted_scales(layer.weight * scales[:, None], seen, seen.double() @ layer.metric, scales)
+    return layer.loss(centroids.to(layer.weight)[codes.long()].view_as(layer.weight) - layer.weight)

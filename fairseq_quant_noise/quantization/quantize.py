@@ -27,7 +27,7 @@ from ..layers.pq import PQWeight
 from ..layers.quantized import QuantizedWeight, dense_weight
 from ..plan.plan import Plan
 from ..plan.rules import Activations, Codes
-from ..pq.encode import Encoded, encode_together
+from ..pq.encode import encode_together
 from ..utils import ranks
 from ..utils.progress import watched
 from ..weights.discovery import some_of, warn_of_uncovered
@@ -200,16 +200,14 @@ def quantize_targets(
     _warn_of_plain(targets, feedback, progress)
     found = _encode_together(targets, importance or {}, seed, where, progress, feedback)
     quantized: list[QuantizedWeight] = []
-    for target, one in zip(targets, found, strict=True):
-        if one is not None:
-            parts = one.codes, one.centroids, target.centroid_bits, target.codebook, one.scales
-            if codes is not None and codes.train:
-                latent = dense_weight(target.weight)
-                made = quantize_weight_(target.weight, *parts, kind=LatentPQWeight)
-                made.set_latent(latent, codes.learning_rate, codes.share)
-                quantized.append(made)
-            else:
-                quantized.append(quantize_weight_(target.weight, *parts))
+    for target, pair in zip(targets, found, strict=True):
+        if pair is not None and codes is not None and codes.train:
+            latent = dense_weight(target.weight)
+            made = quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook, LatentPQWeight)
+            made.set_latent(latent, codes.learning_rate, codes.share)
+            quantized.append(made)
+        elif pair is not None:
+            quantized.append(quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook))
         else:
             quantized.append(target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range))
     join_(quantized)
@@ -239,15 +237,14 @@ def quantized_values(
     """
     found = _encode_together(targets, importance or {}, seed, "", progress)
     values = []
-    for target, one in zip(targets, found, strict=True):
+    for target, pair in zip(targets, found, strict=True):
         stored, parameter = dense_weight(target.weight), target.weight.parameter
         assert isinstance(parameter, nn.Parameter)
-        if one is None:
+        if pair is None:
             seen = _seen(target, stored)
         else:
-            scales = None if one.scales is None else one.scales.to(stored)
-            parts = one.codes.to(stored.device), one.centroids.to(stored), tuple(stored.shape), target.centroid_bits
-            seen = PQWeight(*parts, scales=scales).eval().decode()
+            parts = pair[0].to(stored.device), pair[1].to(stored)
+            seen = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval().decode()
         values.append((parameter, target.weight.turn(seen)))
     return values
 
@@ -285,8 +282,8 @@ def _encode_together(
     where: str,
     progress: Callable[[str], None],
     feedback: Feedback | None = None,
-) -> list[Encoded | None]:
-    """What encodes each weight whose format has a codebook, None for the others; each rank encodes its share.
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Codes and centroids of each weight whose format has a codebook, None for the others; each rank encodes its share.
 
     Raises:
         UserError: encoding failed on some rank; all ranks raise it, or the others would wait for ever.
@@ -296,28 +293,28 @@ def _encode_together(
     by_all = [not targets[of[0]].rule.format.has_codebook for of in groups]  # the others take no time
     owners = ranks.divide([0 if b else _numbers(targets, of) for b, of in zip(by_all, groups, strict=True)], world)
     mine = [of for b, of, owner in zip(by_all, groups, owners, strict=True) if b or owner == rank]
-    found: dict[int, Encoded | UserError] = {}
+    found: dict[int, tuple[Tensor, Tensor] | UserError] = {}
     left, began = sum(_numbers(targets, of) for of in mine), time.perf_counter()
     all_numbers = left
     for of in mine:
         try:
-            encoded, how = _encode([targets[i] for i in of], importance, seed, feedback)
+            pairs, how = _encode([targets[i] for i in of], importance, seed, feedback)
         except UserError as error:
             found[of[0]] = error
             break
         left -= _numbers(targets, of)
         seconds = (time.perf_counter() - began) * left / max(all_numbers - left, 1)
-        for i, one, line in zip(of, encoded, how, strict=True):
-            if one is not None:
-                found[i] = one if world == 1 else one.cpu()
+        for i, pair, line in zip(of, pairs, how, strict=True):
+            if pair is not None:
+                found[i] = pair if world == 1 else (pair[0].cpu(), pair[1].cpu())
             progress(
                 f"{where}[{i + 1}/{len(targets)}] {targets[i].weight.name} {tuple(targets[i].weight.shape)} {line}"
                 + (f", {seconds:.0f} s left" if left else "")
             )
-    together = {i: one for part in ranks.gather(found) for i, one in part.items()}
-    for _, one in sorted(together.items()):
-        if isinstance(one, UserError):
-            raise one
+    together = {i: pair for part in ranks.gather(found) for i, pair in part.items()}
+    for _, pair in sorted(together.items()):
+        if isinstance(pair, UserError):
+            raise pair
     return [together.get(i) for i in range(len(targets))]
 
 
@@ -336,8 +333,8 @@ def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
 
 def _encode(
     targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int, feedback: Feedback | None
-) -> tuple[Sequence[Encoded | None], list[str]]:
-    """What k-means finds of the weights of one codebook (None for a format without), and a log line for each."""
+) -> tuple[Sequence[tuple[Tensor, Tensor] | None], list[str]]:
+    """Codes and centroids of the weights of one codebook (None for a format without), and a log line for each."""
     rule, d, k = targets[0].rule, targets[0].block_size, targets[0].n_centroids
     if d is None or k is None:
         error = _error(targets[0])
@@ -345,15 +342,14 @@ def _encode(
     names, given = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
     counts = [None if g is None else t.weight.turn(g) for t, g in zip(targets, given, strict=True)]
     stored: list[Tensor] = [t.weight.stored for t in targets]  # type: ignore[misc]
-    found = encode_together(names, stored, d, k, seed=seed, importance=counts, row_scales=rule.row_scales)
+    found = encode_together(names, stored, d, k, seed=seed, importance=counts)
     how = "" if None in counts else "weighted, "
-    how += "row scales, " if rule.row_scales else ""
     how += "" if len(targets) == 1 else f"a codebook of {len(targets)} weights, "
-    lines = [f"{how}d {d} K {k} relative error {one.relative_error:.4f}" for one in found]
+    pairs, gain = [(one.codes, one.centroids) for one in found], ""
     if feedback is not None and feedback.reaches(targets):
-        found, gain = feedback.refined(targets, found, counts)
-        lines = [f"{line}, {gain}" for line in lines]
-    return found, lines
+        pairs, gain = feedback.refined(targets, found, counts)
+        gain = f", {gain}"
+    return pairs, [f"{how}d {d} K {k} relative error {one.relative_error:.4f}{gain}" for one in found]
 
 
 def _warn_of_plain(targets: Sequence[Target], feedback: Feedback | None, progress: Callable[[str], None]) -> None:

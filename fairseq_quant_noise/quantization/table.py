@@ -3,8 +3,7 @@
 The paper counts (arXiv 2004.07320, section 7.4 and table 1; MiB = bytes / 2^20), for a weight of n blocks:
 
     pq          n * log2(K) / 8 bytes of codes, K * d * 2 bytes of centroids (fp16; K * d for int8 ones); the
-                centroids of a shared codebook once, with its first weight; row scales, which the paper does not
-                have, 2 bytes each (fp16)
+                centroids of a shared codebook once, with its first weight
     intN        N / 8 bytes a number; scales do not count
     the rest    4 bytes a number (fp32), biases and norms included; but where every weight is of one scheme intN,
                 the rest counts N / 8 bytes a number too (its 236 and 118 MB are the dense model's 942 by 4 and by 8)
@@ -14,7 +13,7 @@ It works on the meta device, so that the sizes of a model cost nothing.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -36,7 +35,6 @@ class Row:
     n_centroids: int | None
     bytes: float  # the paper's accounting; 0 for a tied copy
     tied_to: str | None  # the tensor that stores it
-    row_scales: bool = False  # whether each row has a scale
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -108,14 +106,14 @@ def make_table(
             row = Row(name, "dense", shape, None, None, math.prod(shape) * rest / 8, None)
         else:
             d, k = target.block_size, target.n_centroids
-            row = Row(name, target.rule.scheme, shape, d, k, target.paper_bytes, None, target.rule.row_scales)
+            row = Row(name, target.rule.scheme, shape, d, k, target.paper_bytes, None)
         rows.append(row if owner == name else _tied(row, owner))
     latent = [math.prod(t.weight.shape) for t in targets if codes_train and t.rule.format.has_codebook]
     return Table(rows, original_bytes, 4 * sum(latent))
 
 
 def _tied(row: Row, owner: str) -> Row:
-    return replace(row, bytes=0.0, tied_to=owner)
+    return Row(row.name, row.scheme, row.shape, row.block_size, row.n_centroids, 0.0, owner)
 
 
 def model_bytes(model: nn.Module) -> tuple[float, int]:

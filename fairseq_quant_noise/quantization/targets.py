@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
@@ -35,8 +34,7 @@ class Target:
         """Size in bytes by the paper's accounting; a shared codebook counts with its first weight."""
         codebook = None if self.brings_codebook else "of its stage"
         sizes = self.block_size, self.n_centroids, self.centroid_bits
-        more: dict[str, Any] = {"codebook": codebook, "row_scales": self.rule.row_scales}
-        return QuantizedTensor(self.rule.scheme, self.weight.shape, *sizes, **more).paper_bytes
+        return QuantizedTensor(self.rule.scheme, self.weight.shape, *sizes, codebook=codebook).paper_bytes
 
 
 def resolve_stages(plan: Plan, model: nn.Module) -> list[Target]:

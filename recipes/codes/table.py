@@ -26,7 +26,6 @@ RUNS = {  # in the order of the table
     "noise": "the same, after training with Quant-Noise (p .05)",
     "fixed": "all at once, fixed codes, otherwise as ours",
     "best": "**ours**: all at once, codes that train",
-    "rows-best": "ours, with a scale for each row, and K 176 in the layers",
     "budget-best": "**ours**, with the plan that `plan --budget` finds",
     "noise-best": "ours, after training with Quant-Noise",
     "k64": "K 64, as in the paper",
@@ -44,14 +43,11 @@ HEADER = ("", "PPL by seed", "mean", "mean dense PPL", "MiB", "ratio")
 def plans() -> dict[str, dict[str, Any]]:
     """Name -> plan."""
     small = shipped("small")
-    scaled = [(stage, 256 if stage["match"] == WEIGHTS[1] else 176) for stage in small["stages"]]
     wide = [stage | {"block_size": 2 * stage["block_size"]} for stage in small["stages"]]
     found = {
         "small": small,
         "k64": small | {"stages": [stage | {"n_centroids": 64} for stage in small["stages"]]},
         "d16": small | {"stages": wide},
-        # Fewer centroids in the layers pay for the scales: the file has the size of `small`'s.
-        "rows": small | {"stages": [stage | {"row_scales": True, "n_centroids": k} for stage, k in scaled]},
     }
     for bits in (4, 2):
         for name, by in ((f"int{bits}", "channel"), (f"int{bits}-learned", "learned-channel")):

@@ -24,7 +24,7 @@ from toys import python
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.cli.main import main
 
-TENSOR = {"name", "scheme", "shape", "block_size", "n_centroids", "bytes", "tied_to", "row_scales"}
+TENSOR = {"name", "scheme", "shape", "block_size", "n_centroids", "bytes", "tied_to"}
 
 
 def verb(*arguments):
@@ -62,7 +62,6 @@ def test_plan_of_a_checkpoint(lab, runs, kind, capsys):
         "n_centroids": 16,
         "bytes": 256 * 4 / 8 + 16 * 8 * 2,
         "tied_to": None,
-        "row_scales": False,
     }
     tied = {row["name"]: row["tied_to"] for row in table["tensors"] if row["tied_to"]}
     if kind == "plain":

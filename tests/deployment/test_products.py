@@ -18,7 +18,6 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 CENTROIDS = {"stages": [{"match": ".*", "block_size": 4, "n_centroids": 16}], "centroids": {"dtype": "int8"}}
-SCALED = CENTROIDS | {"stages": [CENTROIDS["stages"][0] | {"row_scales": True}]}
 ROUNDED = {"activations": {"range": "tensor"}}
 ENCODER = r"encoder\.sentence_encoder\..*"
 
@@ -57,8 +56,8 @@ def largest(found, expected, words):
 
 @pytest.mark.parametrize(
     "plan",
-    [ints(8), ints(8, range="channel"), ints(6), ints(4), CENTROIDS, SCALED],
-    ids=["int8", "int8 by channel", "int6", "int4", "int8 centroids", "int8 centroids, row scales"],
+    [ints(8), ints(8, range="channel"), ints(6), ints(4), CENTROIDS],
+    ids=["int8", "int8 by channel", "int6", "int4", "int8 centroids"],
 )
 def test_a_language_model_with_rounded_inputs_scores_as_in_torch(plan, tmp_path):
     path = packed_file(tmp_path, plan=plan | ROUNDED, calibration=[texts()[3]])

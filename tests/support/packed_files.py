@@ -5,7 +5,7 @@ import functools
 import json
 from types import SimpleNamespace
 
-from toys import INPUTS_PLAN, INT_PLANS, SCALED_PLAN, SHARED_PLAN, TOKENS, ZOO_PLAN, quiet, refuses, zoo
+from toys import INPUTS_PLAN, INT_PLANS, SHARED_PLAN, TOKENS, ZOO_PLAN, quiet, refuses, zoo
 
 from fairseq_quant_noise.artifact import Packed, pack
 from fairseq_quant_noise.artifact.writer import serialize
@@ -13,13 +13,7 @@ from fairseq_quant_noise.errors import DamagedFileError
 from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.quantize import quantize_
 
-PLANS = INT_PLANS | {
-    "pq": ZOO_PLAN,
-    "shared codebooks": SHARED_PLAN,
-    "inputs": INPUTS_PLAN,
-    "row scales": SCALED_PLAN,
-    "row scales, int8 centroids": SCALED_PLAN | {"centroids": {"dtype": "int8"}},
-}
+PLANS = INT_PLANS | {"pq": ZOO_PLAN, "shared codebooks": SHARED_PLAN, "inputs": INPUTS_PLAN}
 
 
 def quantized_afresh(plan="pq"):

@@ -109,8 +109,6 @@ SHARED_PLAN = {
     ]
 }
 #: The same in N bits, by the kinds of range, and in two schemes.
-SCALED_PLAN = {"stages": [stage | {"row_scales": True} for stage in SHARED_PLAN["stages"]]}
-
 INT_PLANS = {
     "int8": {"stages": [{"match": ".*", "scheme": "int8"}]},
     "int4 by channel": {"stages": [{"match": ".*", "scheme": "int4", "range": "channel"}]},

@@ -118,11 +118,8 @@ def test_encoding_takes_place_every_so_many_updates(lab, runs, monkeypatch, ever
 )
 @both_kinds
 def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(lab, runs, kind, codes, more):
-    """With stages in turn, of which one begins after the stop, noise on what is dense, and a codebook of a stage.
-
-    Rows have scales where the optimizer is nag.
-    """
-    rules = [{**rule, "updates": 3, "codebook": "shared", "row_scales": more is NAG} for rule in PLANS[kind]["stages"]]
+    """With stages in turn, of which one begins after the stop, noise on what is dense, and a codebook of a stage."""
+    rules = [{**rule, "updates": 3, "codebook": "shared"} for rule in PLANS[kind]["stages"]]
     given = flags(lab, runs, kind, stages=rules, codes=codes, centroids={"dtype": "int8"})
     given += ["--quant-noise-pq", 0.2, "--save-interval-updates", 1, *more]
     whole = lab.train(*given, kind=kind, updates=9)
@@ -134,28 +131,6 @@ def test_a_run_that_stops_and_goes_on_ends_with_the_same_bits(lab, runs, kind, c
         broken = lab.train(*given, kind=kind, updates=9, save=folder)
         assert [log["num_updates"] for log in broken.updates] == [*range(update + 1, 10)]
         assert differences(whole.path, broken.path) == []
-
-
-@pytest.mark.usefixtures("flat")
-@pytest.mark.parametrize("kind", ["fixed", "train"])
-def test_row_scales_learn_resume_and_are_what_is_evaluated_and_exported(lab, runs, kind, tmp_path):
-    stages = [rule | {"row_scales": True} for rule in PLANS["plain"]["stages"]]
-    given = [*flags(lab, runs, stages=stages, codes=kind, tuning={"stages": "joint"}), "--save-interval-updates", 1]
-    whole = lab.train(*given, updates=4)
-    scales = {name: t for name, t in state_of(whole.path)["model"].items() if name.endswith(".scales")}
-    assert len(scales) == len(codes_of(whole.path)) > 10
-    folder = lab.new()
-    folder.mkdir()
-    (before,) = whole.folder.glob("checkpoint_*_2.pt")
-    earlier = state_of(before)["model"]
-    assert all(not torch.equal(tensor, earlier[name]) for name, tensor in scales.items())
-    shutil.copy(before, folder / "checkpoint_last.pt")
-    assert differences(whole.path, lab.train(*given, updates=4, save=folder).path) == []
-    main(["export", "--path", str(whole.path), "--out", str(tmp_path / "file.safetensors")])
-    assert read(tmp_path / "file.safetensors").manifest.format_version == 7
-    assert lab.eval_lm(tmp_path / "file.safetensors") == pytest.approx(whole.ppl, rel=1e-5)
-    main(["to-dense", str(tmp_path / "file.safetensors"), "--out", str(tmp_path / "dense.pt")])
-    assert lab.eval_lm(tmp_path / "dense.pt") == pytest.approx(whole.ppl, rel=1e-4)
 
 
 @pytest.mark.usefixtures("flat")
@@ -176,13 +151,10 @@ def test_codes_of_9_bits_resume_and_are_what_is_evaluated_and_exported(lab, runs
 
 
 def test_in_half_precision_with_flat_masters_too(lab, runs):
-    stages = [rule | {"row_scales": True} for rule in PLANS["plain"]["stages"]]
-    codes = {"kind": "train", "every": 2, "share": 0.5}
-    given = flags(lab, runs, stages=stages, codes=codes, tuning={"stages": "joint"})
+    given = flags(lab, runs, codes={"kind": "train", "every": 2, "share": 0.5}, tuning={"stages": "joint"})
     given += ["--fp16", "--save-interval-updates", 1]
     whole, folder = lab.train(*given), lab.new()
-    weights = trained_weights(whole.model).values()
-    assert {tensor.dtype for w in weights for tensor in (w.latent_weight, w.scales)} == {torch.float16}
+    assert {w.latent_weight.dtype for w in trained_weights(whole.model).values()} == {torch.float16}
     assert all(w.latent_weight.dtype != w.latent_factor.dtype for w in trained_weights(whole.model).values())
     folder.mkdir()
     (before,) = whole.folder.glob("checkpoint_*_3.pt")
