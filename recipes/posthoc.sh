@@ -204,13 +204,14 @@ fine_tune() {
 # compress DIR METHOD SEED DENSE: writes DIR/METHOD.safetensors, by the plan in METHOD
 compress() {
   local plan="${2%@*}" run="$1/$2" best=() data=()
+  if [ "$CRITERION" = cross_entropy ]; then data=(--calibration-data "$BINARIZED"); fi # for batch statistics and gradients
   if [ "$plan" = budget ]; then
     plan="$1/budget.yaml"
     [ -f "$1/$PLAN@once.safetensors" ] || die "$2: budget takes the bytes of $PLAN@once; name that before it in METHODS"
-    [ -f "$plan" ] || quietly "$run.log" fairseq-quant-noise plan --path "$4" --budget "$(wc -c <"$1/$PLAN@once.safetensors")" --out "$plan"
+    [ -f "$plan" ] || quietly "$run.log" fairseq-quant-noise plan --path "$4" --budget "$(wc -c <"$1/$PLAN@once.safetensors")" \
+      ${data[@]+"${data[@]}"} --out "$plan"
   fi
   if [[ "$2" == *@once || "$2" == *@feedback ]]; then
-    if [ "$CRITERION" = cross_entropy ]; then data=(--calibration-data "$BINARIZED"); fi # for the batch statistics
     if [[ "$2" == *@feedback ]]; then data=(--calibration-data "$BINARIZED" --encode feedback); fi
     quietly "$run.log" fairseq-quant-noise quantize --path "$4" --plan "$plan" --seed "$3" ${data[@]+"${data[@]}"} --out "$run.safetensors"
     return
