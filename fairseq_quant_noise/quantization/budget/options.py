@@ -98,6 +98,20 @@ def price(
     return found
 
 
+def _known(importance: Tensor) -> Tensor:
+    """Importance (rows, …) in which a row of zeros counts as the others do on average.
+
+    No gradient has reached it, as that of a word which the training data lack. Evaluation may have such words, and a
+    fine-tuning of few sentences leaves most of a vocabulary so.
+    """
+    rows = importance.flatten(1).any(1)
+    if bool(rows.all()) or not bool(rows.any()):
+        return importance
+    found = importance.clone()
+    found[~rows] = importance[rows].mean(0)
+    return found
+
+
 class _Sample:
     """Rows of a weight, spread over it, that stand for all of it.
 
@@ -109,7 +123,7 @@ class _Sample:
 
     def __init__(self, weight: Weight, importance: Tensor | None, usual: float) -> None:
         dense = dense_weight(weight).detach().float()
-        h = torch.full_like(dense, usual) if importance is None else weight.turn(importance).to(dense)
+        h = torch.full_like(dense, usual) if importance is None else _known(weight.turn(importance).to(dense))
         rows = slice(None, None, -(-dense.numel() // SAMPLE))
         self.name, self.weighted = weight.name, importance is not None
         self.numbers, self.h = dense[rows].contiguous(), h[rows].contiguous()  # (rows in the sample, …)

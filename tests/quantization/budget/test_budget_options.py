@@ -66,6 +66,16 @@ def test_small_errors_cost_what_they_are_weighed_by():
     assert int8.loss == pytest.approx(error, rel=1e-3)
 
 
+def test_a_row_that_no_gradient_has_reached_counts_as_the_others_do():
+    """After a fine-tuning on 5,749 sentences, those are two thirds of a vocabulary; evaluation has such words."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Embedding(256, 64))
+    few = torch.zeros(256, 64)
+    few[::4] = 0.5
+    (all_seen,), (few_seen,) = price(model, {"0.weight": torch.full((256, 64), 0.5)}), price(model, {"0.weight": few})
+    assert [option.loss for option in few_seen.options] == [option.loss for option in all_seen.options]
+
+
 def test_large_errors_cost_more_than_their_squares():
     (priced,) = price(linear(), {})
     coarse = next(option for option in priced.options if (option.block_size, option.n_centroids) == (16, 16))
