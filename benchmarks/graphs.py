@@ -44,7 +44,7 @@ def need_onnxruntime(options: argparse.ArgumentParser) -> None:
         options.exit(2, f"error: {missing[0]} is not installed; run: pip install onnxruntime onnx onnx_ir\n")
 
 
-def quantized(dense: Roberta, form: str) -> nn.Module:
+def quantized(dense: nn.Module, form: str) -> nn.Module:
     """A copy of the network in a form that a packed file has."""
     model = copy.deepcopy(dense)
     if form.startswith("iPQ"):

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from encoder import HEAD, with_random_codes
-from graphs import need_onnxruntime
+from encoder import HEAD
+from graphs import need_onnxruntime, quantized
 from side_by_side import machine, parser, positive
-from torch import nn
 
-from fairseq_quant_noise import quantize_, save
+from fairseq_quant_noise import save
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.deployment import onnx_model
 from fairseq_quant_noise.networks.registry import build
@@ -79,15 +78,6 @@ for _ in range(repeats + 2):
     seconds.append(time.perf_counter() - start)
 print(json.dumps({"load": load, "at rest": rest, "at most": most, "seconds": sorted(seconds[2:])[repeats // 2]}))
 """
-
-
-def quantized(model: nn.Module, form: str) -> nn.Module:
-    """The network in a form that a packed file has."""
-    if form.startswith("iPQ"):
-        with_random_codes(model, 8 if "int8" in form else 16)
-        return model
-    matched = r".*(embed_tokens|layers\..*)"
-    return quantize_(model, {"stages": [{"match": matched, "scheme": form, "range": "channel"}]})
 
 
 def models(layers: int, words: int | None, folder: Path) -> Iterator[tuple[str, str, str, Path, int]]:

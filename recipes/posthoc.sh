@@ -12,7 +12,7 @@
 # is OUT/table.md: score before and after, bytes, milliseconds a sentence; the files are
 # OUT/TASK/seed-S/noise-P/METHOD.safetensors. After a kill, the same command resumes.
 #     TASKS="mnli sst2 stsb"   SEEDS="1 2 3"   NOISES="0 0.1"   UPDATES, IPQ_UPDATES (by task)   TRAIN=N: the first N rows alone
-#     PRECISION=bf16|fp16: trains in half precision; on a CPU with AMX, bf16 takes a third of the time
+#     PRECISION=bf16|fp16: trains in half precision; a CPU with AMX multiplies several times as fast in bf16
 #     METHODS: plans. PLAN@once quantizes without training, PLAN@feedback too, with error feedback; PLAN@best trains the codes
 #     too, all weights together (docs/codes.md). The plan `budget` is the one that `plan --budget` finds for the bytes of
 #     posthoc@once (or that of the network's plan).

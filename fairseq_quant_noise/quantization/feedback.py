@@ -90,7 +90,9 @@ def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
     sides: list[int] = []  # before and after, of the last dimension first
     for i in reversed(range(len(size))):
         around = (size[i] - 1) * dilation[i]
-        both = around if module.padding == "same" else max(2 * int(module.padding[i]), around + 1 - x.shape[i + 2])
+        named = {"same": around, "valid": 0}
+        both = named[module.padding] if isinstance(module.padding, str) else 2 * module.padding[i]
+        both = max(both, around + 1 - x.shape[i + 2])
         sides += [both // 2, both - both // 2]
     if any(sides):
         x = F.pad(x, sides, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)

@@ -60,6 +60,7 @@ def test_measured_are_the_second_moments_over_all_inputs():
 CONVOLUTIONS = {
     "grouped, strided": (nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), (3, 6, 9, 11)),
     "depthwise, dilated": (nn.Conv2d(4, 4, 5, padding="same", dilation=(1, 2), groups=4), (2, 4, 8, 9)),
+    "without padding": (nn.Conv2d(4, 6, 3, padding="valid"), (2, 4, 7, 5)),
     "1x1": (nn.Conv2d(4, 6, 1, stride=2), (2, 4, 7, 5)),
     "one dimension": (nn.Conv1d(4, 5, 3, stride=2, padding=2), (2, 4, 12)),
     "reflected": (nn.Conv2d(4, 6, (1, 3), padding=(0, 1), padding_mode="reflect"), (2, 4, 5, 6)),
