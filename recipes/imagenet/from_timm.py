@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--normalization", choices=NORMALIZATIONS, default="imagenet")
     parser.add_argument("--out", required=True)
     args = parser.parse_args(argv)
-    with exits_on_user_error():
+    with exits_on_user_error(always=True):
         options = architecture_options(args.arch, args.set)
         model = build(args.arch, options, 0)
         load_timm_weights(model, args.weights)

@@ -135,6 +135,16 @@ def test_timms_weights_become_a_checkpoint_and_go_back_to_timm(tmp_path):
     assert same(dict(again.state_dict()), dict(theirs.state_dict()))
 
 
+def test_weights_of_another_network_end_the_program_in_one_line(tmp_path, capsys):
+    torch.save({"conv_stem.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    arguments = [str(tmp_path / "w.pth"), "--arch", "quant_noise_efficientnet_lite0", "--out", str(tmp_path / "out.pt")]
+    with pytest.raises(SystemExit) as ended:
+        from_timm.main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'w.pth'}: lacks ")
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_a_checkpoint_of_published_weights_validates_and_is_calibrated_without_a_training(images, tmp_path):
     """Its state has no task, and its configuration few sections."""
     options = {"num_classes": 3, "width": 0.1, "depth": 0.6, "drop_path": 0.0}
