@@ -22,6 +22,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_MODEL_NAME_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
 from fairseq.models.roberta.model import RobertaLMHead
 from fairseq.modules.conv_tbc import ConvTBC
+from fairseq.modules.dynamic_convolution import DynamicConv_scripatable
 from fairseq.modules.lightweight_convolution import LightweightConv1d, LightweightConv1dTBC
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, open_dict
@@ -125,6 +126,7 @@ def _built(cfg: Any, build: Callable[[], Any], from_checkpoint: bool) -> Any:
     def of_this_package() -> Any:
         with _known_options(cfg):
             model = build()
+        _fill_unread_biases(model)
         if not isinstance(model, Quantizable):
             kind: Any = type(model)
             model.__class__ = _of_any_architecture(kind)
@@ -137,6 +139,13 @@ def _built(cfg: Any, build: Callable[[], Any], from_checkpoint: bool) -> Any:
         from_checkpoint and bool(getattr(cfg, "quant_noise_pq", 0)) and not getattr(cfg, "adaptive_input", False)
     )
     return made_quantizable(of_this_package, cfg, has_layer)
+
+
+def _fill_unread_biases(model: nn.Module) -> None:
+    """Set to 0 what fairseq's dynamic convolutions never write nor read; checkpoints would hold stray memory."""
+    for module in model.modules():
+        if isinstance(module, DynamicConv_scripatable) and not module.has_conv_bias:
+            nn.init.zeros_(module.conv_bias)
 
 
 def _check_sections(cfg: Any, path: str = "model") -> None:

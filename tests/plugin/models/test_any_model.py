@@ -41,9 +41,24 @@ def case(name):
     )
 
 
+@pytest.fixture
+def stray_memory(monkeypatch):
+    """New tensors hold nan until they are written, as memory may that was used before."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def build(name, *flags):
     torch.manual_seed(0)
     return fairseq.models.build_model(config(name, *flags), Task())
+
+
+@pytest.mark.parametrize("name", map(case, CASES))
+def test_no_parameter_of_a_built_model_is_stray_memory(name, stray_memory):
+    state = build(name).state_dict()
+    assert [key for key, tensor in state.items() if not torch.isfinite(tensor).all()] == []
 
 
 def test_int8_evaluation_names_the_weights_whose_inputs_are_not_rounded(caplog):
