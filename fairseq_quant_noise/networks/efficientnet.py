@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -67,6 +68,7 @@ class EfficientNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N, 3, H, W), normalised as in training -> (N, classes) logits."""
+        images = images.contiguous(memory_format=torch.channels_last)  # in which a CPU's convolutions are faster
         x = self.blocks(self.bn1(self.conv_stem(images)))
         x = self.global_pool(self.bn2(self.conv_head(x)))
         return self.classifier(F.dropout(x, self.dropout, self.training))
