@@ -49,6 +49,10 @@ class LatentPQWeight(PQWeight):
         self.register_buffer(LATENT_FACTOR, rounded.to(latent.device))
         self.register_buffer(DISTANCES, None if share >= 1 else self._distances(self.blocks(), self._centroids()))
 
+    def at_centroids(self) -> Tensor:
+        """A latent weight, (rows, …), whose encoding finds the codes that are there."""
+        return self._rounded().detach()[self.codes.flatten().long()].view(self.shape)
+
     def blocks(self) -> Tensor:
         """The blocks of the latent weight: (n, d) float32."""
         return as_blocks(self.latent_weight.detach().float() * self.factor, self.block_size)

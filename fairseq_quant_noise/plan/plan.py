@@ -27,12 +27,6 @@ class Plan:
     codes: Codes = field(default_factory=Codes)
     encode: Encode = field(default_factory=Encode)
 
-    def __post_init__(self) -> None:
-        if self.codes.train and self.encode.feeds_back:
-            raise UserError(
-                "plan: encode: feedback has no use with codes: train, which finds codes anew; leave out one of them"
-            )
-
     @property
     def weighs(self) -> bool:
         """Whether k-means takes place and weighs errors."""

@@ -307,7 +307,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Encode:
-    """How `quantize` finds codes and centroids of product quantization (`pq/feedback.py`)."""
+    """How codes and centroids of product quantization are found (`pq/feedback.py`)."""
 
     kind: str = PLAIN  # plain: by k-means; feedback: then by the error of each layer's outputs, on calibration inputs
     batches: int = 16  # feedback only: number of forward passes on which the inputs of the layers are measured

@@ -186,7 +186,7 @@ def quantize_targets(
     them and sends the result to the others. The other formats quantize their weights themselves. `importance` is as in
     `quantize_`: by the tensor's name, of the weight's shape, such as (out, in). With `codes` that train, the dense
     weights go on as latent ones (`layers/pq_latent.py`). With `feedback`, a weight whose inputs it knows is encoded by
-    the error of its outputs.
+    the error of its outputs; its latent weight begins at its centroids, or the first encoding would undo that.
 
     Raises:
         UserError: a weight is quantized already, not finite, or not the same on every rank; on all ranks alike.
@@ -204,7 +204,8 @@ def quantize_targets(
         if pair is not None and codes is not None and codes.train:
             latent = dense_weight(target.weight)
             made = quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook, LatentPQWeight)
-            made.set_latent(latent, codes.learning_rate, codes.share)
+            fed_back = feedback is not None and feedback.reaches([target])
+            made.set_latent(made.at_centroids() if fed_back else latent, codes.learning_rate, codes.share)
             quantized.append(made)
         elif pair is not None:
             quantized.append(quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook))

@@ -55,11 +55,6 @@ def test_a_word_stands_for_the_kind_of_encoding_and_comes_back():
     assert "encode" not in Plan.of({}).to_dict()
 
 
-def test_codes_that_train_and_error_feedback_are_refused_together():
-    with refuses("encode: feedback has no use with codes: train"):
-        Plan.of({"encode": "feedback", "codes": "train"})
-
-
 def test_what_is_left_out_has_the_papers_values():
     plan = Plan.of({"noise": [NOISE], "stages": [{"match": "fc"}]})
     rule = plan.noise[0]

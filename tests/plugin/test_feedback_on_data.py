@@ -1,13 +1,16 @@
-"""`quantize --encode feedback`: the layers' inputs of a fairseq network, measured on data."""
+"""`encode: feedback` in `quantize` and in trainings: the layers' inputs of a fairseq network, measured on data."""
 
 import pytest
-from lm_fixture import FFN, PLANS, both_kinds, one_error
-from toys import refuses
+import torch
+from lm_fixture import FFN, PLANS, both_kinds, ipq_flags, one_error, state_of
+from torch import nn
 
+from fairseq_quant_noise import quantize_
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.cli.main import main
-from fairseq_quant_noise.plugin.training.stages import StageController
+from fairseq_quant_noise.layers import quantized_weights
 
+NET = {"stages": [{"match": ".*", "block_size": 4, "n_centroids": 16}]}
 ALL = {"stages": [{"match": r"decoder\.(layers|embed).*", "block_size": 4, "n_centroids": 16}]}
 
 
@@ -49,6 +52,28 @@ def test_feedback_without_data_is_refused(lab, runs, capsys):
     )
 
 
-def test_a_training_with_such_a_plan_is_refused(lab):
-    with refuses("encode: feedback is for `fairseq-quant-noise quantize`, which does not train afterwards"):
-        StageController(lab.plan({"stages": [FFN], "encode": "feedback"}), 0, 100)
+@pytest.mark.parametrize("codes", ["fixed", "train"])
+def test_a_training_feeds_errors_back_as_its_stage_begins(lab, runs, codes, caplog):
+    def trained(*how):
+        plan = lab.plan({"stages": [FFN], "codes": codes, **dict(how)})
+        flags = ["--finetune-from-model", runs.stock("plain").path, "--quantization-config-path", plan, "--lr", "1e-9"]
+        caplog.clear()
+        run = lab.train(*flags, *ipq_flags("plain"), updates=1)
+        said = [record.getMessage() for record in caplog.records if "] decoder.layers." in record.getMessage()]
+        return {name: t for name, t in state_of(run.path)["model"].items() if name.endswith(".codes")}, said
+
+    caplog.set_level("INFO")
+    plain, fed = trained(), trained(("encode", "feedback"))
+    assert not [line for line in plain[1] if ", output error x" in line]
+    assert fed[1]
+    assert all(", output error x" in line for line in fed[1])
+    assert all(not torch.equal(plain[0][name], fed[0][name]) for name in plain[0])
+
+
+def test_the_weights_behind_codes_that_train_begin_where_feedback_put_them():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 64)), torch.randn(64, 16) @ torch.randn(16, 16)
+    quantize_(model, {**NET, "encode": "feedback", "codes": "train"}, calibration=[x], progress=str)
+    (weight,) = quantized_weights(model).values()
+    assert weight.error()[0] == 0
+    assert weight.encode_again() == 0

@@ -67,6 +67,9 @@ class IPQCriterionConfig(FairseqDataclass):
     ipq_stages: Optional[str] = field(  # noqa: UP045
         default=None, metadata={"help": "in-turn or joint, in place of the plan's `tuning: {stages: ...}`"}
     )
+    ipq_encode: Optional[str] = field(  # noqa: UP045
+        default=None, metadata={"help": "plain or feedback (error feedback), in place of the plan's `encode`"}
+    )
     classification_head_name: str = field(
         default="sentence_classification_head", metadata={"help": "as in sentence_prediction, whose task asks for it"}
     )

@@ -8,7 +8,7 @@ in the checkpoint, ties stay tied, and the ranks share the k-means of the weight
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +25,11 @@ from ...errors import UserError
 from ...layers import warn_of_unrounded
 from ...layers.batch_statistics import batch_norms, estimating
 from ...plan.plan import Plan
+from ...quantization.feedback import Feedback, measuring_inputs
 from ...quantization.importance import follow, sound
 from ...quantization.quantize import quantize_inputs, quantize_targets, quantized_state
 from ...quantization.table import Table, make_table
-from ...quantization.targets import resolve_stages
+from ...quantization.targets import Target, resolve_stages
 from ...utils.ranks import check_same, gather, rank_and_world
 from .. import sharded
 from ..batches import FIRST_BATCHES, first_batches
@@ -53,11 +54,6 @@ class StageController:
     def __init__(self, config_path: str, max_epoch: int, max_update: int) -> None:
         with exits_on_user_error():
             self.plan = Plan.of(config_path)
-            if self.plan.encode.feeds_back:
-                raise UserError(
-                    f"{config_path}: encode: feedback is for `fairseq-quant-noise quantize`, which does not train "
-                    "afterwards; leave it out here"
-                )
         self.max_epoch, self.max_update = max_epoch, max_update
         self.done = 0  # stages quantized so far
         self.importance: dict[str, Tensor] = {}  # squared gradients of weights still to be quantized; bfloat16, CPU
@@ -159,6 +155,7 @@ class StageController:
             seed=self.trainer.cfg.common.seed,
             importance=self.importance,
             codes=self.plan.codes,
+            feedback=self._feedback(targets) if self.plan.encode.feeds_back else None,
             where=f"{where} ",
         )
         for target in targets:
@@ -172,6 +169,14 @@ class StageController:
                 for sample in first_batches(self.trainer, self.epoch):
                     self.trainer.get_model()(**sample["net_input"])
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
+
+    def _feedback(self, targets: Sequence[Target]) -> Feedback:
+        """Measure the inputs of the stage's weights on the first batches, the same ones on every rank."""
+        model, encode = self.trainer.get_model(), self.plan.encode
+        with measuring_inputs(model, [t.weight.name for t in targets if t.rule.format.has_codebook]) as inputs:
+            for sample in first_batches(self.trainer, self.epoch, encode.batches):
+                model(**sample["net_input"])
+        return Feedback(inputs, encode.damping)
 
     def _weigh_by(self, moments: Mapping[str, Tensor], what: str) -> None:
         """Keep what k-means needs of the moments, if there are any: the dense network's, for all stages."""
@@ -285,18 +290,21 @@ def _gradients(trainer: Any, epoch: int) -> dict[str, Tensor]:
 
 
 def _with_options(plan: Plan, options: Any) -> Plan:
-    """The plan, with what the criterion's options `--ipq-codes`, `--ipq-codes-lr` and `--ipq-stages` say in its place.
+    """The plan, with what `--ipq-codes`, `--ipq-codes-lr`, `--ipq-stages` and `--ipq-encode` say in its place.
 
     Raises:
         UserError: an option has an unknown value.
     """
-    kind, factor, stages = (getattr(options, f"ipq_{name}", None) for name in ("codes", "codes_lr", "stages"))
+    names = ("codes", "codes_lr", "stages", "encode")
+    kind, factor, stages, encode = (getattr(options, f"ipq_{name}", None) for name in names)
     if kind is not None:
         plan = replace(plan, codes=replace(plan.codes, kind=kind))
     if factor is not None:
         plan = replace(plan, codes=replace(plan.codes, learning_rate=factor))
     if stages is not None:
         plan = replace(plan, tuning=replace(plan.tuning, stages=stages))
+    if encode is not None:
+        plan = replace(plan, encode=replace(plan.encode, kind=encode))
     return plan
 
 

@@ -192,6 +192,7 @@ def test_the_command_line_gives_the_learning_rate_of_the_latent_weights(lab, run
     [
         (["--ipq-codes", "move"], "codes: unknown kind 'move'; known: fixed, train"),
         (["--ipq-stages", "all"], "tuning: unknown stages 'all'; known: in-turn, joint"),
+        (["--ipq-encode", "back"], "encode: unknown kind 'back'; known: plain, feedback"),
         (["--ipq-codes-lr", "-1"], "codes: learning_rate is -1.0; give a number above 0"),
     ],
 )
