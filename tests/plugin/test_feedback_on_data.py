@@ -70,6 +70,15 @@ def test_a_training_feeds_errors_back_as_its_stage_begins(lab, runs, codes, capl
     assert all(not torch.equal(plain[0][name], fed[0][name]) for name in plain[0])
 
 
+def test_a_stage_without_such_a_product_is_encoded_plainly(lab, runs, caplog):
+    caplog.set_level("INFO")
+    plan = lab.plan({"stages": [{"match": FFN["match"], "scheme": "int8"}], "encode": "feedback"})
+    flags = ["--finetune-from-model", runs.stock("plain").path, "--quantization-config-path", plan]
+    lab.train(*flags, *ipq_flags("plain"), updates=1)
+    note = "note: without error feedback in stage 1 of 1, where no product's inputs were measured"
+    assert note in [record.getMessage() for record in caplog.records]
+
+
 def test_the_weights_behind_codes_that_train_begin_where_feedback_put_them():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(16, 64)), torch.randn(64, 16) @ torch.randn(16, 16)

@@ -170,13 +170,18 @@ class StageController:
                     self.trainer.get_model()(**sample["net_input"])
         logger.info(f"{where}: quantized in {time.perf_counter() - started:.1f} s")
 
-    def _feedback(self, targets: Sequence[Target]) -> Feedback:
-        """Measure the inputs of the stage's weights on the first batches, the same ones on every rank."""
+    def _feedback(self, targets: Sequence[Target]) -> Feedback | None:
+        """Measure the inputs of the stage's weights on the first batches, the same ones on every rank.
+
+        None where the stage has no product that error feedback is for, as one of intN weights or of an embedding alone.
+        """
         model, encode = self.trainer.get_model(), self.plan.encode
         with measuring_inputs(model, [t.weight.name for t in targets if t.rule.format.has_codebook]) as inputs:
             for sample in first_batches(self.trainer, self.epoch, encode.batches):
                 model(**sample["net_input"])
-        return Feedback(inputs, encode.damping)
+        if not inputs:
+            logger.info(f"note: without error feedback in {self.next_stage}, where no product's inputs were measured")
+        return Feedback(inputs, encode.damping) if inputs else None
 
     def _weigh_by(self, moments: Mapping[str, Tensor], what: str) -> None:
         """Keep what k-means needs of the moments, if there are any: the dense network's, for all stages."""
