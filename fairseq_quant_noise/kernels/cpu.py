@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
 SETTLED = "_settled"  # an attribute of centroids that nobody will change
 _NATIVE = Path(__file__).with_name("native")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-shared", "-fPIC")
+_WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # compilers prefer 256
+_FLAGS = ("-O3", "-march=native", *_WIDE, "-std=c++17", "-fopenmp-simd", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
 
 
@@ -127,8 +128,9 @@ _ARGUMENTS = {
     "linear_by_rows": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
     "linear_of_codes": [_AT, _N, _N, _AT, _AT, _N, _AT, _N, _AT, _AT, _N],
     "linear_of_centroids": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _AT, _AT, _N],
+    "encoder_layer": [_AT, _N],
 }
-_RESULTS = {"takes_rows": _N}  # others have none
+_RESULTS = {"takes_rows": _N, "encoder_layer": _N}  # others have none
 
 
 def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from whole_layers import SCHEMES, assert_same_layers, both_ways
 
 from fairseq_quant_noise import kernels, load, quantize_, save
 from fairseq_quant_noise.kernels import cpu, reference
@@ -158,6 +159,10 @@ def test_each_form_of_a_processor_computes_the_same(processor, tmp_path, monkeyp
         x, codes = torch.randn(n, blocks * d), torch.randint(256, (blocks, rows), dtype=torch.uint8)
         arguments = x, codes, torch.randn(256, d), torch.randn(rows)
         torch.testing.assert_close(cpu.linear(*arguments), reference.linear(*arguments), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for scheme in SCHEMES:
+            for _, whole, parts in both_ways(scheme):
+                assert_same_layers(whole, parts)
 
 
 def network():
