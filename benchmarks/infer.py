@@ -1,11 +1,12 @@
 """Claim: a quantized layer is faster than the dense one at batch 1, and far faster than fairseq's PQLinear.
 
-    python benchmarks/infer.py [--batches 1 64 512] [--json]
+    python benchmarks/infer.py [--batches 1 64 512] [--shapes 4096x1024x8 1024x4096x8 1024x1024x4] [--json]
 
-Layers of 4096 x 1024 and 1024 x 4096 (d 8) and 1024 x 1024 (d 4), K = 256, fp32, without gradients. Dense, ours and
+Layers of rows x row length x d, K = 256, fp32, without gradients. Dense, ours and
 fairseq's run in turn; a run is as many calls as take some milliseconds. Ours keeps no dense copy of the weight.
 """
 
+import argparse
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ from fairseq_quant_noise.layers import quantize_weight_
 from fairseq_quant_noise.weights.discovery import find_weights
 
 K = 256
-SHAPES = ((4096, 1024, 8), (1024, 4096, 8), (1024, 1024, 4))
+SHAPES = [(4096, 1024, 8), (1024, 4096, 8), (1024, 1024, 4)]
 #: Times faster than dense by batch; of the smaller layer at batch 1.
 DENSE, SMALL, FAIRSEQ = {1: 2.5, 64: 0.8, 512: 0.95}, 1.3, 10.0
 
@@ -48,11 +49,21 @@ def contenders(out: int, inner: int, d: int, batch: int) -> dict[str, Callable[[
     return {name: calls(module, x, n) for name, module in modules.items()}
 
 
-def measure(batches: list[int], repeats: int) -> list[Claim]:
+def shape(text: str) -> tuple[int, int, int]:
+    """ROWSxLENGTHxD."""
+    numbers = [positive(number) for number in text.split("x")]
+    if len(numbers) != 3 or numbers[1] % numbers[2]:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give ROWSxLENGTHxD, such as 1024x1024x4, with D a divisor of LENGTH"
+        )
+    return numbers[0], numbers[1], numbers[2]
+
+
+def measure(batches: list[int], shapes: list[tuple[int, int, int]], repeats: int) -> list[Claim]:
     """The claims."""
     claims = []
     for batch in batches:
-        for out, inner, d in SHAPES:
+        for out, inner, d in shapes:
             seconds = rounds(contenders(out, inner, d, batch), repeats)
             name = f"batch {batch}, {out} x {inner}, d {d}"
             bound = SMALL if batch == 1 and d == 4 else DENSE.get(batch, 0.8)
@@ -66,9 +77,10 @@ def main() -> None:
     """Measure and print."""
     options = parser(__doc__, repeats=15)
     options.add_argument("--batches", type=positive, nargs="+", default=[1, 64, 512])
+    options.add_argument("--shapes", type=shape, nargs="+", default=SHAPES, metavar="ROWSxLENGTHxD")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    report(measure(args.batches, args.repeats), args.json)
+    report(measure(args.batches, args.shapes, args.repeats), args.json)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from .cpu import SETTLED
 from .tracing import in_graph
 
 __all__ = [
+    "LONGEST",
     "SETTLED",
     "decode",
     "in_graph",
@@ -32,7 +33,7 @@ __all__ = [
     "takes_linear",
 ]
 
-_LONGEST = 1 << 15  # a row of the weight: the sum of so many products of two numbers of 8 bits fits 32 bits
+LONGEST = 1 << 15  # a row of the weight: the sum of so many products of two numbers of 8 bits fits 32 bits
 
 
 def nearest(points: Tensor, centroids: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -97,7 +98,7 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
 
 def takes_integers(x: Tensor) -> bool:
     """Whether `linear_of_codes` and `linear_of_centroids` have a fast form for x (..., I)."""
-    return x.dtype == torch.float32 and 0 < x.shape[-1] <= _LONGEST and x.numel() > 0 and cpu.takes(x)
+    return x.dtype == torch.float32 and 0 < x.shape[-1] <= LONGEST and x.numel() > 0 and cpu.takes(x)
 
 
 def linear_of_codes(

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 SWITCH = "FAIRSEQ_QUANT_NOISE_KERNELS"
 SETTLED = "_settled"  # an attribute of centroids that nobody will change
 _NATIVE = Path(__file__).with_name("native")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-shared", "-fPIC")
+_WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()  # compilers prefer 256
+_FLAGS = ("-O3", "-march=native", *_WIDE, "-std=c++17", "-fopenmp-simd", "-shared", "-fPIC")
 _LANES = 16  # K is padded to a multiple of it
 
 
@@ -49,10 +50,15 @@ def library() -> Any:
         reason = str(getattr(error, "stderr", None) or error).strip()
         logger.info(f"no compiled kernels, plain torch serves: {reason.splitlines()[-1] if reason else type(error)}")
         return None
-    for name, arguments in _ARGUMENTS.items():
-        getattr(kernels, name).argtypes, getattr(kernels, name).restype = arguments, None
+    declare(kernels)
     kernels.set_team(_team())
     return kernels
+
+
+def declare(kernels: Any) -> None:
+    """Tell ctypes the types of the kernels' arguments and results."""
+    for name, arguments in _ARGUMENTS.items():
+        getattr(kernels, name).argtypes, getattr(kernels, name).restype = arguments, _RESULTS.get(name)
 
 
 def _team() -> int | None:
@@ -118,9 +124,13 @@ _ARGUMENTS = {
     "linear_by_tables": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
     "linear_by_pieces": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
     "linear_by_wide_pieces": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
+    "takes_rows": [_N, _N, _N, _N],
+    "linear_by_rows": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
     "linear_of_codes": [_AT, _N, _N, _AT, _AT, _N, _AT, _N, _AT, _AT, _N],
     "linear_of_centroids": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _AT, _AT, _N],
+    "encoder_layer": [_AT, _N],
 }
+_RESULTS = {"takes_rows": _N, "encoder_layer": _N}  # others have none
 
 
 def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
@@ -155,17 +165,22 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     """As `kernels.linear`, for x (..., I), codes (I/d, O), centroids (K, d) and bias (O,), float32: (..., O).
 
     A few rows of x go by tables: the products of its blocks with all centroids, then sums of entries. With few
-    centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I. With more rows
-    of x, or of centroids than a byte tells apart, the weight is decoded a piece at a time. Neither makes a dense copy.
+    centroids and many rows of the weight, that is far less work than the product: I K + O I/d, not O I. A small weight,
+    for which it is not, is read row by row. With more rows of x, or of centroids than a byte tells apart, the weight is
+    decoded a piece at a time. None makes a dense copy.
     """
     d, (blocks, rows) = centroids.shape[1], codes.shape
     wide, codes = _typed(codes, centroids)
     x, codes, all_codes = x.contiguous(), codes.contiguous(), _all_codes(centroids)
-    n = x.numel() // (blocks * d)
+    n, kernels = x.numel() // (blocks * d), library()
     out, added = x.new_empty(*x.shape[:-1], rows), _contiguous(bias)
-    by_tables = not wide and n < _rows_by_tables() * d
-    by_pieces = library().linear_by_wide_pieces if wide else library().linear_by_pieces
-    product = library().linear_by_tables if by_tables else by_pieces
+    by_tables, product = False, kernels.linear_by_pieces
+    if wide:
+        product = kernels.linear_by_wide_pieces
+    elif _takes_rows(n, blocks, d, rows):
+        product = kernels.linear_by_rows
+    elif n < _rows_by_tables() * d:
+        by_tables, product = True, kernels.linear_by_tables
     product(
         *(x.data_ptr(), n, blocks, d, all_codes[by_tables].data_ptr(), codes.data_ptr(), rows),
         *(_pointer(added), out.data_ptr(), torch.get_num_threads()),
@@ -208,7 +223,8 @@ def linear_of_centroids(
 def _typed(codes: Tensor, centroids: Tensor) -> tuple[bool, Tensor]:
     """Whether K is above what a byte tells apart, and the codes in the type of that form, as they are wherever made."""
     wide = len(centroids) > 256
-    return wide, codes.to(torch.int32 if wide else torch.uint8)
+    dtype = torch.int32 if wide else torch.uint8
+    return wide, codes if codes.dtype == dtype else codes.to(dtype)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -217,6 +233,11 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+@functools.lru_cache(maxsize=1 << 12)  # a call of the library takes as long as all else here
+def _takes_rows(*sizes: int) -> bool:
+    return bool(library().takes_rows(*sizes))
 
 
 @functools.cache

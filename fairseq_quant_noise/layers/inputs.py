@@ -80,12 +80,16 @@ class InputQuantizer(nn.Module):
 
     def with_grid(self, x: Tensor) -> Tensor:
         """x (…) itself, to be rounded by the product in whole numbers that takes it: its range is a `GRID`."""
+        alias = x.view_as(x)  # x may be the input of other modules too
+        setattr(alias, GRID, self.grid(x))
+        return alias
+
+    def grid(self, x: Tensor) -> Tensor:
+        """Scale and zero point (2,) float32 for an input x (…), which counts before any range was found."""
         kept, version = self._grid, -1 if self.range.is_inference() else self.range._version
         if kept is None or kept[0] is not self.range or kept[1] != version or version < 0 or not self.count:
             self._grid = kept = self.range, version, self._affine(x).to_tensor().flatten()
-        alias = x.view_as(x)  # x may be the input of other modules too
-        setattr(alias, GRID, kept[2])
-        return alias
+        return kept[2]
 
     def _affine(self, x: Tensor) -> Affine:
         low, high = self.range if self.count else x.detach().float().aminmax()

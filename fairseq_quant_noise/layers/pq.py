@@ -164,10 +164,10 @@ class PQWeight(QuantizedWeight):
         if kept is None or kept[0] is not self.codes:  # a view takes as long as a small product
             self._turned = kept = self.codes, self.codes.t()
         if self.in_integers(x):
-            return linear_of_centroids(x, kept[1], *self._centroids_in_bytes(), bias, getattr(x, GRID, None))
+            return linear_of_centroids(x, kept[1], *self.centroids_in_bytes(), bias, getattr(x, GRID, None))
         return linear(x, kept[1], self.stored_centroids(), bias)
 
-    def _centroids_in_bytes(self) -> tuple[Tensor, Tensor]:
+    def centroids_in_bytes(self) -> tuple[Tensor, Tensor]:
         """The 8-bit centroids (256, d) uint8, zeros beyond K, and their scale and zero point (2, 1)."""
         if in_graph():
             return self._found_in_bytes()

@@ -8,12 +8,14 @@ memory, H heads, L layers.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import in_graph
+from .whole_layer import whole_layer
 
 #: fairseq's nonlinearities, by its names.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -173,11 +175,24 @@ class TransformerLayer(nn.Module):
         past: Past | None = None,
     ) -> Tensor:
         """x: (B, T, C) -> (B, T, C); memory (B, S, M), the masks and the past as in `Attention`."""
+        found = None if past is not None or self.encoder_attn is not None else self._whole(x, mask)
+        if found is not None:
+            return found
         x = self._block(x, self.self_attn_layer_norm, lambda y: self.self_attn(y, mask, past=past))
         attend, norm = self.encoder_attn, self.encoder_attn_layer_norm
         if attend is not None and norm is not None:
             x = self._block(x, norm, lambda y: attend(y, memory_mask, memory))
         return self._block(x, self.final_layer_norm, self._feed_forward)
+
+    def _whole(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The layer without a memory in one call, (B, T, C), or None where that is not the same."""
+        own: dict[str, Any] = self._modules  # at once: nn.Module finds an attribute there in half a microsecond
+        of = own["self_attn"]
+        if type(of) is not Attention or of.causal or of._forward_hooks or of._forward_pre_hooks:
+            return None
+        norms = own["self_attn_layer_norm"], own["final_layer_norm"]
+        products = *map(of._modules.get, ("q_proj", "k_proj", "v_proj", "out_proj")), own["fc1"], own["fc2"]
+        return whole_layer(x, mask, of.n_heads, self.normalize_before, self.activation_fn, norms, products)
 
     def _block(self, x: Tensor, norm: nn.Module, block: Callable[[Tensor], Tensor]) -> Tensor:
         if self.normalize_before:

@@ -87,11 +87,16 @@ class _Linear(WeightAccess):
 
 def multiplier(module: Any, x: Tensor) -> Any:
     """The quantized weight by which a Linear multiplies x (..., I) without decoding it, or None."""
+    quantized = settled_weight(module)
+    return quantized if quantized is not None and quantized.multiplies(x) else None
+
+
+def settled_weight(module: Any) -> Any:
+    """The quantized weight of a Linear that is x W^T of it, as in a file and not in training; or None."""
     if not isinstance(module, _Linear):
         return None
     quantized = module._modules.get("weight")
-    multiplies = quantized is not None and not (quantized.training or module.transpose) and quantized.multiplies(x)
-    return quantized if multiplies else None
+    return None if quantized is None or quantized.training or module.transpose else quantized
 
 
 class _Embedding(WeightAccess):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from whole_layers import SCHEMES, assert_same_layers, both_ways
 
 from fairseq_quant_noise import kernels, load, quantize_, save
 from fairseq_quant_noise.kernels import cpu, reference
@@ -144,9 +145,9 @@ def test_each_form_of_a_processor_computes_the_same(processor, tmp_path, monkeyp
     command = ["c++", "-O2", f"-march={processor}", "-std=c++17", "-fopenmp-simd", "-shared", "-fPIC", "-w"]
     subprocess.run([*command, "-o", str(library), *map(str, sources)], check=True, timeout=200)
     compiled = ctypes.CDLL(str(library))
-    for name, arguments in cpu._ARGUMENTS.items():
-        getattr(compiled, name).argtypes, getattr(compiled, name).restype = arguments, None
+    cpu.declare(compiled)
     monkeypatch.setattr(cpu, "library", lambda: compiled)
+    monkeypatch.setattr(cpu, "_takes_rows", lambda *sizes: compiled.takes_rows(*sizes))  # the other one is kept
     whole_tiles = ((1, 64, 64), (5, 128, 64), (16, 192, 128), (33, 64, 192), (48, 256, 64), (70, 128, 128))
     for n, inner, rows in (*whole_tiles, (4, 70, 50), (7, 5, 3), (33, 130, 100), (100, 257, 129)):
         arguments = case(n, inner, rows)
@@ -154,6 +155,14 @@ def test_each_form_of_a_processor_computes_the_same(processor, tmp_path, monkeyp
     for n, blocks, d, rows in ((1, 9, 8, 70), (3, 10, 4, 64), (40, 7, 9, 130), (17, 33, 16, 20)):
         arguments = centroid_case(n, blocks, d, rows)
         assert_same_products(cpu.linear_of_centroids(*arguments), reference.linear_of_centroids(*arguments))
+    for n, blocks, d, rows in ((3, 16, 4, 68), (6, 4, 8, 100), (7, 2, 16, 4), (12, 6, 8, 64), (5, 3, 8, 64)):
+        x, codes = torch.randn(n, blocks * d), torch.randint(256, (blocks, rows), dtype=torch.uint8)
+        arguments = x, codes, torch.randn(256, d), torch.randn(rows)
+        torch.testing.assert_close(cpu.linear(*arguments), reference.linear(*arguments), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        for scheme in SCHEMES:
+            for _, whole, parts in both_ways(scheme):
+                assert_same_layers(whole, parts)
 
 
 def network():

@@ -3,19 +3,16 @@
 //   x = (a - za) sx, a range for each row of x;   w = (q - zw) sw, a range for each row of the weight
 //   sum_k x_k w_k = sx sw (sum a q - za sum q - zw (sum a - K za))
 //
-// Shapes: x (n, inner), the weight (rows, inner), out (n, rows). Inputs a are kept as a - 128, a signed byte, in rows
-// of `pitch` numbers, a multiple of 64 with zeros at the end.
+// Shapes: x (n, inner), the weight (rows, inner), out (n, rows).
+#include "integer.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
 #include "amx.h"
 #include "dot.h"
-#include "threads.h"
 
 namespace kernels {
 
@@ -24,59 +21,11 @@ extern "C" void linear_by_tables(const float* x, int64_t n, int64_t blocks, int6
 
 namespace {
 
-// How the rows of x are kept. `zero` is za - 128.
-struct Inputs8 {
-  int64_t n, inner, pitch;
-  const int8_t* numbers;
-  const float* scale;
-  const int32_t *zero, *sums;
-};
-
 // The numbers that belong to the 64 rows of a panel.
 struct alignas(64) Rows {
   float scale[width], bias[width];
   int32_t zero[width], sums[width];
 };
-
-struct alignas(64) Line {
-  uint8_t bytes[64];
-};
-
-// A row of x in codes of the range from its least to its largest number, 0 included, as Affine.of_range (affine.py); or
-// of a range that is given: scale and zero point. A row that has no range, or holds NaN, gets the scale NaN.
-void quantize_row(const float* x, int64_t inner, const float* given, int8_t* to, int64_t pitch, float* scale,
-                  int32_t* zero, int32_t* sum) {
-  float step, offset;
-  if (given != nullptr) {
-    step = given[0], offset = given[1];
-  } else {
-    float low = 0, most = 0, wrong = 0;  // x - x is 0, or NaN where x is not finite
-#pragma omp simd reduction(min : low) reduction(max : most) reduction(+ : wrong)
-    for (int64_t k = 0; k < inner; ++k) {
-      low = x[k] < low ? x[k] : low, most = x[k] > most ? x[k] : most;
-      wrong += x[k] - x[k];
-    }
-    step = most / 255 - low / 255;
-    step = wrong != 0 ? std::numeric_limits<float>::quiet_NaN() : step > 0 ? std::max(step, 0x1p-100f) : 1;
-    offset = wrong != 0 ? 0 : std::min(std::nearbyint(-low / step), 255.0f);
-  }
-  constexpr float whole = 3 << 22;  // a small number added to this is rounded to a whole one, halves to even
-  const float inverse = 1 / step, least = -offset, largest = 255 - offset, middle = whole + 128 - offset;
-  int32_t total = 0, missing = 0;
-#pragma omp simd reduction(+ : total, missing)
-  for (int64_t k = 0; k < inner; ++k) {
-    float code = x[k] * inverse;
-    missing += code != code;
-    code = code > least ? code : least;  // NaN too
-    code = code < largest ? code : largest;
-    const int32_t a = static_cast<int32_t>((code + whole) - middle);
-    to[k] = static_cast<int8_t>(a);
-    total += a;
-  }
-  std::memset(to + inner, 0, pitch - inner);
-  if (missing != 0) step = std::numeric_limits<float>::quiet_NaN();
-  *scale = step, *zero = static_cast<int32_t>(offset) - 128, *sum = total;
-}
 
 // out (tall, wide), its rows a pitch apart, from the sums of products (tall, width).
 void finish(const Inputs8& x, int64_t first, int64_t tall, const Rows& rows, const int32_t* products, int64_t wide,
@@ -314,28 +263,51 @@ void multiply_in_place(const Inputs8& x, const uint8_t* codes, int64_t rows, flo
 }
 #endif
 
-// The rows of x (n, inner) in 8 bits; by the range `given`, scale and zero point, or by one for each row.
-struct Rounded {
-  std::unique_ptr<Line[]> numbers;
-  std::vector<float> scale;
-  std::vector<int32_t> zero, sums;
-  Inputs8 inputs;
+void multiply_codes(const Inputs8& x, const Weight8& of, float* out, int64_t threads) {
+  const auto describes = [&](int64_t first, Rows& rows) {
+    const int64_t wide = std::min<int64_t>(width, of.rows - first);
+    describe(of.affine, of.affine + of.channels, of.channels > 1, of.bias, first, wide, rows);
+    return wide;
+  };
+#ifdef KERNELS_AMX
+  if (takes_in_place(x, of.rows)) return multiply_in_place(x, of.codes, of.rows, out, threads, describes);
+#endif
+  multiply(x, of.rows, out, threads, [&](int64_t first, uint8_t* panel, Rows& rows) {
+    const int64_t wide = describes(first, rows);
+    fill_from_codes(of.codes + first * x.inner, x.inner, wide, panel, x.pitch / 4);
+  });
+}
 
-  Rounded(const float* x, int64_t n, int64_t inner, const float* given, int64_t threads) : scale(n), zero(n), sums(n) {
-    constexpr int64_t together = 8;
-    const int64_t pitch = parts(inner, 64) * 64;
-    numbers.reset(new Line[n * pitch / 64]);
-    int8_t* const to = reinterpret_cast<int8_t*>(numbers.get());
-    parallel(parts(n, together), n * inner < 1 << 16 ? 1 : threads, [&](int64_t part) {
-      for (int64_t i = part * together; i < std::min(n, (part + 1) * together); ++i) {
-        quantize_row(x + i * inner, inner, given, to + i * pitch, pitch, &scale[i], &zero[i], &sums[i]);
-      }
-    });
-    inputs = {n, inner, pitch, to, scale.data(), zero.data(), sums.data()};
+void multiply_centroids(const Inputs8& x, const Weight8& of, float* out, int64_t threads) {
+  const int64_t d = of.d, blocks = x.inner / d, n = x.n;
+  if (n * 4 <= d) {  // tables are faster
+    std::vector<float> back(n * x.inner), columns(d * 256);
+    for (int64_t i = 0; i < n * x.inner; ++i) {
+      const int64_t row = i / x.inner;
+      back[i] = static_cast<float>(x.numbers[row * x.pitch + i % x.inner] - x.zero[row]) * x.scale[row];
+    }
+    for (int64_t i = 0; i < d * 256; ++i) {
+      columns[i] = (of.centroids[i % 256 * d + i / 256] - of.affine[1]) * of.affine[0];
+    }
+    return linear_by_tables(back.data(), n, blocks, d, columns.data(), of.codes, of.rows, of.bias, out, threads);
   }
-};
+  std::vector<uint8_t> in_panel(of.centroids, of.centroids + 256 * d), turned(256 * d);
+  shifted(in_panel.data(), 256 * d);
+  for (int64_t k = 0; k < 256; ++k) {
+    for (int64_t j = 0; j < d; ++j) turned[j * 256 + k] = in_panel[k * d + j];
+  }
+  multiply(x, of.rows, out, threads, [&](int64_t first, uint8_t* panel, Rows& rows) {
+    const int64_t wide = std::min<int64_t>(width, of.rows - first);
+    fill_from_centroids(of.codes + first, of.rows, blocks, in_panel.data(), turned.data(), d, wide, panel, x.pitch / 4);
+    describe(of.affine, of.affine + 1, false, of.bias, first, wide, rows);
+  });
+}
 
 }  // namespace
+
+void multiply_integers(const Inputs8& x, const Weight8& weight, float* out, int64_t threads) {
+  return weight.d == 0 ? multiply_codes(x, weight, out, threads) : multiply_centroids(x, weight, out, threads);
+}
 
 extern "C" {
 
@@ -346,20 +318,7 @@ extern "C" {
 void linear_of_codes(const float* x, int64_t n, int64_t inner, const float* given, const uint8_t* codes, int64_t rows,
                      const float* affine, int64_t channels, const float* bias, float* out, int64_t threads) {
   const Rounded rounded(x, n, inner, given, threads);
-  const auto describes = [&](int64_t first, Rows& of) {
-    const int64_t wide = std::min<int64_t>(width, rows - first);
-    describe(affine, affine + channels, channels > 1, bias, first, wide, of);
-    return wide;
-  };
-#ifdef KERNELS_AMX
-  if (takes_in_place(rounded.inputs, rows)) {
-    return multiply_in_place(rounded.inputs, codes, rows, out, threads, describes);
-  }
-#endif
-  multiply(rounded.inputs, rows, out, threads, [&](int64_t first, uint8_t* panel, Rows& of) {
-    const int64_t wide = describes(first, of);
-    fill_from_codes(codes + first * inner, inner, wide, panel, rounded.inputs.pitch / 4);
-  });
+  multiply_integers(rounded.inputs, {rows, 0, channels, codes, nullptr, affine, bias}, out, threads);
 }
 
 // The same for the codes (blocks, rows) of centroids (256, d) in 8 bits; their affine is (2, 1).
@@ -367,27 +326,7 @@ void linear_of_centroids(const float* x, int64_t n, int64_t blocks, int64_t d, c
                          int64_t rows, const uint8_t* centroids, const float* affine, const float* bias, float* out,
                          int64_t threads) {
   const Rounded rounded(x, n, blocks * d, given, threads);
-  if (n * 4 <= d) {  // tables are faster
-    const Inputs8& in = rounded.inputs;
-    std::vector<float> back(n * in.inner), columns(d * 256);
-    for (int64_t i = 0; i < n * in.inner; ++i) {
-      const int64_t row = i / in.inner;
-      back[i] = static_cast<float>(in.numbers[row * in.pitch + i % in.inner] - in.zero[row]) * in.scale[row];
-    }
-    for (int64_t i = 0; i < d * 256; ++i) columns[i] = (centroids[i % 256 * d + i / 256] - affine[1]) * affine[0];
-    return linear_by_tables(back.data(), n, blocks, d, columns.data(), codes, rows, bias, out, threads);
-  }
-  std::vector<uint8_t> in_panel(centroids, centroids + 256 * d), turned(256 * d);
-  shifted(in_panel.data(), 256 * d);
-  for (int64_t k = 0; k < 256; ++k) {
-    for (int64_t j = 0; j < d; ++j) turned[j * 256 + k] = in_panel[k * d + j];
-  }
-  multiply(rounded.inputs, rows, out, threads, [&](int64_t first, uint8_t* panel, Rows& of) {
-    const int64_t wide = std::min<int64_t>(width, rows - first);
-    fill_from_centroids(codes + first, rows, blocks, in_panel.data(), turned.data(), d, wide, panel,
-                        rounded.inputs.pitch / 4);
-    describe(affine, affine + 1, false, bias, first, wide, of);
-  });
+  multiply_integers(rounded.inputs, {rows, d, 1, codes, centroids, affine, bias}, out, threads);
 }
 }
 
