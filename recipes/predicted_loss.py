@@ -22,7 +22,8 @@ import torch
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.cli.budget import Losses, planned_of
 from fairseq_quant_noise.quantization.budget.knapsack import choose
-from fairseq_quant_noise.quantization.budget.options import Priced, price
+from fairseq_quant_noise.quantization.budget.options import Priced
+from fairseq_quant_noise.quantization.budget.pricing import price
 from fairseq_quant_noise.quantization.budget.text import Chosen
 
 SPREAD = 2.0

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..layers import quantized_weights, warn_of_unrounded
 from ..networks.registry import has_words, meta_model
 from ..plan.plan import Plan
-from ..quantization.budget.options import price
+from ..quantization.budget.pricing import price
 from ..quantization.budget.text import plan_text
 from ..quantization.structure import apply_structure
 from ..quantization.table import make_table
