@@ -139,7 +139,10 @@ def samples_of(model: nn.Module, importance: Mapping[str, Tensor]) -> Iterator["
     usual = sum(means) / len(means) if means else 1.0
     for weight in find_weights(model):
         weight.check_ties()
-        yield Sample(weight, importance.get(weight.tensor_name), usual)
+        if dense_weight(weight).is_meta:
+            yield Sample.unknown(weight)
+        else:
+            yield Sample(weight, importance.get(weight.tensor_name), usual)
 
 
 def _known(importance: Tensor) -> Tensor:
@@ -172,6 +175,17 @@ class Sample:
         self.weight, self.weighted = weight, importance is not None
         self.numbers, self.h = dense[rows].contiguous(), h[rows].contiguous()  # (rows in the sample, …)
         self.squares = float((h * dense.square()).double().sum())  # sum_j h_j W_j^2, of the whole weight
+
+    @classmethod
+    def unknown(cls, weight: Weight) -> "Sample":
+        """The sample of a weight on the meta device: normal numbers, whose errors count as all others do."""
+        shape = tuple(weight.shape)
+        rows = max(min(shape[0], SAMPLE // math.prod(shape[1:])), 1)
+        found = cls.__new__(cls)
+        found.weight, found.weighted, found.squares = weight, False, float(math.prod(shape))
+        found.numbers = torch.randn((rows, *shape[1:]), generator=torch.Generator().manual_seed(0))
+        found.h = torch.ones_like(found.numbers)
+        return found
 
     def thinned(self, step: int) -> "Sample":
         """Each `step`-th of its rows."""

@@ -33,7 +33,8 @@ def price(
     """The options of each weight of `model` that a plan can name; a tied weight is one.
 
     Args:
-        model: dense, and left so.
+        model: dense, and left so. Of weights on the meta device, which nobody knows yet, all numbers are normal and
+            count alike.
         importance: by the tensor's name, a tensor of its shape, such as (out, in) for a Linear; a number of a weight
             without an entry counts as those of the others on average, and all alike where there are no entries.
         progress: called with a line now and then.
@@ -42,8 +43,13 @@ def price(
         UserError: a weight is quantized already, is not finite, or has ties that cannot be kept.
     """
     count, samples, found = len(find_weights(model)), [], []
+    alike: dict[tuple[int, ...], list[Option]] = {}
     for sample in watched(samples_of(model, importance), count, "encoding each weight in several ways", progress):
-        found.append(Priced(sample.weight, sample.priced(ways(sample.weight.shape))))
+        shape, known = sample.weight.shape, not sample.weight.stored.is_meta
+        options = alike.get(shape) or sample.priced(ways(shape))
+        if not known:  # so that all of one shape have the same losses
+            alike[shape] = options
+        found.append(Priced(sample.weight, options))
         samples.append(sample)
     shared = _shared(samples, progress)
     return [replace(one, shared=shared[i]) for i, one in enumerate(found)]

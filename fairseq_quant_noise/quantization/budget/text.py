@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import yaml
+
+from ...plan.rules import Structure, given
 from ...plan.vocabulary import CENTROID_BITS, OWN, SHARED
 from ...weights.discovery import Weight
 from .kinds import ORDER, kind_of
@@ -39,16 +42,20 @@ def bytes_of(chosen: Sequence[Chosen]) -> int:
     return sum(one.option.bytes for one in chosen) + sum(codebook_bytes(codebook) for _, codebook in shared if codebook)
 
 
-def plan_text(chosen: Sequence[Chosen], heading: Sequence[str] = ()) -> str:
+def plan_text(chosen: Sequence[Chosen], heading: Sequence[str] = (), structure: Structure | None = None) -> str:
     """The plan in YAML; its rules give each weight its option, and no other weight a stage.
 
     Args:
         chosen: every weight of the model that a plan can name.
         heading: lines of the comment that the file begins with.
+        structure: that the model has had already, and the plan's.
     """
     names = [one.name for one in chosen]
     losses = sum(one.option.loss for one in chosen)
-    lines = [f"# {line}" for line in heading] + ["stages:"]
+    lines = [f"# {line}" for line in heading]
+    if structure is not None and given(structure):
+        lines += yaml.safe_dump({"structure": given(structure)}, sort_keys=False).splitlines()
+    lines.append("stages:")
     groups = _grouped(chosen, lambda one: (ORDER.index(one.kind), one.option.scheme))
     for (kind, scheme), group in sorted(groups.items()):
         if scheme == DENSE:
