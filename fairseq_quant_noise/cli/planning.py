@@ -61,6 +61,8 @@ def plan(args: argparse.Namespace) -> None:
     for option in ("out", "calibration_data", "keep_layers"):
         if getattr(args, option):
             raise UserError(f"plan: --{option.replace('_', '-')} goes with --budget, not with --plan; leave it out")
+    if args.share_layers != 1:
+        raise UserError("plan: --share-layers goes with --budget, not with --plan, which has `structure` for it")
     model = _network(args)
     the_plan = Plan.of(args.plan)
     original = make_table(model)
@@ -88,12 +90,13 @@ def _find(args: argparse.Namespace, option: str) -> None:
         dense_bytes = make_table(checkpoint.network).dense_bytes
     budget = None if args.budget is None else budget_of(args.budget, dense_bytes)
     kept = args.keep_layers or [ALL]
-    structures = [Structure(args.share_layers, args.share_from, None if keep == ALL else keep) for keep in kept]
+    structures = [_structure(args, keep) for keep in kept]
     found: list[tuple[Planned, tuple[float, float] | None, nn.Module]] = []
     for keep, structure in zip(kept, structures, strict=True):
         if args.arch is not None:
             model = copy.deepcopy(network)
-            apply_structure(model, structure)
+            if structure is not None:
+                apply_structure(model, structure)
             subject, of = Subject(model, config, structure), None
         else:
             of = restructured(checkpoint, structure)
@@ -119,6 +122,12 @@ def _find(args: argparse.Namespace, option: str) -> None:
     _show_found(
         args, make_table(model, resolve_stages(planned.plan, model), dense_bytes), planned, structure, by, after
     )
+
+
+def _structure(args: argparse.Namespace, keep: str) -> Structure | None:
+    """What --share-layers and one --keep-layers ask for; None for the network as it is."""
+    found = Structure(args.share_layers, args.share_from, None if keep == ALL else keep)
+    return None if found.share_layers == 1 and found.keep_layers is None else found
 
 
 def _check_find(args: argparse.Namespace, option: str) -> None:
@@ -169,7 +178,7 @@ def _show_found(
     args: argparse.Namespace,
     table: Table,
     found: Planned,
-    structure: Structure,
+    structure: Structure | None,
     by: str,
     losses: tuple[float, float] | None,
 ) -> None:

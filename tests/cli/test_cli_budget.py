@@ -108,8 +108,9 @@ def test_an_architecture_alone_gets_a_plan_whose_file_fits(lab, runs, capsys):
     """And that of a network of it, once trained, which has more options to record."""
     stock, plan, out = runs.stock("plain"), lab.new("plan.yaml"), lab.new("packed.safetensors")
     options = Checkpoint(stock.path).config
-    keys = "decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "decoder_attention_heads"
-    sets = [part for key in keys for part in ("--set", f"{key}={options['cfg']['model'][key]}")]
+    dims = "decoder_embed_dim", "decoder_input_dim", "decoder_output_dim", "decoder_ffn_embed_dim"
+    keys = "decoder_layers", "decoder_attention_heads", "share_decoder_input_output_embed", *dims
+    sets = [part for key in keys for part in ("--set", f"{key}={str(options['cfg']['model'][key]).lower()}")]
     arch = ["--arch", "quant_noise_transformer_lm", "--vocab-size", options["vocab_size"], *sets]
     found = planned(capsys, *arch, "--budget", BUDGET, "--out", plan)
     assert found["file_bytes"] <= BUDGET
@@ -184,6 +185,7 @@ WRONG = {
     "layers without data": ("--path {stock} --budget 40KB --keep-layers all --keep-layers 0", ["--calibration-data"]),
     "layers that are not there": ("--path {stock} --budget 40KB --keep-layers 7", ["keep_layers", "layer 7"]),
     "layers with a plan": ("--path {stock} --plan {plan} --keep-layers 0", ["--keep-layers", "--budget"]),
+    "sharing with a plan": ("--path {stock} --plan {plan} --share-layers 2", ["--share-layers", "structure"]),
     "no layer shares": ("--path {stock} --budget 40KB --share-layers 0", ["share_layers is 0"]),
     "quantized already": ("--path {ipq} --budget 40KB", ["{ipq}", "holds quantized weights already"]),
     "the checkpoint's name": ("--path {stock} --budget 40KB --out {stock}", ["--out {stock}"]),
