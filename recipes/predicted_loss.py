@@ -20,9 +20,10 @@ from collections.abc import Sequence
 import torch
 
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
-from fairseq_quant_noise.cli.budget import Losses, planned_of
+from fairseq_quant_noise.cli.budget import Losses, Subject, planned_of
 from fairseq_quant_noise.quantization.budget.knapsack import choose
-from fairseq_quant_noise.quantization.budget.options import Priced, price
+from fairseq_quant_noise.quantization.budget.options import Priced
+from fairseq_quant_noise.quantization.budget.pricing import price
 from fairseq_quant_noise.quantization.budget.text import Chosen
 
 SPREAD = 2.0
@@ -64,14 +65,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from fairseq_quant_noise.plugin.calibration import loss_on
 
     checkpoint = Checkpoint(args.checkpoint)
-    importance = checkpoint.moments
+    importance, subject = checkpoint.moments, Subject(checkpoint.network, checkpoint.config)
     priced = price(checkpoint.network, importance, _say)
     losses = Losses(checkpoint.network, importance, loss_on(checkpoint, args.data), lambda line: None)
     for kind, drawn_by in KINDS.items():
         draw, pairs = random.Random(args.seed), []
         for i in range(args.plans):
             picked = zip(priced, drawn_by(priced, draw), strict=True)
-            plan = planned_of(checkpoint, [Chosen(one.weight, one.options[index]) for one, index in picked])
+            plan = planned_of(subject, [Chosen(one.weight, one.options[index]) for one, index in picked])
             pairs.append((plan.predicted, losses(plan.plan)))
             _say(f"{kind}: {i + 1} of {args.plans}, predicted {pairs[-1][0]:.4g}, measured {pairs[-1][1]:.3f}")
         found = spearman(*zip(*pairs, strict=True))

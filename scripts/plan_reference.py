@@ -32,7 +32,8 @@ SECTIONS = (
         "`stages`: a list of rules",
         "Stages run in the order of the list. `block_size` and `n_centroids` are a number, or a mapping from regular "
         "expressions over names, types (`Linear`, `LSTM`) or kernels (`conv3x3`, `conv1`) to numbers, the first that "
-        "fits, with `default` for all other weights that `match` matches. Either all stages "
+        "fits, with `default` for all other weights that `match` matches; `codebook` and `centroids` are a word, or a "
+        "mapping to words. Either all stages "
         "give `updates`, or none does. A weight with fewer than 4 K blocks gets fewer centroids: the largest power of "
         "two that leaves four blocks each.",
     ),
@@ -94,6 +95,8 @@ def type_of(field: Field) -> str:
         str | tuple[str, ...]: "text or list",
         source.Setting: "whole number or mapping",
         source.Setting | None: "whole number or mapping",
+        source.Word: "text or mapping",
+        source.Word | None: "text or mapping",
         int | None: "whole number",
         float | None: "number",
         int | str | None: "whole number or text",

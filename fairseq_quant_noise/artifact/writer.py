@@ -1,15 +1,17 @@
 """Write a packed file, whole or not at all."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import safetensors.torch
 
 from ..errors import UserError
+from ..layers.registry import QuantizedTensor
 from ..utils.files import replace_file
 from .configuration import check_configuration
 from .limits import check_sizes, longest_header
-from .manifest import METADATA_KEY, ZERO_HASH
+from .manifest import METADATA_KEY, ZERO_HASH, Manifest
 from .packed import Packed
 
 
@@ -36,6 +38,20 @@ def serialize(packed: Packed) -> bytearray:
     at = content.index(needle) + len(needle) - len(ZERO_HASH)
     content[at : at + len(ZERO_HASH)] = hashlib.sha256(content).hexdigest().encode()
     return content
+
+
+def header_bytes(name: str, entry: QuantizedTensor | None) -> int:
+    """Bytes of the header that a tensor takes, within a few: where it lies, and what the manifest says of it.
+
+    Args:
+        name: the tensor's.
+        entry: how it is stored; None for a dense one.
+    """
+    parts = [name] if entry is None else [f"{name}.{part}" for part in entry.format.file_types(entry)]
+    places = {part: {"dtype": "F32", "shape": [1000, 100], "data_offsets": [1 << 20, 1 << 20]} for part in parts}
+    manifests = Manifest("", tensors={} if entry is None else {name: entry}), Manifest("")
+    more, less = (len(json.dumps(manifest.to_json())) for manifest in manifests)
+    return len(json.dumps(places, separators=(",", ":"))) + more - less
 
 
 def _check_limits(packed: Packed, content: bytearray) -> None:

@@ -83,8 +83,8 @@ _VERBS = {
             _option(
                 "--budget",
                 metavar="SIZE",
-                help="find the plan whose packed file has at most this size and loses least, with --path: 10MiB, 10MB, "
-                "bytes, or x17 for a 17th of the dense network",
+                help="find the plan whose packed file has at most this size and loses least: 10MiB, 10MB, bytes, or "
+                "x17 for a 17th of the dense network, before --share-layers and --keep-layers",
             ),
             _option(
                 "--target-loss",
@@ -96,6 +96,24 @@ _VERBS = {
                 "--frontier",
                 action="store_true",
                 help="show loss against bytes: the best plans from the smallest to the largest, and the paper's",
+            ),
+            _option(
+                "--share-layers",
+                type=int,
+                metavar="N",
+                default=1,
+                help="let N adjacent layers share their weights, in a plan that is found",
+            ),
+            _option(
+                "--share-from", choices=START, default=START[0], help="the weights that --share-layers starts from"
+            ),
+            _option(
+                "--keep-layers",
+                metavar="LAYERS",
+                action="append",
+                default=[],
+                help="keep every-other layer, numbers such as 0,2,4, or all, in a plan that is found; given again, the "
+                "plan is of those with the least loss on --calibration-data",
             ),
             _option(
                 "--calibration-data",

@@ -1,6 +1,7 @@
 """The verb `plan`: what a plan does, and the plans that spend bytes best."""
 
 import argparse
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,22 +11,39 @@ from torch import nn
 
 from ..accounting import MIB
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.structure import restructured
 from ..errors import UserError
 from ..layers import quantized_weights, warn_of_unrounded
 from ..networks.registry import has_words, meta_model
 from ..plan.plan import Plan
-from ..quantization.budget.options import price
+from ..plan.rules import Structure
+from ..quantization.budget.options import Priced
+from ..quantization.budget.pricing import price
 from ..quantization.budget.text import plan_text
 from ..quantization.structure import apply_structure
-from ..quantization.table import make_table
+from ..quantization.table import Table, make_table
 from ..quantization.targets import resolve_stages
 from ..report.frontier import check_picture, frontier_picture
 from ..utils.files import replace_file
 from ..utils.progress import now_and_then
 from ..weights.discovery import warn_of_uncovered
-from .budget import BEST, TUNING, Losses, Planned, best_plan, budget_of, frontier, least_plan, smallest_plan
+from .budget import (
+    BEST,
+    TUNING,
+    UNKNOWN,
+    Losses,
+    Planned,
+    Subject,
+    best_plan,
+    budget_of,
+    frontier,
+    least_plan,
+    smallest_plan,
+)
 from .common import check_out, importance_of, need_fairseq, say
 from .printing import format_rows, print_table
+
+ALL = "all"  # of the layers
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -40,9 +58,11 @@ def plan(args: argparse.Namespace) -> None:
     if args.plan is None:
         _find(args, given[0])
         return
-    for option in ("out", "calibration_data"):
-        if getattr(args, option) is not None:
+    for option in ("out", "calibration_data", "keep_layers"):
+        if getattr(args, option):
             raise UserError(f"plan: --{option.replace('_', '-')} goes with --budget, not with --plan; leave it out")
+    if args.share_layers != 1:
+        raise UserError("plan: --share-layers goes with --budget, not with --plan, which has `structure` for it")
     model = _network(args)
     the_plan = Plan.of(args.plan)
     original = make_table(model)
@@ -61,10 +81,71 @@ def plan(args: argparse.Namespace) -> None:
 
 def _find(args: argparse.Namespace, option: str) -> None:
     """The plans of least predicted loss; each option prints what it found, and writes it with --out."""
-    if args.path is None or args.arch is not None:
-        raise UserError(f"plan: {option} needs --path CKPT and no --arch, for it asks the weights what they lose")
+    _check_find(args, option)
+    if args.arch is not None:
+        network, config = _network(args), {"architecture": args.arch, "cfg": {"model": _options(args)}}
+        dense_bytes = make_table(network).dense_bytes
+    else:
+        checkpoint = _dense_checkpoint(args)
+        dense_bytes = make_table(checkpoint.network).dense_bytes
+    budget = None if args.budget is None else budget_of(args.budget, dense_bytes)
+    kept = args.keep_layers or [ALL]
+    structures = [_structure(args, keep) for keep in kept]
+    found: list[tuple[Planned, tuple[float, float] | None, nn.Module]] = []
+    for keep, structure in zip(kept, structures, strict=True):
+        if args.arch is not None:
+            model = copy.deepcopy(network)
+            if structure is not None:
+                apply_structure(model, structure)
+            subject, of = Subject(model, config, structure), None
+        else:
+            of = restructured(checkpoint, structure)
+            model, subject = of.network, Subject(of.network, of.config, structure)
+        warn_of_uncovered(model, args.strict)
+        smallest = smallest_plan(subject, budget)
+        losses, priced = _priced(args, of, model)
+        if args.frontier:
+            _show_frontier(args, frontier(subject, priced, smallest), losses, dense_bytes)
+            return
+        if args.target_loss is not None and losses is not None:
+            least, loss = least_plan(subject, priced, args.target_loss, losses, smallest)
+            found.append((least, (losses.dense, loss), model))
+        elif budget is not None:
+            best = best_plan(subject, priced, budget - (UNKNOWN if of is None else TUNING), smallest)
+            found.append((best, None if losses is None else (losses.dense, losses(best.plan)), model))
+        after = found[-1][1]
+        if len(kept) > 1 and after is not None:
+            say(f"--keep-layers {keep}: loss {after[0]:.3f} before and {after[1]:.3f} after")
+    by = f"--budget {args.budget}" if budget is not None else f"--target-loss {args.target_loss:g}"
+    planned, after, model = min(found, key=lambda one: one[1][1] if one[1] is not None else 0.0)
+    structure = structures[[one[0] for one in found].index(planned)]
+    _show_found(
+        args, make_table(model, resolve_stages(planned.plan, model), dense_bytes), planned, structure, by, after
+    )
+
+
+def _structure(args: argparse.Namespace, keep: str) -> Structure | None:
+    """What --share-layers and one --keep-layers ask for; None for the network as it is."""
+    found = Structure(args.share_layers, args.share_from, None if keep == ALL else keep)
+    return None if found.share_layers == 1 and found.keep_layers is None else found
+
+
+def _check_find(args: argparse.Namespace, option: str) -> None:
+    """Before any work: that the options go together. Raises UserError."""
+    if (args.path is None) == (args.arch is None):
+        raise UserError("plan: give either --path CKPT or --arch ARCH")
+    if args.arch is not None and (args.budget is None or args.calibration_data is not None):
+        raise UserError(
+            f"plan: with --arch only --budget finds a plan, and without --calibration-data, for nobody has trained its "
+            f"weights; {'leave it out' if args.budget is not None else f'give {option} with --path CKPT'}"
+        )
+    if len(args.keep_layers) > 1 and (args.calibration_data is None or args.budget is None):
+        raise UserError(
+            "plan: which of several --keep-layers is best cannot be predicted, for nothing is known of layers that "
+            "are left out; give --budget with --path CKPT and --calibration-data DATA, to measure, or one --keep-layers"
+        )
     if args.out is not None:
-        check_out(args.out, args.path)
+        check_out(args.out, *[path for path in (args.path,) if path is not None])
     if args.frontier:
         check_picture(args.out)
     if args.target_loss is not None and args.calibration_data is None:
@@ -73,12 +154,15 @@ def _find(args: argparse.Namespace, option: str) -> None:
         )
     if args.calibration_data is not None:
         need_fairseq("--calibration-data", "leave it out")
-    checkpoint = _dense_checkpoint(args)
-    model = checkpoint.network
-    warn_of_uncovered(model, args.strict)
-    dense_bytes = make_table(model).dense_bytes
-    budget = None if args.budget is None else budget_of(args.budget, dense_bytes)
-    smallest = smallest_plan(checkpoint, budget)
+
+
+def _priced(
+    args: argparse.Namespace, checkpoint: Checkpoint | None, model: nn.Module
+) -> tuple[Losses | None, list[Priced]]:
+    """What measures the losses of plans, with --calibration-data, and the options of each weight."""
+    if checkpoint is None:
+        say("note: of an architecture alone all weights are taken to be normal and to count alike; --path knows better")
+        return None, price(model, {}, say)
     measure = None
     if args.calibration_data is not None:
         from ..plugin.calibration import loss_on
@@ -86,30 +170,25 @@ def _find(args: argparse.Namespace, option: str) -> None:
         measure = loss_on(checkpoint, args.calibration_data)
     importance = importance_of(args, checkpoint)
     checkpoint.forget_optimizer()
-    priced = price(model, importance, say)
     losses = None if measure is None else Losses(model, importance, measure, now_and_then(say))
-    if args.frontier:
-        _show_frontier(args, frontier(checkpoint, priced, smallest), losses, dense_bytes)
-    elif budget is not None:
-        found = best_plan(checkpoint, priced, budget - TUNING, smallest)
-        after = None if losses is None else (losses.dense, losses(found.plan))
-        _show_found(args, model, found, f"--budget {args.budget}", after)
-    elif losses is not None:
-        found, loss = least_plan(checkpoint, priced, args.target_loss, losses, smallest)
-        _show_found(args, model, found, f"--target-loss {args.target_loss:g}", (losses.dense, loss))
+    return losses, price(model, importance, say)
 
 
 def _show_found(
-    args: argparse.Namespace, model: nn.Module, found: Planned, by: str, losses: tuple[float, float] | None
+    args: argparse.Namespace,
+    table: Table,
+    found: Planned,
+    structure: Structure | None,
+    by: str,
+    losses: tuple[float, float] | None,
 ) -> None:
     """Print the table of a plan that was found, and write it with --out; `losses` are those before and after."""
-    table = make_table(model, resolve_stages(found.plan, model))
     summary = f"The packed file has {found.bytes:,} bytes ({found.bytes / MIB:.3f} MiB)"
     if losses is not None:
         summary += f"; loss {losses[0]:.3f} before and {losses[1]:.3f} after, on {args.calibration_data}"
     if args.out is not None:
         heading = f"Found by `fairseq-quant-noise plan {by}`.", f"{summary}."
-        replace_file(args.out, plan_text(found.chosen, heading).encode())
+        replace_file(args.out, plan_text(found.chosen, heading, structure).encode())
     if args.json:
         print(json.dumps({**table.to_dict(), "file_bytes": found.bytes, "losses": losses}))
         return
@@ -159,13 +238,18 @@ def _network(args: argparse.Namespace) -> nn.Module:
         raise UserError("plan: give either --path CKPT or --arch ARCH")
     if args.path is not None:
         return _dense_checkpoint(args).network
+    options = _options(args)
+    if args.vocab_size is None and has_words(args.arch):
+        raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
+    return meta_model(args.arch, options, args.vocab_size or 0)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """fairseq's options of the model of --arch."""
     need_fairseq("--arch", "give --path CKPT instead")
     from ..plugin.models.architectures import architecture_options
 
-    if args.vocab_size is None and has_words(args.arch):
-        raise UserError("plan: --arch needs --vocab-size, the number of words in the dictionary (dict.txt + 4)")
-    options = architecture_options(args.arch, args.set, args.head)
-    return meta_model(args.arch, options, args.vocab_size or 0)
+    return architecture_options(args.arch, args.set, args.head)
 
 
 def _dense_checkpoint(args: argparse.Namespace) -> Checkpoint:

@@ -47,6 +47,20 @@ def check_one_of(where: str, name: str, value: object, known: Sequence[str]) -> 
         raise UserError(f"{where}: unknown {name} {value!r}; known: {', '.join(known)}")
 
 
+def check_word(where: str, name: str, value: object, known: Sequence[str]) -> None:
+    """Check a word, or a mapping from regular expressions to words, that the key `name` has.
+
+    Raises:
+        UserError: a word is not in `known`, or a key of the mapping is no regular expression.
+    """
+    if not isinstance(value, Mapping):
+        check_one_of(where, name, value, known)
+        return
+    for pattern, word in value.items():
+        check_regex(f"{where}: {name}", str(pattern))
+        check_one_of(f"{where}: {name}", f"word for '{pattern}',", word, known)
+
+
 def check_positive(where: str, value: object) -> None:
     """Check a whole number from 1 up.
 

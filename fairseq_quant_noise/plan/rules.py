@@ -22,7 +22,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -32,7 +32,7 @@ from ..scalar import BITS, INPUT_RANGES, RANGES, STAGE_RANGES, bits_of
 from ..structure.layer_map import START, parse_keep
 from ..utils.bits import MOST_CENTROIDS
 from ..weights.blocks import kinds
-from .checks import check_keys, check_one_of, check_positive, check_probability, check_regex
+from .checks import check_keys, check_one_of, check_positive, check_probability, check_regex, check_word
 from .fairseq_yaml import setting_by_feature
 from .vocabulary import (
     CENTROID_BITS,
@@ -45,16 +45,21 @@ from .vocabulary import (
     IN_TURN,
     JOINT,
     KINDS,
+    OWN,
     PLAIN,
     RESTART,
     SCHEDULES,
+    SHARED,
     TRAIN,
 )
 
+V = TypeVar("V")
 _MOST = f"give at most {MOST_CENTROIDS}, codes of 12 bits"
 
 #: One number for all, a number per name (`default` and regular expressions), or fairseq's per module type.
 Setting = int | Mapping[str, Any]
+#: One word for all, or a word per name (`default` and regular expressions).
+Word = str | Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -162,7 +167,8 @@ class StageRule:
     scheme: str = "pq"  # pq (product quantization), or int2 … int8
     block_size: Setting = 8  # d, pq only
     n_centroids: Setting = 256  # K, pq only; at most 4096, codes of 12 bits
-    codebook: str = "own"  # pq only. own: one per weight; shared: one per stage for weights of equal d and K
+    codebook: Word = OWN  # pq only. own: one per weight; shared: one per stage for weights of equal d and K
+    centroids: Word | None = None  # pq only. fp16 or int8; default: that of the section `centroids`
     range: str = "tensor"  # intN only: tensor, channel, histogram; or learned, learned-channel (scalar/ranges.py)
     updates: int | None = None  # length of this stage; default: an equal share of the training's updates
 
@@ -173,9 +179,10 @@ class StageRule:
             raise UserError(
                 f"stage '{self.match}': unknown scheme {self.scheme!r}; known schemes: {', '.join(schemes)}"
             )
-        for name, value, known in (("range", self.range, STAGE_RANGES), ("codebook", self.codebook, CODEBOOKS)):
-            if value not in known:
-                raise UserError(f"stage '{self.match}': unknown {name} {value!r}; known: {', '.join(known)}")
+        check_one_of(f"stage '{self.match}'", "range", self.range, STAGE_RANGES)
+        check_word(f"stage '{self.match}'", "codebook", self.codebook, CODEBOOKS)
+        if self.centroids is not None:
+            check_word(f"stage '{self.match}'", "centroids", self.centroids, tuple(CENTROID_BITS))
         if self.updates is not None:
             check_positive(f"stage '{self.match}': updates", self.updates)
 
@@ -195,6 +202,16 @@ class StageRule:
             what = f"stage '{self.match}': n_centroids is {n} for the weight of module '{name}'"
             raise UserError(f"{what}; {_MOST}")
         return n
+
+    def shares_codebook(self, name: str, module: nn.Module) -> bool:
+        """Whether the weight of `module` has one codebook with others. Raises UserError when the rule does not say."""
+        return _word(f"stage '{self.match}': codebook", self.codebook, name, module) == SHARED
+
+    def centroid_bits_of(self, name: str, module: nn.Module, default: int) -> int:
+        """Bits of a centroid's number, for the weight of `module`; `default` is the plan's. Raises UserError so."""
+        if self.centroids is None:
+            return default
+        return CENTROID_BITS[_word(f"stage '{self.match}': centroids", self.centroids, name, module)]
 
 
 @dataclass(frozen=True)
@@ -336,13 +353,25 @@ def _resolve(what: str, setting: Setting, name: str, module: nn.Module) -> int:
         return setting
     value = setting_by_feature(setting, name, module)
     if value is None:
-        patterns = [k for k in setting if k != "default" and isinstance(setting[k], int)]
-        known = kinds(module)
-        value = next((setting[k] for k in patterns if k in known or re.fullmatch(k, name)), setting.get("default"))
+        value = _by_name({k: v for k, v in setting.items() if isinstance(v, int)}, name, module)
     if not isinstance(value, int):
         raise UserError(f"{what} gives no value for {name}; add a pattern or a type that matches it, or a default")
     check_positive(f"{what} for {name}", value)
     return value
+
+
+def _word(what: str, setting: Word, name: str, module: nn.Module) -> str:
+    value = setting if isinstance(setting, str) else _by_name(setting, name, module)
+    if value is None:
+        raise UserError(f"{what} gives no value for {name}; add a pattern or a type that matches it, or a default")
+    return value
+
+
+def _by_name(setting: Mapping[str, V], name: str, module: nn.Module) -> V | None:
+    """The value of the first pattern that is a type or kernel of `module` or matches `name`, else the default."""
+    known = kinds(module)
+    found = (value for k, value in setting.items() if k != "default" and (k in known or re.fullmatch(k, name)))
+    return next(found, setting.get("default"))
 
 
 def _schedule(where: str, source: object) -> Schedule:

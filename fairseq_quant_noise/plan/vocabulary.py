@@ -10,7 +10,8 @@ SCHEDULES = ("constant", "linear", "cosine", "step")
 EPOCH = "epoch"
 
 #: A codebook for each weight, or one for all weights of a stage that have the same d and K.
-CODEBOOKS = ("own", "shared")
+OWN, SHARED = "own", "shared"
+CODEBOOKS = (OWN, SHARED)
 #: Bits of a centroid's number, by its type.
 CENTROID_BITS = {"fp16": 16, "int8": 8}
 #: The learning rate's schedule, as a stage begins.

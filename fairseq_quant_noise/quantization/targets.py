@@ -64,18 +64,20 @@ def _target(weight: Weight, stage: int, rule: StageRule, centroid_bits: int) -> 
         return Target(weight, stage, rule)
     block_size = rule.block_size_of(weight.name, weight.module)
     check_block_size(weight.name, weight.shape, block_size)
-    return Target(weight, stage, rule, block_size, rule.n_centroids_of(weight.name, weight.module), centroid_bits)
+    bits = rule.centroid_bits_of(weight.name, weight.module, centroid_bits)
+    return Target(weight, stage, rule, block_size, rule.n_centroids_of(weight.name, weight.module), bits)
 
 
 def _with_codebooks(targets: Sequence[Target], order: Sequence[int]) -> list[Target]:
-    """Complete the targets with K and with shared codebooks: one for the weights of a stage with the same d and K.
+    """Complete the targets with K and with shared codebooks: one for the weights of a stage alike in d, K and bits.
 
     A shared codebook's number is the position of its first weight in the model, so that each number is unique.
     """
     groups: dict[tuple[int, ...], list[Target]] = {}
     for target in targets:
-        one_for_all = target.block_size is not None and target.rule.codebook == "shared"
-        key = (target.stage, target.block_size, target.n_centroids) if one_for_all else (id(target),)
+        weight, sizes = target.weight, (target.block_size, target.n_centroids, target.centroid_bits)
+        one_for_all = target.block_size is not None and target.rule.shares_codebook(weight.name, weight.module)
+        key = (target.stage, *sizes) if one_for_all else (id(target),)
         groups.setdefault(key, []).append(target)  # type: ignore[arg-type]
     found: dict[int, Target] = {}
     for group in groups.values():

@@ -3,11 +3,14 @@
 import functools
 import itertools
 import json
+import re
 
 import pytest
+import yaml
 from lm_fixture import PLANS, one_error
 
 from fairseq_quant_noise.artifact import read
+from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.cli import budget, planning
 from fairseq_quant_noise.cli.main import main
@@ -75,6 +78,46 @@ def test_without_moments_errors_count_alike_and_a_note_says_so(lab, runs, capsys
     assert "holds no second moments of Adam, so all errors count alike" in capsys.readouterr().err
 
 
+# Sharing and pruning
+
+
+def test_the_plan_of_a_network_that_is_shared_and_pruned_says_so(lab, runs, capsys):
+    """`quantize` does both; the size is that of its file, and x2.5 is of the whole network."""
+    path, plan, out = runs.stock("plain").path, lab.new("plan.yaml"), lab.new("packed.safetensors")
+    flags = "--share-layers", 2, "--share-from", "mean"
+    found = planned(capsys, "--path", path, "--budget", 30_000, *flags, "--out", plan)
+    assert yaml.safe_load(plan.read_text())["structure"] == {"share_layers": 2, "share_from": "mean"}
+    verb("quantize", "--path", path, "--plan", plan, "--out", out)
+    assert found["file_bytes"] == out.stat().st_size <= 30_000
+    assert found["original_bytes"] > found["dense_bytes"]
+
+
+def test_of_several_layers_to_keep_those_of_least_loss_are_taken(lab, runs, capsys):
+    path, plan = runs.stock("plain").path, lab.new("plan.yaml")
+    flags = ["--path", path, "--budget", 30_000, "--calibration-data", lab.data, "--json"]
+    verb("plan", *flags, "--keep-layers", "all", "--keep-layers", "0", "--out", plan)
+    said = capsys.readouterr()
+    losses = dict(re.findall(r"--keep-layers (\w+): loss .* before and (.*) after", said.err))
+    assert losses.keys() == {"all", "0"}
+    best = min(losses, key=lambda keep: float(losses[keep]))
+    assert json.loads(said.out)["losses"][1] == pytest.approx(float(losses[best]), abs=1e-3)
+    assert yaml.safe_load(plan.read_text()).get("structure") == (None if best == "all" else {"keep_layers": "0"})
+
+
+def test_an_architecture_alone_gets_a_plan_whose_file_fits(lab, runs, capsys):
+    """And that of a network of it, once trained, which has more options to record."""
+    stock, plan, out = runs.stock("plain"), lab.new("plan.yaml"), lab.new("packed.safetensors")
+    options = Checkpoint(stock.path).config
+    dims = "decoder_embed_dim", "decoder_input_dim", "decoder_output_dim", "decoder_ffn_embed_dim"
+    keys = "decoder_layers", "decoder_attention_heads", "share_decoder_input_output_embed", *dims
+    sets = [part for key in keys for part in ("--set", f"{key}={str(options['cfg']['model'][key]).lower()}")]
+    arch = ["--arch", "quant_noise_transformer_lm", "--vocab-size", options["vocab_size"], *sets]
+    found = planned(capsys, *arch, "--budget", BUDGET, "--out", plan)
+    assert found["file_bytes"] <= BUDGET
+    verb("quantize", "--path", stock.path, "--plan", plan, "--out", out)
+    assert 0.75 * BUDGET < out.stat().st_size <= BUDGET
+
+
 # Loss against bytes
 
 
@@ -137,7 +180,13 @@ WRONG = {
     "a ratio with a unit": ("--path {stock} --budget x2MB", ["--budget x2MB"]),
     "a plan too": ("--path {stock} --budget 40KB --plan {plan}", ["--plan", "--budget"]),
     "neither": ("--path {stock}", ["--plan", "--budget"]),
-    "an architecture": ("--arch quant_noise_transformer_lm --budget 40KB", ["--path"]),
+    "an architecture without words": ("--arch quant_noise_transformer_lm --budget 40KB", ["--vocab-size"]),
+    "an architecture for a loss": ("--arch quant_noise_transformer_lm --frontier", ["--frontier", "--path"]),
+    "layers without data": ("--path {stock} --budget 40KB --keep-layers all --keep-layers 0", ["--calibration-data"]),
+    "layers that are not there": ("--path {stock} --budget 40KB --keep-layers 7", ["keep_layers", "layer 7"]),
+    "layers with a plan": ("--path {stock} --plan {plan} --keep-layers 0", ["--keep-layers", "--budget"]),
+    "sharing with a plan": ("--path {stock} --plan {plan} --share-layers 2", ["--share-layers", "structure"]),
+    "no layer shares": ("--path {stock} --budget 40KB --share-layers 0", ["share_layers is 0"]),
     "quantized already": ("--path {ipq} --budget 40KB", ["{ipq}", "holds quantized weights already"]),
     "the checkpoint's name": ("--path {stock} --budget 40KB --out {stock}", ["--out {stock}"]),
     "no data": ("--path {stock} --budget 40KB --calibration-data /nowhere", ["--calibration-data /nowhere"]),

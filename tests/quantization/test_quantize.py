@@ -257,3 +257,32 @@ def test_the_inputs_of_a_layer_count():
         errors.append((model(inputs) - dense(inputs)).square().mean().item())
     with_inputs, by_weights_alone = errors
     assert with_inputs < 0.6 * by_weights_alone, errors
+
+
+def test_a_stage_says_by_name_which_codebooks_are_shared_and_which_have_8_bits():
+    model = nn.ModuleList([nn.Linear(16, 32, bias=False) for _ in range(4)])
+    rule = {"match": ".*", "block_size": 4, "n_centroids": 8, "codebook": {"default": "own", "[01]": "shared"}}
+    quantize_(model, {"stages": [rule | {"centroids": {"default": "fp16", "[03]": "int8"}}]}, progress=quiet)
+    first, second, third, fourth = quantized_weights(model).values()
+    assert [weight.bits for weight in (first, second, third, fourth)] == [8, 16, 16, 8]
+    assert first.centroids is not second.centroids  # centroids of 8 bits are not those of 16
+    same = nn.ModuleList([nn.Linear(16, 32, bias=False) for _ in range(4)])
+    quantize_(same, {"stages": [rule | {"centroids": "int8"}]}, progress=quiet)
+    first, second, third, fourth = quantized_weights(same).values()
+    assert first.centroids is second.centroids
+    assert third.centroids is not fourth.centroids
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("centroids", "fp8", "stage 'x': unknown centroids 'fp8'; known: fp16, int8"),
+        ("centroids", {"x": 8}, "stage 'x': centroids: unknown word for 'x', 8; known: fp16, int8"),
+        ("codebook", {"(": "own"}, "not a regular expression"),
+        ("codebook", {"y": "shared"}, "stage 'x': codebook gives no value for x"),
+    ],
+)
+def test_a_wrong_word_for_a_codebook_is_refused(key, value, said):
+    model = nn.ModuleDict({"x": nn.Linear(16, 32)})
+    with refuses(said):
+        quantize_(model, {"stages": [{"match": "x", "block_size": 4, key: value}]}, progress=quiet)

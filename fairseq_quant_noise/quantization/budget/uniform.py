@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from .kinds import ATTENTION
 from .options import DENSE, PQ, Option, Priced
-from .text import ATTENTION, Chosen
+from .text import Chosen
 
 #: By name: the scheme, and d of attention and of the other weights. All have 256 centroids (arXiv 2004.07320);
 #: the fourth is the paper's iPQ.
@@ -33,4 +34,4 @@ def _option(one: Priced, scheme: str, attention: int, others: int) -> Option:
     fitting = [option for option in one.options if option.scheme == scheme and (option.block_size or 0) <= d]
     if not fitting:
         return next(option for option in one.options if option.scheme == DENSE)
-    return max(fitting, key=lambda option: (option.block_size or 0, option.n_centroids or 0))
+    return max(fitting, key=lambda option: (option.block_size or 0, option.n_centroids or 0, option.centroid_bits))

@@ -7,7 +7,8 @@ from toys import Tied, refuses, zoo
 
 from fairseq_quant_noise.artifact import pack
 from fairseq_quant_noise.quantization.budget import options
-from fairseq_quant_noise.quantization.budget.options import DENSE, PQ, Option, price, ways
+from fairseq_quant_noise.quantization.budget.options import DENSE, PQ, Option, ways
+from fairseq_quant_noise.quantization.budget.pricing import price, unpriced
 from fairseq_quant_noise.quantization.quantize import quantize_
 
 
@@ -19,6 +20,7 @@ def linear(rows=256, inputs=64):
 def stage(option):
     """The stage of a plan that stores a weight so."""
     pq = {"block_size": option.block_size, "n_centroids": option.n_centroids}
+    pq["centroids"] = {16: "fp16", 8: "int8"}[option.centroid_bits]
     return {"match": ".*", "scheme": option.scheme, **(pq if option.scheme == PQ else {"range": options.RANGE})}
 
 
@@ -48,11 +50,50 @@ def test_a_small_weight_has_no_more_centroids_than_it_feeds():
 def test_more_bits_lose_less():
     (priced,) = price(linear(), {})
     for size in options.BLOCK_SIZES:
-        losses = [option.loss for option in priced.options if option.block_size == size]
+        losses = [option.loss for option in priced.plain if option.block_size == size]
         assert losses == sorted(losses, reverse=True)
         assert len(set(losses)) == len(losses)
     *integers, dense = [option.loss for option in priced.options if option.scheme != PQ]
     assert [*integers, dense] == sorted(integers, reverse=True) + [0.0]
+
+
+def test_a_codebook_that_weighs_much_may_have_8_bits():
+    """Which cost a little, and save half of its bytes but for a scale and a zero point."""
+    assert {option.n_centroids for option in ways((8192, 2048))} == {*options.CENTROIDS, None}
+    assert all(option.centroid_bits == 16 for option in ways((8192, 2048)))
+    (priced,) = price(linear(), {})
+    of = {(o.block_size, o.n_centroids, o.centroid_bits): o for o in priced.options if o.scheme == PQ}
+    small, large = of[8, 256, 8], of[8, 256, 16]
+    assert large.bytes - small.bytes == 8 * 256 - 8
+    assert small.loss == pytest.approx(large.loss, rel=0.05)
+
+
+def kin(count=4):
+    """Layers alike, which one codebook suits as well as their own."""
+    torch.manual_seed(0)
+    return nn.ModuleList([nn.Linear(64, 64, bias=False) for _ in range(count)])
+
+
+def test_weights_of_a_kind_may_share_a_codebook():
+    """The bytes are those of the codes; the losses are those of one codebook for all."""
+    found = price(kin(), {})
+    for one in found:
+        by = {option.codebook: option for option in one.shared}
+        own = {option.codebook: option for option in one.options if option.scheme == PQ}
+        assert by[4, 256, 16].bytes == 64 * 64 // 4
+        assert by[4, 64, 16].loss > own[4, 64, 16].loss  # what has 4096 numbers to fit fits them better
+    model = kin()
+    stage = {"match": ".*", "block_size": 4, "n_centroids": 256, "codebook": "shared"}
+    quantize_(model, {"stages": [stage]})
+    error = sum(float((a.weight - b.weight).detach().square().sum()) for a, b in zip(kin(), model, strict=True))
+    squares = sum(float(a.weight.detach().square().sum()) for a in kin())
+    predicted = sum(next(o.loss for o in one.shared if o.codebook == (4, 256, 16)) for one in found)
+    assert predicted == pytest.approx(error / (1 - error / squares) ** 2, rel=0.05)
+
+
+def test_a_large_network_has_no_codebooks_to_share():
+    model = nn.ModuleList([nn.Linear(2048, 8192, bias=False, device="meta") for _ in range(2)])
+    assert all(not one.shared and one.plain == list(one.options) for one in unpriced(model))
 
 
 def test_small_errors_cost_what_they_are_weighed_by():
