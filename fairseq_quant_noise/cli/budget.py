@@ -136,7 +136,7 @@ def smallest_plan(subject: Subject, budget: int | None = None) -> Planned:
     if budget is not None and smallest.bytes > budget:
         raise UserError(
             f"--budget: {_size(budget)} are too few; the smallest file of this network has {_size(smallest.bytes)}. "
-            "Give more, or prune or share layers first"
+            "Give more, or let fewer layers stay (--keep-layers) or share them (--share-layers)"
         )
     return smallest
 

@@ -105,7 +105,7 @@ _VERBS = {
                 help="let N adjacent layers share their weights, in a plan that is found",
             ),
             _option(
-                "--share-from", choices=START, default=START[0], help="the weights that --share-layers starts from"
+                "--share-from", choices=START, help=f"the weights that --share-layers starts from (default {START[0]})"
             ),
             _option(
                 "--keep-layers",

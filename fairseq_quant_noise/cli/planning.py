@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..quantization.structure import apply_structure
 from ..quantization.table import Table, make_table
 from ..quantization.targets import resolve_stages
 from ..report.frontier import check_picture, frontier_picture
+from ..structure.layer_map import START
 from ..utils.files import replace_file
 from ..utils.progress import now_and_then
 from ..weights.discovery import warn_of_uncovered
@@ -58,7 +60,7 @@ def plan(args: argparse.Namespace) -> None:
     if args.plan is None:
         _find(args, given[0])
         return
-    for option in ("out", "calibration_data", "keep_layers"):
+    for option in ("out", "calibration_data", "keep_layers", "share_from"):
         if getattr(args, option):
             raise UserError(f"plan: --{option.replace('_', '-')} goes with --budget, not with --plan; leave it out")
     if args.share_layers != 1:
@@ -82,51 +84,79 @@ def plan(args: argparse.Namespace) -> None:
 def _find(args: argparse.Namespace, option: str) -> None:
     """The plans of least predicted loss; each option prints what it found, and writes it with --out."""
     _check_find(args, option)
-    if args.arch is not None:
-        network, config = _network(args), {"architecture": args.arch, "cfg": {"model": _options(args)}}
-        dense_bytes = make_table(network).dense_bytes
-    else:
-        checkpoint = _dense_checkpoint(args)
-        dense_bytes = make_table(checkpoint.network).dense_bytes
-    budget = None if args.budget is None else budget_of(args.budget, dense_bytes)
-    kept = args.keep_layers or [ALL]
-    structures = [_structure(args, keep) for keep in kept]
-    found: list[tuple[Planned, tuple[float, float] | None, nn.Module]] = []
-    for keep, structure in zip(kept, structures, strict=True):
-        if args.arch is not None:
-            model = copy.deepcopy(network)
-            if structure is not None:
-                apply_structure(model, structure)
-            subject, of = Subject(model, config, structure), None
-        else:
-            of = restructured(checkpoint, structure)
-            model, subject = of.network, Subject(of.network, of.config, structure)
-        warn_of_uncovered(model, args.strict)
-        smallest = smallest_plan(subject, budget)
-        losses, priced = _priced(args, of, model)
+    candidates, dense_bytes, budget = _candidates(args)
+    found: list[tuple[Planned, tuple[float, float] | None, Subject]] = []
+    for keep, subject, of, smallest in candidates:
+        warn_of_uncovered(subject.network, args.strict)
+        losses, priced = _priced(args, of, subject.network)
         if args.frontier:
             _show_frontier(args, frontier(subject, priced, smallest), losses, dense_bytes)
             return
-        if args.target_loss is not None and losses is not None:
+        if budget is None and losses is not None:
             least, loss = least_plan(subject, priced, args.target_loss, losses, smallest)
-            found.append((least, (losses.dense, loss), model))
+            found.append((least, (losses.dense, loss), subject))
         elif budget is not None:
-            best = best_plan(subject, priced, budget - (UNKNOWN if of is None else TUNING), smallest)
-            found.append((best, None if losses is None else (losses.dense, losses(best.plan)), model))
+            reserve = UNKNOWN if of is None else TUNING
+            best = best_plan(subject, priced, budget - reserve, smallest)
+            if best.bytes > budget - reserve:
+                say(f"note: the smallest file takes {best.bytes:,} bytes; a training may record up to {reserve:,} more")
+            found.append((best, None if losses is None else (losses.dense, losses(best.plan)), subject))
         after = found[-1][1]
-        if len(kept) > 1 and after is not None:
+        if len(args.keep_layers) > 1 and after is not None:
             say(f"--keep-layers {keep}: loss {after[0]:.3f} before and {after[1]:.3f} after")
     by = f"--budget {args.budget}" if budget is not None else f"--target-loss {args.target_loss:g}"
-    planned, after, model = min(found, key=lambda one: one[1][1] if one[1] is not None else 0.0)
-    structure = structures[[one[0] for one in found].index(planned)]
-    _show_found(
-        args, make_table(model, resolve_stages(planned.plan, model), dense_bytes), planned, structure, by, after
-    )
+    planned, after, subject = min(found, key=lambda one: _rank(one[1]))
+    table = make_table(subject.network, resolve_stages(planned.plan, subject.network), dense_bytes)
+    _show_found(args, table, planned, subject.structure, by, after)
+
+
+def _candidates(
+    args: argparse.Namespace,
+) -> tuple[list[tuple[str, Subject, Checkpoint | None, Planned]], int, int | None]:
+    """Before any work: what each --keep-layers leaves and its smallest plan, the dense bytes, and those of --budget.
+
+    Raises:
+        UserError: none of them fits the budget, or one asks for layers that are not there.
+    """
+    checkpoint = None if args.path is None else _dense_checkpoint(args)
+    network = _network(args) if checkpoint is None else checkpoint.network
+    config = {} if args.arch is None else {"architecture": args.arch, "cfg": {"model": _options(args)}}
+    dense_bytes = make_table(network).dense_bytes
+    budget = None if args.budget is None else budget_of(args.budget, dense_bytes)
+    left: list[tuple[str, Subject, Checkpoint | None]] = []
+    for keep in args.keep_layers or [ALL]:
+        structure = _structure(args, keep)
+        if checkpoint is not None:
+            of = restructured(checkpoint, structure)
+            left.append((keep, Subject(of.network, of.config, structure), of))
+        else:
+            model = copy.deepcopy(network)
+            if structure is not None:
+                apply_structure(model, structure)
+            left.append((keep, Subject(model, config, structure), None))
+    found: list[tuple[str, Subject, Checkpoint | None, Planned]] = []
+    too_large: list[tuple[str, UserError]] = []
+    for keep, subject, of_it in left:
+        try:
+            found.append((keep, subject, of_it, smallest_plan(subject, budget)))
+        except UserError as error:
+            too_large.append((keep, error))
+    if not found:
+        raise too_large[-1][1]
+    for keep, why in too_large:
+        say(f"--keep-layers {keep} is left out: {why}")
+    return found, dense_bytes, budget
+
+
+def _rank(losses: tuple[float, float] | None) -> float:
+    """The loss after, for choosing the least; one that is no number is the worst."""
+    after = 0.0 if losses is None else losses[1]
+    return math.inf if math.isnan(after) else after
 
 
 def _structure(args: argparse.Namespace, keep: str) -> Structure | None:
     """What --share-layers and one --keep-layers ask for; None for the network as it is."""
-    found = Structure(args.share_layers, args.share_from, None if keep == ALL else keep)
+    found = Structure(args.share_layers, args.share_from or START[0], None if keep == ALL else keep)
     return None if found.share_layers == 1 and found.keep_layers is None else found
 
 
@@ -139,6 +169,10 @@ def _check_find(args: argparse.Namespace, option: str) -> None:
             f"plan: with --arch only --budget finds a plan, and without --calibration-data, for nobody has trained its "
             f"weights; {'leave it out' if args.budget is not None else f'give {option} with --path CKPT'}"
         )
+    if args.share_from is not None and args.share_layers == 1:
+        raise UserError("plan: --share-from says where shared layers start from; give --share-layers N with it")
+    if args.target_loss is not None and not math.isfinite(args.target_loss):
+        raise UserError(f"--target-loss {args.target_loss}: is no loss; give a number, more than the dense network's")
     if len(args.keep_layers) > 1 and (args.calibration_data is None or args.budget is None):
         raise UserError(
             "plan: which of several --keep-layers is best cannot be predicted, for nothing is known of layers that "

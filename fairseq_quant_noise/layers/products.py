@@ -19,7 +19,7 @@ from .parts import AFFINE, CENTROIDS, CODES
 from .pq import PQWeight
 from .scalar import IntWeight
 
-#: A product for the kernel, its O and I, and tensors whose addresses it holds beside the module's own.
+#: A product for the kernel, its O and I, and the tensors whose addresses it holds, which have to live as long.
 Described = tuple[bytes, tuple[int, int], tuple[Tensor, ...]]
 _KEPT = "_product"  # an attribute of a quantized weight
 
@@ -43,9 +43,10 @@ def product_of(module: nn.Module) -> Described | None:
         *(held.get("_stored") or (None, None)),
     )
     kept: _Kept | None = held.get(_KEPT)
-    if kept is None or kept.holder is not type(module) or not kept.is_of(tensors):
+    holder = type(module), getattr(weight, "dtype", None)
+    if kept is None or kept.holder != holder or not kept.is_of(tensors):
         described = None if settled_weight(module) is None else _described(weight, *tensors[3:5])
-        held[_KEPT] = kept = _Kept(type(module), tensors, described)
+        held[_KEPT] = kept = _Kept(holder, tensors, described)
     return kept.product
 
 
@@ -60,22 +61,28 @@ def norm_of(module: nn.Module, dim: int) -> bytes | None:
 
 
 class _Kept:
-    """What was found of a weight, in a module of a class, whose product depends on some tensors."""
+    """What was found of a weight of a dtype, in a module of a class, whose product depends on some tensors."""
 
-    __slots__ = ("addresses", "holder", "product", "some", "tensors")
+    __slots__ = ("holder", "places", "product", "some", "tensors")
 
-    def __init__(self, holder: type, tensors: Sequence[Tensor | None], product: Described | None) -> None:
+    def __init__(
+        self, holder: tuple[type, torch.dtype | None], tensors: Sequence[Tensor | None], product: Described | None
+    ) -> None:
         self.holder, self.tensors, self.product = holder, tensors, product
         self.some = [tensor for tensor in tensors if tensor is not None]
-        self.addresses = [*map(Tensor.data_ptr, self.some)]
+        self.places = [*map(_place, self.some)]
 
     def is_of(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether the tensors are these, in the same memory."""
-        return all(map(is_, self.tensors, tensors)) and [*map(Tensor.data_ptr, self.some)] == self.addresses
+        """Whether the tensors are these, and lie in memory as they did; `.data` may have been given to one."""
+        return all(map(is_, self.tensors, tensors)) and [*map(_place, self.some)] == self.places
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Nothing, None, of copies and pickles: their tensors lie elsewhere."""
         return type(None), ()
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.dtype, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.dtype, tensor.stride()
 
 
 def refresh(module: nn.Module) -> None:
@@ -109,7 +116,8 @@ def _described(weight: Any, bias: Tensor | None, grid: Tensor | None) -> Describ
         return None
     if type(weight) is IntWeight:
         fits = weight.codes.is_contiguous() and weight.affine.is_contiguous()
-        return (kernel.product(weight.codes, weight.affine, bias, grid), (rows, inner), ()) if fits else None
+        product = kernel.product(weight.codes, weight.affine, bias, grid) if fits else None
+        return None if product is None else (product, (rows, inner), _some(weight.codes, weight.affine, bias, grid))
     codes = weight.codes.t()
     fits = weight.bits == 8 and weight.n_centroids <= 256
     if not fits or not codes.is_contiguous() or not _is_read(weight.centroids):
@@ -117,4 +125,8 @@ def _described(weight: Any, bias: Tensor | None, grid: Tensor | None) -> Describ
     in_bytes, affine = weight.centroids_in_bytes()
     then = weight._stored[0]
     product = kernel.product(codes, affine, bias, grid, (in_bytes, weight.centroids, then))
-    return product, (rows, inner), (in_bytes, affine, then)
+    return product, (rows, inner), _some(codes, weight.centroids, in_bytes, affine, then, bias, grid)
+
+
+def _some(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(tensor for tensor in tensors if tensor is not None)

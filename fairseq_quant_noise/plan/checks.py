@@ -57,7 +57,7 @@ def check_word(where: str, name: str, value: object, known: Sequence[str]) -> No
         check_one_of(where, name, value, known)
         return
     for pattern, word in value.items():
-        check_regex(f"{where}: {name}", str(pattern))
+        check_regex(f"{where}: {name}", pattern)
         check_one_of(f"{where}: {name}", f"word for '{pattern}',", word, known)
 
 

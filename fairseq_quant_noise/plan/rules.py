@@ -182,6 +182,8 @@ class StageRule:
         check_one_of(f"stage '{self.match}'", "range", self.range, STAGE_RANGES)
         check_word(f"stage '{self.match}'", "codebook", self.codebook, CODEBOOKS)
         if self.centroids is not None:
+            if not self.format.has_codebook:
+                raise UserError(f"stage '{self.match}': {self.scheme} has no centroids; leave `centroids` out")
             check_word(f"stage '{self.match}'", "centroids", self.centroids, tuple(CENTROID_BITS))
         if self.updates is not None:
             check_positive(f"stage '{self.match}': updates", self.updates)

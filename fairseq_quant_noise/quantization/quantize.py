@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -203,12 +203,13 @@ def quantize_targets(
     for target, pair in zip(targets, found, strict=True):
         if pair is not None and codes is not None and codes.train:
             latent = dense_weight(target.weight)
-            made = quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook, LatentPQWeight)
-            fed_back = feedback is not None and feedback.reaches([target])
-            made.set_latent(made.at_centroids() if fed_back else latent, codes.learning_rate, codes.share)
+            parts = pair.codes, pair.centroids
+            made = quantize_weight_(target.weight, *parts, target.centroid_bits, target.codebook, LatentPQWeight)
+            made.set_latent(made.at_centroids() if pair.fed_back else latent, codes.learning_rate, codes.share)
             quantized.append(made)
         elif pair is not None:
-            quantized.append(quantize_weight_(target.weight, *pair, target.centroid_bits, target.codebook))
+            parts = pair.codes, pair.centroids
+            quantized.append(quantize_weight_(target.weight, *parts, target.centroid_bits, target.codebook))
         else:
             quantized.append(target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range))
     join_(quantized)
@@ -244,7 +245,7 @@ def quantized_values(
         if pair is None:
             seen = _seen(target, stored)
         else:
-            parts = pair[0].to(stored.device), pair[1].to(stored)
+            parts = pair.codes.to(stored.device), pair.centroids.to(stored)
             seen = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval().decode()
         values.append((parameter, target.weight.turn(seen)))
     return values
@@ -276,6 +277,14 @@ def quantized_state(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor for name, weight in found for part, tensor in weight.state_dict().items()}
 
 
+class _Found(NamedTuple):
+    """What a weight is encoded as."""
+
+    codes: Tensor  # (rows, blocks a row)
+    centroids: Tensor  # (K, d)
+    fed_back: bool  # by error feedback
+
+
 def _encode_together(
     targets: Sequence[Target],
     importance: Mapping[str, Tensor],
@@ -283,7 +292,7 @@ def _encode_together(
     where: str,
     progress: Callable[[str], None],
     feedback: Feedback | None = None,
-) -> list[tuple[Tensor, Tensor] | None]:
+) -> list[_Found | None]:
     """Codes and centroids of each weight whose format has a codebook, None for the others; each rank encodes its share.
 
     Raises:
@@ -294,7 +303,7 @@ def _encode_together(
     by_all = [not targets[of[0]].rule.format.has_codebook for of in groups]  # the others take no time
     owners = ranks.divide([0 if b else _numbers(targets, of) for b, of in zip(by_all, groups, strict=True)], world)
     mine = [of for b, of, owner in zip(by_all, groups, owners, strict=True) if b or owner == rank]
-    found: dict[int, tuple[Tensor, Tensor] | UserError] = {}
+    found: dict[int, _Found | UserError] = {}
     left, began = sum(_numbers(targets, of) for of in mine), time.perf_counter()
     all_numbers = left
     for of in mine:
@@ -307,7 +316,7 @@ def _encode_together(
         seconds = (time.perf_counter() - began) * left / max(all_numbers - left, 1)
         for i, pair, line in zip(of, pairs, how, strict=True):
             if pair is not None:
-                found[i] = pair if world == 1 else (pair[0].cpu(), pair[1].cpu())
+                found[i] = pair if world == 1 else _Found(pair.codes.cpu(), pair.centroids.cpu(), pair.fed_back)
             progress(
                 f"{where}[{i + 1}/{len(targets)}] {targets[i].weight.name} {tuple(targets[i].weight.shape)} {line}"
                 + (f", {seconds:.0f} s left" if left else "")
@@ -334,7 +343,7 @@ def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
 
 def _encode(
     targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int, feedback: Feedback | None
-) -> tuple[Sequence[tuple[Tensor, Tensor] | None], list[str]]:
+) -> tuple[Sequence[_Found | None], list[str]]:
     """Codes and centroids of the weights of one codebook (None for a format without), and a log line for each."""
     rule, d, k = targets[0].rule, targets[0].block_size, targets[0].n_centroids
     if d is None or k is None:
@@ -350,14 +359,18 @@ def _encode(
     if feedback is not None and feedback.reaches(targets):
         pairs, gain = feedback.refined(targets, found, counts)
         gain = f", {gain}"
-    return pairs, [f"{how}d {d} K {k} relative error {one.relative_error:.4f}{gain}" for one in found]
+    fed_back = pairs[0][1] is not found[0].centroids  # else it won nothing, and these are those of k-means
+    return [_Found(*pair, fed_back) for pair in pairs], [
+        f"{how}d {d} K {k} relative error {one.relative_error:.4f}{gain}" for one in found
+    ]
 
 
 def _warn_of_plain(targets: Sequence[Target], feedback: Feedback | None, progress: Callable[[str], None]) -> None:
     """One line that names the weights whose errors are not fed back. Raises UserError where there are no others."""
     if feedback is None:
         return
-    left = [target.weight.name for target in targets if not feedback.reaches([target])]
+    groups = [[targets[i] for i in of] for of in _by_codebook(targets)]
+    left = [target.weight.name for group in groups if not feedback.reaches(group) for target in group]
     if len(left) == len(targets):
         raise UserError(
             "encode: feedback: no calibration input reached a product with a weight of the plan; give batches that use "

@@ -104,6 +104,29 @@ def test_of_several_layers_to_keep_those_of_least_loss_are_taken(lab, runs, caps
     assert yaml.safe_load(plan.read_text()).get("structure") == (None if best == "all" else {"keep_layers": "0"})
 
 
+def test_layers_to_keep_that_do_not_fit_are_left_out_before_any_work(lab, runs, capsys):
+    path, plan = runs.stock("plain").path, lab.new("plan.yaml")
+    with pytest.raises(SystemExit, match="2"):
+        verb("plan", "--path", path, "--budget", "1KB")
+    least = int(one_error(capsys.readouterr()).partition("network has ")[2].split()[0].replace(",", ""))
+    keep = "--keep-layers", "all", "--keep-layers", "0"
+    verb("plan", "--path", path, "--budget", least - 1, "--calibration-data", lab.data, *keep, "--out", plan)
+    said = capsys.readouterr().err
+    assert "--keep-layers all is left out: --budget: " in said
+    assert said.index("is left out") < said.index("--keep-layers 0: loss")
+    assert yaml.safe_load(plan.read_text())["structure"] == {"keep_layers": "0"}
+
+
+def test_a_budget_that_leaves_nothing_for_a_training_says_so(runs, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        verb("plan", "--path", runs.stock("plain").path, "--budget", "1KB")
+    least = one_error(capsys.readouterr()).partition("network has ")[2].split()[0].replace(",", "")
+    verb("plan", "--path", runs.stock("plain").path, "--budget", least)
+    assert f"note: the smallest file takes {int(least):,} bytes; a training may record up to 512 more" in (
+        capsys.readouterr().err
+    )
+
+
 def test_an_architecture_alone_gets_a_plan_whose_file_fits(lab, runs, capsys):
     """And that of a network of it, once trained, which has more options to record."""
     stock, plan, out = runs.stock("plain"), lab.new("plan.yaml"), lab.new("packed.safetensors")
@@ -186,6 +209,9 @@ WRONG = {
     "layers that are not there": ("--path {stock} --budget 40KB --keep-layers 7", ["keep_layers", "layer 7"]),
     "layers with a plan": ("--path {stock} --plan {plan} --keep-layers 0", ["--keep-layers", "--budget"]),
     "sharing with a plan": ("--path {stock} --plan {plan} --share-layers 2", ["--share-layers", "structure"]),
+    "a start without sharing": ("--path {stock} --budget 40KB --share-from mean", ["--share-from", "--share-layers N"]),
+    "a start with a plan": ("--path {stock} --plan {plan} --share-from mean", ["--share-from", "--budget"]),
+    "a loss that is no number": ("--path {stock} --target-loss nan --calibration-data {plan}", ["--target-loss nan"]),
     "no layer shares": ("--path {stock} --budget 40KB --share-layers 0", ["share_layers is 0"]),
     "quantized already": ("--path {ipq} --budget 40KB", ["{ipq}", "holds quantized weights already"]),
     "the checkpoint's name": ("--path {stock} --budget 40KB --out {stock}", ["--out {stock}"]),

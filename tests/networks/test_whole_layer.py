@@ -10,6 +10,7 @@ from whole_layers import SCHEMES, assert_same_layers, both_ways, by_modules, fro
 
 from fairseq_quant_noise import load, quantize_, save
 from fairseq_quant_noise.kernels import cpu
+from fairseq_quant_noise.layers.products import product_of
 from fairseq_quant_noise.layers.quantized import quantized_weights
 from fairseq_quant_noise.networks import Roberta, RobertaConfig, attention
 from fairseq_quant_noise.networks.attention import TransformerLayer
@@ -115,6 +116,34 @@ def test_what_changes_in_the_layer_counts_at_the_next_call(change, calls):
         assert_same_layers(after, by_modules(layer, x))
     assert not torch.allclose(before, after, atol=1e-2)
     assert calls == [True, True]
+
+
+def test_a_bias_that_lies_elsewhere_from_the_same_start_is_not_taken_for_the_old_one(scheme):
+    layer, x, numbers = layer_of(scheme), torch.randn(1, 6, 64), torch.randn(256)
+    with torch.no_grad():
+        layer.fc1.bias.data = numbers[:128]
+        layer(x)
+        layer.fc1.bias.data = numbers[::2]
+        assert_same_layers(layer(x), by_modules(layer, x))
+
+
+def test_a_description_keeps_what_it_points_to(calls):
+    """The grid too, which of a layer that was loaded in inference mode was a new one at each call."""
+    layer, empty = (TransformerLayer(64, 128, 4, "gelu", False, causal=False).eval() for _ in range(2))
+    with torch.inference_mode():
+        layer = from_file(layer, empty, {**SCHEMES["int8"], "activations": {"bits": 8}}, [torch.randn(2, 5, 64)])
+        grid = layer.fc1.input_quantizer.grid
+        first, x = grid(torch.randn(1)), torch.randn(1, 6, 64)
+        assert grid(torch.randn(1)) is first
+        described = product_of(layer.fc1)
+        assert described is not None
+        held = {tensor.data_ptr() for tensor in described[2]}
+        weight = quantized_weights(layer)["fc1"]
+        assert held == {t.data_ptr() for t in (weight.codes, weight.affine, layer.fc1.bias, grid(x))}
+        layer.fc1.input_quantizer.range.mul_(2)
+        assert grid(torch.randn(1)) is not first
+        assert_same_layers(layer(x), by_modules(layer, x))
+    assert calls[-1]
 
 
 def test_a_copy_knows_nothing_of_the_memory_of_the_first(scheme, calls):

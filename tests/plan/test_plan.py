@@ -196,6 +196,8 @@ NOISE_VALUES = [
 STAGE_VALUES = [
     ({"match": "["}, r"stage rule '\[': not a regular expression"),
     ({"scheme": "int9"}, "stage 'fc': unknown scheme 'int9'; known schemes: pq, int2"),
+    ({"codebook": {1: "own"}}, "stage 'fc': codebook rule '1': not a regular expression"),
+    ({"scheme": "int8", "centroids": "int8"}, "stage 'fc': int8 has no centroids; leave `centroids` out"),
     ({"scheme": ["pq"]}, "unknown scheme"),
     ({"block_size": 0}, "block_size is 0; give a whole number from 1 up"),
     ({"block_size": "8"}, "block_size is '8'"),

@@ -86,3 +86,21 @@ def test_the_weights_behind_codes_that_train_begin_where_feedback_put_them():
     (weight,) = quantized_weights(model).values()
     assert weight.error()[0] == 0
     assert weight.encode_again() == 0
+
+
+def test_weights_that_feedback_won_nothing_for_keep_their_numbers_behind_codes_that_train():
+    """0 has inputs without correlations; 1 and 2 share a codebook, and the inputs of 2 are unknown."""
+    torch.manual_seed(0)
+    model, said, x = nn.Sequential(*(nn.Linear(16, 64) for _ in range(3))), [], torch.randn(64, 16)
+    dense = [layer.weight.detach().clone() for layer in model]
+    rule = NET["stages"][0]
+    plan = {
+        "stages": [rule | {"match": "0"}, rule | {"match": "[12]", "codebook": "shared"}],
+        "encode": "feedback",
+        "codes": "train",
+    }
+    moments = {"0.weight": torch.eye(16), "1.weight": x.t() @ x}
+    quantize_(model, plan, inputs=moments, progress=said.append)
+    for weight, numbers in zip(quantized_weights(model).values(), dense, strict=True):
+        assert torch.equal(weight.latent_weight * weight.factor, numbers)
+    assert "note: without error feedback, since no product's inputs were measured: 1, 2" in said

@@ -10,7 +10,7 @@ the sum of what each does alone. So the predicted loss is e / (1 - r)^2, with r 
 found by experiment.
 
 Where a codebook weighs much beside its weight's codes, its numbers may have 8 bits, and weights of one kind may share
-it (`shared.py`).
+it (`choice.py`).
 """
 
 import copy
