@@ -17,6 +17,7 @@
 #     too, all weights together (docs/codes.md). The plan `budget` is the one that `plan --budget` finds for the bytes of
 #     posthoc@once (or that of the network's plan).
 #     BEST_LR=R: the rate of @best, whose codes have CODES_LR times that (docs/codes.md)
+#     ENCODE=feedback: trained plans begin with error feedback too (docs/plan.md)
 #     Default: posthoc@once posthoc budget@feedback budget@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8;
 #     posthoc_shared for sapiens; efficientnet_lite and efficientnet_int8 for images
 #
@@ -28,7 +29,7 @@ set -euo pipefail
 NETWORK="" OUT="" DATA="" TASK=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,24s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,25s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --data | --task)
       [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/posthoc.sh --help"
       case "$1" in --data) DATA="$2" ;; *) TASK="$2" ;; esac
@@ -72,8 +73,9 @@ for task in $TASKS; do
 done
 mkdir -p "$OUT"
 lock "$OUT"
-BEST_LR="${BEST_LR:-}" CODES_LR="${CODES_LR:-}"
-one_set_of PRECISION BEST_LR CODES_LR
+BEST_LR="${BEST_LR:-}" CODES_LR="${CODES_LR:-}" ENCODE="${ENCODE:-}"
+case "$ENCODE" in '' | plain | feedback) ;; *) die "ENCODE=$ENCODE; give plain or feedback, or leave it out" ;; esac
+one_set_of PRECISION BEST_LR CODES_LR ENCODE
 
 # package NAME VERSION FILE: downloads a package by its name and unpacks FILE of it (a folder or a file) to OUT/download/NAME.
 package() {
@@ -223,7 +225,7 @@ compress() {
   method
   finished "$run" "$STAGES_UPDATES" || logged "$run.log" fairseq-train "${COMMON[@]}" --criterion ipq --ipq-criterion "$CRITERION" \
     ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr 1e-4 --total-num-update "$STAGES_UPDATES" \
-    --max-update "$STAGES_UPDATES" --finetune-from-model "$4" --save-dir "$run" ${best[@]+"${best[@]}"}
+    --max-update "$STAGES_UPDATES" --finetune-from-model "$4" --save-dir "$run" ${best[@]+"${best[@]}"} ${ENCODE:+--ipq-encode "$ENCODE"}
   quietly "$run.log" fairseq-quant-noise export --path "$run/checkpoint_last.pt" --out "$run.safetensors"
 }
 # evaluate FILE TASK RESULT: writes RESULT, a line of JSON

@@ -62,7 +62,10 @@ def test_the_plans_blocks_are_the_papers_where_size_allows(b3):
     assert Plan.of(PLANS / "efficientnet_b3.yaml").stages[-1].match == "classifier"
 
 
-@pytest.mark.parametrize("plan", ["efficientnet_small", "efficientnet_int4", "efficientnet_int8"])
+@pytest.mark.parametrize(
+    "plan",
+    ["efficientnet_small", "efficientnet_lite", "efficientnet_lite_int8", "efficientnet_int4", "efficientnet_int8"],
+)
 def test_the_other_plans_fit_the_small_network(plan):
     model = build("quant_noise_efficientnet", SMALL, 0)
     found = table(model, plan)

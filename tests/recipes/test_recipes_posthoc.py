@@ -48,6 +48,7 @@ def test_from_a_folder_to_the_table_and_again(tmp_path):
     packed = tmp_path / "out/mnli/seed-1/noise-0.1/budget@best.safetensors"
     assert lines[1]["bytes"] == packed.stat().st_size
     assert lines[1]["bytes"] <= lines[3]["bytes"]
+    assert "error feedback" in (tmp_path / "out/images/seed-1/noise-0/budget@best.log").read_text()
     assert len(read(packed).manifest.tensors) > 0
     table = (tmp_path / "out/table.md").read_text().splitlines()
     assert table[0] == "| network | task | noise | method | seeds | score | before | file MiB | ratio | ms a sentence |"
@@ -89,6 +90,7 @@ def test_an_image_network_is_compressed_as_published_by_its_own_answers(tmp_path
         "NOISES": "0",
         "IPQ_UPDATES": "2",
         "METHODS": "efficientnet_lite@feedback efficientnet_lite@once budget@best",
+        "ENCODE": "feedback",
     }
     done = recipe("posthoc.sh", "net.pt", "out", "--data", "data", "--task", "images", cwd=tmp_path, **settings)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
