@@ -155,7 +155,9 @@ def best_plan(subject: Subject, priced: Sequence[Priced], budget: int, smallest:
         smallest: what is left where no other plan fits (`smallest_plan`).
     """
     plain = [replace(one, options=one.plain, shared=()) for one in priced]
-    found = [planned for of in (plain, priced) if (planned := _best_plan(subject, of, budget, smallest)) is not None]
+    more = any(one.shared or len(one.plain) < len(one.options) for one in priced)
+    searched = (plain, priced) if more else (plain,)
+    found = [planned for of in searched if (planned := _best_plan(subject, of, budget, smallest)) is not None]
     if len(found) == 2 and found[1].predicted > (1 - GAIN) * found[0].predicted:
         return found[0]
     return found[-1] if found else priced_smallest(priced, smallest)

@@ -57,8 +57,7 @@ class InputQuantizer(nn.Module):
         spec = [bits, RANGES.index(range_), min(batches, 255)]
         self.register_buffer("spec", torch.tensor(spec, dtype=torch.uint8))
         self.calibrating = False
-        # the range, its version, scale and zero point (2,), and the range's numbers where there are no versions
-        self._grid: tuple[Tensor, int, Tensor, Tensor | None] | None = None
+        self._grid: tuple[Tensor, object, Tensor] | None = None  # the range, its state, and scale and zero point (2,)
         self._count: int | None = None  # `seen` as a number: reading the buffer makes a GPU wait
 
     range: Tensor
@@ -87,13 +86,10 @@ class InputQuantizer(nn.Module):
 
     def grid(self, x: Tensor) -> Tensor:
         """Scale and zero point (2,) float32 for an input x (…), which counts before any range was found."""
-        kept, version = self._grid, -1 if self.range.is_inference() else self.range._version
-        known = kept is not None and kept[0] is self.range and kept[1] == version and bool(self.count)
-        if known and version < 0:
-            known = kept is not None and kept[3] is not None and torch.equal(kept[3], self.range)
-        if kept is None or not known:
-            numbers = self.range.clone() if version < 0 else None
-            self._grid = kept = self.range, version, self._affine(x).to_tensor().flatten(), numbers
+        state = self.range.tolist() if self.range.is_inference() else self.range._version  # which has no version
+        kept = self._grid
+        if kept is None or kept[0] is not self.range or kept[1] != state or not self.count:
+            self._grid = kept = self.range, state, self._affine(x).to_tensor().flatten()
         return kept[2]
 
     def _affine(self, x: Tensor) -> Affine:

@@ -201,17 +201,17 @@ def quantize_targets(
     found = _encode_together(targets, importance or {}, seed, where, progress, feedback)
     quantized: list[QuantizedWeight] = []
     for target, pair in zip(targets, found, strict=True):
-        if pair is not None and codes is not None and codes.train:
-            latent = dense_weight(target.weight)
-            parts = pair.codes, pair.centroids
-            made = quantize_weight_(target.weight, *parts, target.centroid_bits, target.codebook, LatentPQWeight)
-            made.set_latent(made.at_centroids() if pair.fed_back else latent, codes.learning_rate, codes.share)
-            quantized.append(made)
-        elif pair is not None:
-            parts = pair.codes, pair.centroids
-            quantized.append(quantize_weight_(target.weight, *parts, target.centroid_bits, target.codebook))
-        else:
+        if pair is None:
             quantized.append(target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range))
+            continue
+        given = target.weight, pair.codes, pair.centroids, target.centroid_bits, target.codebook
+        if codes is None or not codes.train:
+            quantized.append(quantize_weight_(*given))
+            continue
+        latent = dense_weight(target.weight)  # before codes take its place
+        made = quantize_weight_(*given, LatentPQWeight)
+        made.set_latent(made.at_centroids() if pair.fed_back else latent, codes.learning_rate, codes.share)
+        quantized.append(made)
     join_(quantized)
 
 
@@ -360,9 +360,8 @@ def _encode(
         pairs, gain = feedback.refined(targets, found, counts)
         gain = f", {gain}"
     fed_back = pairs[0][1] is not found[0].centroids  # else it won nothing, and these are those of k-means
-    return [_Found(*pair, fed_back) for pair in pairs], [
-        f"{how}d {d} K {k} relative error {one.relative_error:.4f}{gain}" for one in found
-    ]
+    said = [f"{how}d {d} K {k} relative error {one.relative_error:.4f}{gain}" for one in found]
+    return [_Found(*pair, fed_back) for pair in pairs], said
 
 
 def _warn_of_plain(targets: Sequence[Target], feedback: Feedback | None, progress: Callable[[str], None]) -> None:

@@ -170,23 +170,13 @@ def network():
     return nn.Sequential(nn.Embedding(30, 32), nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 8))
 
 
-PLANS = {
-    "int8": {"stages": [{"match": ".*", "scheme": "int8", "range": "channel"}]},
-    "int4": {"stages": [{"match": ".*", "scheme": "int4"}]},
-    "iPQ + int8": {
-        "stages": [{"match": ".*", "block_size": 4, "n_centroids": 64}],
-        "centroids": {"dtype": "int8"},
-    },
-}
-
-
-@pytest.fixture(params=PLANS)
+@pytest.fixture(params=SCHEMES)
 def from_file(request, tmp_path):
     """Makes a network of a packed file, with the plan's other settings."""
 
     def make(**plan):
         model = network()
-        quantize_(model, PLANS[request.param] | plan, calibration=[torch.arange(30)] if plan else None)
+        quantize_(model, SCHEMES[request.param] | plan, calibration=[torch.arange(30)] if plan else None)
         save(model, tmp_path / "m.safetensors")
         return load(tmp_path / "m.safetensors", into=network()).eval()
 
