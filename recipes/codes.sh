@@ -13,7 +13,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 cd "$REPO"
 
-RUNS="paper fixed best budget-best noise noise-best k64 k64-best d16 d16-best int4 int4-learned int2 int2-learned"
+RUNS="paper fixed best budget-best noise noise-best k64 k64-best d16 d16-best pruned pruned-best int4 int4-learned int2 int2-learned"
 case "${1:-}" in
   '') ;;
   -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 0 ;;
@@ -28,12 +28,16 @@ whole_numbers JOBS UPDATES IPQ_UPDATES VOCAB_SIZE
 known_names "ONLY names a run" "$RUNS" "$ONLY"
 need python fairseq-train fairseq-eval-lm fairseq-quant-noise
 
-# dense SEED NAME P: trains a dense network with noise P, and evaluates it.
+# dense SEED NAME OPTIONS...: trains a dense network, or prunes the one called `shared`, and evaluates it.
 dense() {
-  local SEED="$1" of="$OUT/seed-$1/$2"
+  local SEED="$1" of="$OUT/seed-$1/$2" from="$OUT/seed-$1/shared/dense"
   lm_flags
-  finished "$of/dense" "$UPDATES" || quietly "$of/dense.log" \
-    lm_train "$of/dense" --quant-noise-pq "$3" --quant-noise-pq-block-size 8
+  if [ "$2" = pruned ]; then
+    mkdir -p "$of/dense"
+    fairseq-quant-noise prune --path "$from/checkpoint_best.pt" --keep every-other --out "$of/dense/checkpoint_best.pt"
+  else
+    finished "$of/dense" "$UPDATES" || quietly "$of/dense.log" lm_train "$of/dense" --quant-noise-pq-block-size 8 "${@:3}"
+  fi
   [ -f "$of/eval-dense.log" ] || lm_evaluate "$of/dense/checkpoint_best.pt" "$of/eval-dense.log"
 }
 
@@ -44,9 +48,13 @@ tune() {
   case "$2" in
     noise*) network=noise flags=(--quant-noise-pq 0.05) ;;
     k64* | d16*) plan="$OUT/plans/${2%-best}.yaml" ;;
+    pruned*) network=pruned ;;
     int*) plan="$OUT/plans/$2.yaml" ;;
   esac
   from="$OUT/seed-$1/$network/dense"
+  if [ "$network" = pruned ]; then
+    flags+=(--share-layers 2 --decoder-layers "$(module recipes.n_layers "$from/checkpoint_best.pt")")
+  fi
   if [ "$2" = budget-best ]; then
     plan="$to.yaml"
     [ -f "$plan" ] || fairseq-quant-noise plan --path "$from/checkpoint_best.pt" --budget "$BUDGET" --out "$plan"
@@ -68,8 +76,14 @@ one_set_of UPDATES IPQ_UPDATES VOCAB_SIZE BUDGET
 bash recipes/quickstart/prepare.sh "$OUT"
 module recipes.codes.table "$OUT" --plans
 for seed in $SEEDS; do
-  NETWORKS=("seed-$seed/none: dense $seed none 0")
-  if [[ " $ONLY" == *" noise"* ]]; then NETWORKS+=("seed-$seed/noise: dense $seed noise 0.05"); fi
+  NETWORKS=()
+  for name in $ONLY; do
+    case "$name" in noise* | pruned*) ;; *) NETWORKS=("seed-$seed/none: dense $seed none") ;; esac
+  done
+  if [[ " $ONLY" == *" noise"* ]]; then NETWORKS+=("seed-$seed/noise: dense $seed noise --quant-noise-pq 0.05"); fi
+  if [[ " $ONLY" == *" pruned"* ]]; then
+    NETWORKS+=("seed-$seed/shared: dense $seed shared --share-layers 2 --decoder-layerdrop 0.2 && dense $seed pruned")
+  fi
   step "$seed: dense networks" "$OUT/seed-$seed/.dense" side_by_side "$JOBS" "${NETWORKS[@]}"
   NOW=()
   for name in $ONLY; do

@@ -28,6 +28,7 @@ BEYOND = (
     Claim("x17: with it, no worse than the dense network", "", "budget-best", "dense", 0.0),
     Claim("x25 (K 64): codes that train beat iPQ as in the paper", "", "k64-best", "k64"),
     Claim("x19 (blocks of 16): codes that train beat iPQ as in the paper", "", "d16-best", "d16"),
+    Claim("shared and pruned: codes that train beat iPQ as in the paper", "", "pruned-best", "pruned"),
     Claim("Quant-Noise first helps iPQ as in the paper", "", "noise", "paper"),
     Claim("Quant-Noise first helps codes that train", "", "noise-best", "best"),
     Claim("int4: learned scales beat those of the weights", "", "int4-learned", "int4"),
@@ -62,7 +63,7 @@ def beyond() -> str:
     scores: dict[tuple[str, int], float] = {}
     for line in lines("codes"):
         scores[line["run"], line["seed"]] = line["ppl"]
-        if not line["run"].startswith("noise"):
+        if not line["run"].startswith(("noise", "pruned")):
             scores["dense", line["seed"]] = line["dense_ppl"]
     return verdicts(BEYOND, scores, with_paper=False)
 

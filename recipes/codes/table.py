@@ -32,6 +32,8 @@ RUNS = {  # in the order of the table
     "k64-best": "K 64, ours",
     "d16": "blocks of 16 (attention 8), as in the paper",
     "d16-best": "blocks of 16, ours",
+    "pruned": "pairs of layers shared, every other one pruned, then as in the paper",
+    "pruned-best": "pairs of layers shared, every other one pruned, then ours",
     "int4": "int4, a range a channel",
     "int4-learned": "int4, learned scales",
     "int2": "int2, a range a channel",
@@ -61,7 +63,7 @@ def lines_of(out: Path) -> list[dict[str, Any]]:
     for folder in sorted(out.glob("seed-*")):
         for run in RUNS:
             log, file = folder / f"eval-{run}.log", folder / f"{run}.safetensors"
-            dense = folder / ("noise" if run.startswith("noise") else "none")
+            dense = folder / next((network for network in ("noise", "pruned") if run.startswith(network)), "none")
             if log.exists() and file.exists():
                 line = {"run": run, "seed": int(folder.name.removeprefix("seed-")), "ppl": round(perplexity(log), 2)}
                 line |= {"dense_ppl": round(perplexity(dense / "eval-dense.log"), 2)}
