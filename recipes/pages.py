@@ -1,8 +1,9 @@
-"""Write the tables of RESULTS.md and docs/ from the committed lines, docs/*.jsonl.
+"""Write the tables and pictures of RESULTS.md and docs/ from the committed lines, docs/*.jsonl.
 
     python -m recipes.pages
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES makes it.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES makes it. The pictures are frontier.svg
+(recipes/frontier.py) and evidence.png, which comes with the whole of evidence.md (recipes/evidence/page.py).
 """
 
 import json
@@ -14,6 +15,8 @@ from typing import Any
 from recipes.codes.table import table as codes_table
 from recipes.evidence.claims import CLAIMS, Claim, Scores, find
 from recipes.evidence.page import CLAIM_HEADER, claim_row
+from recipes.evidence.page import write as write_evidence
+from recipes.frontier import write as write_frontier
 from recipes.posthoc.table import table as posthoc_table
 from recipes.table1.table import markdown
 
@@ -101,7 +104,9 @@ def pages() -> dict[Path, str]:
 
 
 def main() -> None:
-    """Write the pages that have changed."""
+    """Write the pages that have changed, and the pictures."""
+    write_evidence(lines("evidence"), DOCS)
+    write_frontier(DOCS)
     for path, text in pages().items():
         if (now := written(text)) != text:
             path.write_text(now, encoding="utf-8")

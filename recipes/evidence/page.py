@@ -158,12 +158,18 @@ def main() -> None:
         lines = [json.loads(entry) for entry in args.source.read_text(encoding="utf-8").splitlines()]
     if not lines:
         parser.error(f"{args.out} has no finished run; run: bash recipes/evidence.sh")
-    args.out.mkdir(parents=True, exist_ok=True)
-    page = text(lines)
-    (args.out / "evidence.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines), encoding="utf-8")
-    (args.out / "evidence.md").write_text(page + "\n", encoding="utf-8")
-    draw(lines, args.out / "evidence.png")
+    page = write(lines, args.out)
     print(f"{page}\n\npage: {args.out / 'evidence.md'}, picture: {args.out / 'evidence.png'}")
+
+
+def write(lines: list[Line], out: Path) -> str:
+    """Write evidence.{jsonl,md,png} to `out`; returns the page."""
+    out.mkdir(parents=True, exist_ok=True)
+    page = text(lines)
+    (out / "evidence.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines), encoding="utf-8")
+    (out / "evidence.md").write_text(page + "\n", encoding="utf-8")
+    draw(lines, out / "evidence.png")
+    return page
 
 
 if __name__ == "__main__":

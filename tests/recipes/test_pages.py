@@ -25,6 +25,23 @@ def test_results_show_claims_of_the_paper_that_are_made():
     assert {*SHOWN} <= {claim.claim for claim in CLAIMS}
 
 
+def test_the_frontier_draws_every_committed_run_beside_the_papers_points():
+    from recipes import frontier
+    from recipes.pages import DOCS, lines
+
+    found = frontier.marks(DOCS)
+    assert len([mark for mark in found["ppl"] if mark.group != frontier.PUBLISHED]) == len(
+        {line["run"] for line in lines("codes")}
+    )
+    seen = [mark for mark in found["accuracy"] if mark.group == frontier.PUBLISHED]
+    assert round(seen[1].loss, 1) == 1.2  # iPQ with Quant-Noise: 84.8 to 83.6
+    assert round(seen[1].ratio, 1) == 12.6
+    assert all(mark.ratio > 1 for marks in found.values() for mark in marks)
+    assert frontier.group("budget@best") == frontier.BUDGET
+    assert frontier.group("budget@feedback") == frontier.AT_ONCE
+    assert b"</svg>" in frontier.picture(found)
+
+
 def test_a_table_that_was_edited_by_hand_is_made_anew(tmp_path, monkeypatch):
     from recipes import pages
 
