@@ -73,6 +73,15 @@ class LatentIntWeight(ScalarWeight):
         """The weight's shape as its blocks lie."""
         return self.matrix.shape
 
+    def begin_at(self, numbers: Tensor, affine: Affine) -> None:
+        """Give the dense weight other numbers (rows, …) to begin at, which lie on the codes `affine`.
+
+        It becomes a new Parameter: an optimizer in half precision has its own copy of the old one's numbers.
+        """
+        stored = numbers.transpose(0, 1) if self.turned else numbers
+        stored = stored.to(self.latent, copy=True, memory_format=torch.contiguous_format)
+        self.latent = nn.Parameter(stored, requires_grad=self.latent.requires_grad)
+
     def fit(self) -> Affine:
         """The scales and zero points, (1,) or (rows,) each, of the weight as it is.
 
@@ -255,6 +264,11 @@ class LearnedIntWeight(LatentIntWeight):
             UserError: the weight holds NaN or infinity.
         """
         self.affine.copy_(fit_affine(self.name, self.matrix, self.bits, self.range).to_tensor())
+
+    def begin_at(self, numbers: Tensor, affine: Affine) -> None:
+        """As of the class above; the scales begin at those of `affine`."""
+        super().begin_at(numbers, affine)
+        self.affine.copy_(affine.to_tensor())
 
     def fit(self) -> Affine:
         """The scales as they are now, and the zero points: (1,) or (rows,) each."""

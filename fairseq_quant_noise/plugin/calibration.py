@@ -22,7 +22,7 @@ from ..layers import adopt_quantized, input_quantizers
 from ..layers.batch_statistics import batch_norms
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..plan.plan import Plan
-from ..quantization.feedback import measuring_inputs
+from ..quantization.feedback import feeds_back, measuring_inputs
 from ..quantization.quantize import swapped
 from ..quantization.targets import resolve_stages
 from ..utils.progress import watched
@@ -121,7 +121,7 @@ def inputs_on(
         UserError: `data` is no such folder, or has no training split; or the plan does not fit the network.
     """
     _check_data(data)
-    names = [target.weight.name for target in resolve_stages(plan, checkpoint.network)]
+    names = [target.weight.name for target in resolve_stages(plan, checkpoint.network) if feeds_back(target)]
     theirs, criterion, task = _prepared(checkpoint, str(data), augmentation="none")
     samples = _samples(task, str(data), plan.encode.batches)
     with measuring_inputs(theirs, names) as found:

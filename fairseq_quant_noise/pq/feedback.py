@@ -40,6 +40,11 @@ class Layer:
     metric: Tensor  # M: (I, I) float64, symmetric and positive definite
     rows: Tensor  # g: (O,) float32
 
+    @property
+    def correlated(self) -> bool:
+        """Whether M is more than its diagonal."""
+        return not torch.equal(self.metric, self.metric.diagonal().diag())
+
     @cached_property
     def single(self) -> Tensor:
         """M in float32: (I, I)."""

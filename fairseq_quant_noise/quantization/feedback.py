@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from ..layers.inputs import FAST_PATH_OFF, is_product
 from ..pq.encode import Encoded
 from ..pq.feedback import Layer, refined
+from ..scalar import LEARNED_RANGES, Affine, bits_of, fit_affine
+from ..scalar.feedback import refined as refined_affine
 from ..utils.modes import evaluating
 from ..weights.discovery import Weight, find_weights
 from .targets import Target
 
 LOOKED_UP = 0.5  # share of the correlations that is left to a weight that is looked up, too
+NO_CORRELATIONS, NO_GAIN = "no correlations to feed errors back by", "no gain by error feedback"  # for the log
 _LEAST = 1e-4  # M_ii and g_r, at least, as a share of their means
 
 
@@ -68,6 +71,11 @@ def measuring_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
         found[name] /= count
         if not found[name].any():
             del found[name]  # nothing but zeros has reached it
+
+
+def feeds_back(target: Target) -> bool:
+    """Whether error feedback can encode the weight: a histogram's range is searched for again, and would be another."""
+    return target.rule.range != "histogram"
 
 
 def _products(weight: Weight) -> list[nn.Module]:
@@ -135,8 +143,8 @@ class Feedback:
     damping: float  # share of the correlations that is left out
 
     def reaches(self, targets: Sequence[Target]) -> bool:
-        """Whether the inputs of all of these weights are known."""
-        return all(target.weight.tensor_name in self.inputs for target in targets)
+        """Whether the inputs of all of these weights are known, and their formats can be encoded so."""
+        return all(feeds_back(target) and target.weight.tensor_name in self.inputs for target in targets)
 
     def refined(
         self, targets: Sequence[Target], found: Sequence[Encoded], importance: Sequence[Tensor | None]
@@ -156,14 +164,40 @@ class Feedback:
         layers = [self._layer(target.weight, counts) for target, counts in zip(targets, given, strict=True)]
         mean = torch.cat([layer.rows for layer in layers]).mean()
         layers = [Layer(layer.weight, layer.metric, layer.rows / mean) for layer in layers]
-        if all(torch.equal(layer.metric, layer.metric.diagonal().diag()) for layer in layers):
-            return pairs, "no correlations to feed errors back by"
+        if not any(layer.correlated for layer in layers):
+            return pairs, NO_CORRELATIONS
         codes, centroids = refined(layers, found[0].centroids)
         before = sum(_loss(layer, *pair) for layer, pair in zip(layers, pairs, strict=True))
         after = sum(_loss(layer, part, centroids) for layer, part in zip(layers, codes, strict=True))
         if not after < before:
-            return pairs, "no gain by error feedback"
-        return [(part, centroids) for part in codes], f"error feedback, output error x{(after / before) ** 0.5:.3f}"
+            return pairs, NO_GAIN
+        return [(part, centroids) for part in codes], _gain(after, before)
+
+    def rounded(self, target: Target, importance: Tensor | None) -> tuple[tuple[Tensor, Affine] | None, str]:
+        """A weight of intN as numbers that lie on codes, (rows, …) float32, and these codes; None if none are better.
+
+        Args:
+            target: the weight, whose inputs are known.
+            importance: of its shape, or None.
+
+        Returns:
+            Numbers and codes; and a few words for the log.
+
+        Raises:
+            UserError: the weight holds NaN or infinity.
+        """
+        rule, layer = target.rule, self._layer(target.weight, importance)
+        affine = fit_affine(target.weight.name, layer.weight, bits_of(rule.scheme) or 8, rule.range)
+        if not layer.correlated:
+            return None, NO_CORRELATIONS
+        free = rule.range in LEARNED_RANGES
+        codes, grid = refined_affine(layer.weight, layer.single, layer.factor, affine, rows=layer.rows, free=free)
+        numbers = grid.decode(codes)
+        before = layer.loss(affine.decode(affine.codes(layer.weight)) - layer.weight)
+        after = layer.loss(numbers - layer.weight)
+        if not after < before:
+            return None, NO_GAIN
+        return (numbers.view(target.weight.shape), grid), _gain(after, before)
 
     def _layer(self, weight: Weight, importance: Tensor | None) -> Layer:
         """A weight (O, I) with its metric, of mean 1 on the diagonal, and with the importance of its rows."""
@@ -180,6 +214,10 @@ class Feedback:
         metric.diagonal().copy_(own.clamp(min=_LEAST * own.mean()))
         rows = torch.ones(len(dense), device=dense.device) if counts is None else counts.mean(1)
         return Layer(dense.contiguous(), metric / own.mean(), rows.clamp(min=_LEAST * rows.mean()))
+
+
+def _gain(after: float, before: float) -> str:
+    return f"error feedback, output error x{(after / before) ** 0.5:.3f}"
 
 
 def _loss(layer: Layer, codes: Tensor, centroids: Tensor) -> float:

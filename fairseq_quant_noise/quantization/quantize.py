@@ -1,13 +1,11 @@
 """Quantize the weights of a model in place: all stages of a plan at once, or the weights of one stage."""
 
 import logging
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +21,17 @@ from ..layers import (
     warn_of_unrounded,
 )
 from ..layers.batch_statistics import batch_norms, estimating
+from ..layers.latent import LatentIntWeight
 from ..layers.pq import PQWeight
 from ..layers.quantized import QuantizedWeight, dense_weight
 from ..plan.plan import Plan
 from ..plan.rules import Activations, Codes
-from ..pq.encode import encode_together
 from ..utils import ranks
 from ..utils.progress import watched
-from ..weights.discovery import some_of, warn_of_uncovered
+from ..weights.discovery import warn_of_uncovered
 from .code_training import encode_in_training
-from .feedback import Feedback, measuring_inputs
+from .encoding import Found, encode_targets, seen_by_itself, warn_of_plain
+from .feedback import Feedback, feeds_back, measuring_inputs
 from .importance import check_importance
 from .structure import apply_structure
 from .targets import Target, resolve_stages
@@ -137,7 +136,7 @@ def quantize_inputs(model: nn.Module, activations: Activations, targets: Iterabl
 def _inputs(
     model: nn.Module, targets: Sequence[Target], batches: Sequence[Any], progress: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    with measuring_inputs(model, [t.weight.name for t in targets if t.rule.format.has_codebook]) as found:
+    with measuring_inputs(model, [t.weight.name for t in targets if feeds_back(t)]) as found:
         for batch in watched(batches, len(batches), "measuring the layers' inputs", progress):
             _forward(model, batch)
     return found
@@ -197,21 +196,25 @@ def quantize_targets(
             raise UserError(f"{target.weight.name} is quantized already; start from a dense model")
         dense[target.weight.name] = target.weight.stored
     ranks.check_same(dense, f"before {where or 'the encoding'}".strip())
-    _warn_of_plain(targets, feedback, progress)
-    found = _encode_together(targets, importance or {}, seed, where, progress, feedback)
+    warn_of_plain(targets, feedback, progress)
+    found = encode_targets(targets, importance or {}, seed, where, progress, feedback)
     quantized: list[QuantizedWeight] = []
     for target, pair in zip(targets, found, strict=True):
-        if pair is None:
-            quantized.append(target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range))
+        if not isinstance(pair, Found):
+            made = target.rule.format.quantize_(target.weight, target.rule.scheme, target.rule.range)
+            if pair is not None:
+                assert isinstance(made, LatentIntWeight)
+                made.begin_at(*pair)
+            quantized.append(made)
             continue
         given = target.weight, pair.codes, pair.centroids, target.centroid_bits, target.codebook
         if codes is None or not codes.train:
             quantized.append(quantize_weight_(*given))
             continue
         latent = dense_weight(target.weight)  # before codes take its place
-        made = quantize_weight_(*given, LatentPQWeight)
-        made.set_latent(made.at_centroids() if pair.fed_back else latent, codes.learning_rate, codes.share)
-        quantized.append(made)
+        trained = quantize_weight_(*given, LatentPQWeight)
+        trained.set_latent(trained.at_centroids() if pair.fed_back else latent, codes.learning_rate, codes.share)
+        quantized.append(trained)
     join_(quantized)
 
 
@@ -237,13 +240,13 @@ def quantized_values(
     Raises:
         UserError: a weight is not finite.
     """
-    found = _encode_together(targets, importance or {}, seed, "", progress)
+    found = encode_targets(targets, importance or {}, seed, "", progress)
     values = []
     for target, pair in zip(targets, found, strict=True):
         stored, parameter = dense_weight(target.weight), target.weight.parameter
         assert isinstance(parameter, nn.Parameter)
-        if pair is None:
-            seen = _seen(target, stored)
+        if not isinstance(pair, Found):
+            seen = seen_by_itself(target, stored)
         else:
             parts = pair.codes.to(stored.device), pair.centroids.to(stored)
             seen = PQWeight(*parts, tuple(stored.shape), target.centroid_bits).eval().decode()
@@ -275,117 +278,3 @@ def quantized_state(model: nn.Module) -> dict[str, Tensor]:
     """
     found = quantized_weights(model).items()
     return {f"{name}.{part}": tensor for name, weight in found for part, tensor in weight.state_dict().items()}
-
-
-class _Found(NamedTuple):
-    """What a weight is encoded as."""
-
-    codes: Tensor  # (rows, blocks a row)
-    centroids: Tensor  # (K, d)
-    fed_back: bool  # by error feedback
-
-
-def _encode_together(
-    targets: Sequence[Target],
-    importance: Mapping[str, Tensor],
-    seed: int,
-    where: str,
-    progress: Callable[[str], None],
-    feedback: Feedback | None = None,
-) -> list[_Found | None]:
-    """Codes and centroids of each weight whose format has a codebook, None for the others; each rank encodes its share.
-
-    Raises:
-        UserError: encoding failed on some rank; all ranks raise it, or the others would wait for ever.
-    """
-    rank, world = ranks.rank_and_world()
-    groups = _by_codebook(targets)
-    by_all = [not targets[of[0]].rule.format.has_codebook for of in groups]  # the others take no time
-    owners = ranks.divide([0 if b else _numbers(targets, of) for b, of in zip(by_all, groups, strict=True)], world)
-    mine = [of for b, of, owner in zip(by_all, groups, owners, strict=True) if b or owner == rank]
-    found: dict[int, _Found | UserError] = {}
-    left, began = sum(_numbers(targets, of) for of in mine), time.perf_counter()
-    all_numbers = left
-    for of in mine:
-        try:
-            pairs, how = _encode([targets[i] for i in of], importance, seed, feedback)
-        except UserError as error:
-            found[of[0]] = error
-            break
-        left -= _numbers(targets, of)
-        seconds = (time.perf_counter() - began) * left / max(all_numbers - left, 1)
-        for i, pair, line in zip(of, pairs, how, strict=True):
-            if pair is not None:
-                found[i] = pair if world == 1 else _Found(pair.codes.cpu(), pair.centroids.cpu(), pair.fed_back)
-            progress(
-                f"{where}[{i + 1}/{len(targets)}] {targets[i].weight.name} {tuple(targets[i].weight.shape)} {line}"
-                + (f", {seconds:.0f} s left" if left else "")
-            )
-    together = {i: pair for part in ranks.gather(found) for i, pair in part.items()}
-    for _, pair in sorted(together.items()):
-        if isinstance(pair, UserError):
-            raise pair
-    return [together.get(i) for i in range(len(targets))]
-
-
-def _numbers(targets: Sequence[Target], of: Sequence[int]) -> int:
-    return sum(math.prod(targets[i].weight.shape) for i in of)
-
-
-def _by_codebook(targets: Sequence[Target]) -> list[list[int]]:
-    """Group the targets' indices by codebook: those that share one together, every other one by itself."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for i, target in enumerate(targets):
-        key = ("own", i) if target.codebook is None else ("shared", target.codebook)
-        groups.setdefault(key, []).append(i)
-    return list(groups.values())
-
-
-def _encode(
-    targets: Sequence[Target], importance: Mapping[str, Tensor], seed: int, feedback: Feedback | None
-) -> tuple[Sequence[_Found | None], list[str]]:
-    """Codes and centroids of the weights of one codebook (None for a format without), and a log line for each."""
-    rule, d, k = targets[0].rule, targets[0].block_size, targets[0].n_centroids
-    if d is None or k is None:
-        error = _error(targets[0])
-        return [None], [f"{rule.scheme} range {rule.range} relative error {error:.4f}"]
-    names, given = [t.weight.name for t in targets], [importance.get(t.weight.tensor_name) for t in targets]
-    counts = [None if g is None else t.weight.turn(g) for t, g in zip(targets, given, strict=True)]
-    stored: list[Tensor] = [t.weight.stored for t in targets]  # type: ignore[misc]
-    found = encode_together(names, stored, d, k, seed=seed, importance=counts)
-    how = "" if None in counts else "weighted, "
-    how += "" if len(targets) == 1 else f"a codebook of {len(targets)} weights, "
-    pairs, gain = [(one.codes, one.centroids) for one in found], ""
-    if feedback is not None and feedback.reaches(targets):
-        pairs, gain = feedback.refined(targets, found, counts)
-        gain = f", {gain}"
-    fed_back = pairs[0][1] is not found[0].centroids  # else it won nothing, and these are those of k-means
-    said = [f"{how}d {d} K {k} relative error {one.relative_error:.4f}{gain}" for one in found]
-    return [_Found(*pair, fed_back) for pair in pairs], said
-
-
-def _warn_of_plain(targets: Sequence[Target], feedback: Feedback | None, progress: Callable[[str], None]) -> None:
-    """One line that names the weights whose errors are not fed back. Raises UserError where there are no others."""
-    if feedback is None:
-        return
-    groups = [[targets[i] for i in of] for of in _by_codebook(targets)]
-    left = [target.weight.name for group in groups if not feedback.reaches(group) for target in group]
-    if len(left) == len(targets):
-        raise UserError(
-            "encode: feedback: no calibration input reached a product with a weight of the plan; give batches that use "
-            "the model, or leave it out"
-        )
-    if left:
-        progress(f"note: without error feedback, since no product's inputs were measured: {some_of(left)}")
-
-
-def _seen(target: Target, dense: Tensor) -> Tensor:
-    """What evaluation sees of a target without a codebook; raises UserError for a weight that is not finite."""
-    return target.rule.format.seen(target.weight.name, dense, target.rule.scheme, target.rule.range)
-
-
-def _error(target: Target) -> float:
-    """||W - W_hat|| / ||W|| of a target without a codebook; raises UserError as `_seen`."""
-    dense: Tensor = target.weight.stored.detach().float()  # type: ignore[operator]
-    error = torch.linalg.vector_norm(_seen(target, dense) - dense)
-    return float(error / torch.linalg.vector_norm(dense).clamp(min=1e-30))

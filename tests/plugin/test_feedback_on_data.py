@@ -10,6 +10,7 @@ from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import quantized_weights
 
+INT3 = {"scheme": "int3"}
 NET = {"stages": [{"match": ".*", "block_size": 4, "n_centroids": 16}]}
 ALL = {"stages": [{"match": r"decoder\.(layers|embed).*", "block_size": 4, "n_centroids": 16}]}
 
@@ -72,11 +73,27 @@ def test_a_training_feeds_errors_back_as_its_stage_begins(lab, runs, codes, capl
 
 def test_a_stage_without_such_a_product_is_encoded_plainly(lab, runs, caplog):
     caplog.set_level("INFO")
-    plan = lab.plan({"stages": [{"match": FFN["match"], "scheme": "int8"}], "encode": "feedback"})
+    rule = {"match": FFN["match"], "scheme": "int8", "range": "histogram"}
+    plan = lab.plan({"stages": [rule], "encode": "feedback"})
     flags = ["--finetune-from-model", runs.stock("plain").path, "--quantization-config-path", plan]
     lab.train(*flags, *ipq_flags("plain"), updates=1)
     note = "note: without error feedback in stage 1 of 1, where no product's inputs were measured"
     assert note in [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("range_", ["channel", "learned-channel"])
+def test_a_training_of_integers_begins_where_feedback_put_them(lab, runs, range_, caplog):
+    """Their codes stay as they are while the learning rate is next to nothing; in half precision too."""
+    caplog.set_level("INFO")
+    plan = lab.plan({"stages": [FFN | INT3 | {"range": range_}], "encode": "feedback"})
+    flags = ["--finetune-from-model", runs.stock("plain").path, "--quantization-config-path", plan, "--lr", "1e-9"]
+    trained = lab.train(*flags, *ipq_flags("plain"), "--bf16", updates=2).path
+    said = [record.getMessage() for record in caplog.records if "] decoder.layers." in record.getMessage()]
+    assert said
+    assert all(", error feedback, output error x0." in line for line in said)
+    weights = state_of(trained)["model"]
+    numbers = weights["decoder.layers.0.fc1.weight"].float()
+    assert all(len(row.round(decimals=3).unique()) <= 8 for row in numbers)  # at most 2^3 in a row
 
 
 def test_the_weights_behind_codes_that_train_begin_where_feedback_put_them():

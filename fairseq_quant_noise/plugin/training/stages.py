@@ -25,7 +25,7 @@ from ...errors import UserError
 from ...layers import warn_of_unrounded
 from ...layers.batch_statistics import batch_norms, estimating
 from ...plan.plan import Plan
-from ...quantization.feedback import Feedback, measuring_inputs
+from ...quantization.feedback import Feedback, feeds_back, measuring_inputs
 from ...quantization.importance import follow, sound
 from ...quantization.quantize import quantize_inputs, quantize_targets, quantized_state
 from ...quantization.table import Table, make_table
@@ -173,10 +173,10 @@ class StageController:
     def _feedback(self, targets: Sequence[Target]) -> Feedback | None:
         """Measure the inputs of the stage's weights on the first batches, the same ones on every rank.
 
-        None where the stage has no product that error feedback is for, as one of intN weights or of an embedding alone.
+        None where the stage has no product that error feedback is for, as one of an embedding alone.
         """
         model, encode = self.trainer.get_model(), self.plan.encode
-        with measuring_inputs(model, [t.weight.name for t in targets if t.rule.format.has_codebook]) as inputs:
+        with measuring_inputs(model, [t.weight.name for t in targets if feeds_back(t)]) as inputs:
             for sample in first_batches(self.trainer, self.epoch, encode.batches):
                 model(**sample["net_input"])
         if not inputs:
