@@ -14,7 +14,7 @@ from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.layers import quantized_weights
 from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.pq.kmeans import kmeans
-from fairseq_quant_noise.quantization.quantize import _by_codebook
+from fairseq_quant_noise.quantization.encoding import _by_codebook
 from fairseq_quant_noise.quantization.table import make_table, model_bytes
 from fairseq_quant_noise.quantization.targets import resolve_stages
 

@@ -10,19 +10,23 @@ from forked import free_port, start, train
 from lm_fixture import PLANS, same, split, state_of
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-import fairseq_quant_noise.quantization.quantize
+import fairseq_quant_noise.quantization.encoding
 from fairseq_quant_noise import noise_of, quantize_
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.errors import UserError
 from fairseq_quant_noise.noise import weight_noise
 from fairseq_quant_noise.plugin.training.stages import StageController
-from fairseq_quant_noise.quantization.quantize import encode_together
+from fairseq_quant_noise.quantization.encoding import encode_together
 from fairseq_quant_noise.utils import ranks
 
 pytestmark = pytest.mark.slow
 
 STAGES = PLANS["adaptive"]["stages"]
 CODES = {"kind": "train", "every": 2, "share": 0.5}
+INTEGERS = {
+    "stages": [{"match": r"decoder\.layers\..*", "scheme": "int4", "range": "learned-channel"}],
+    "encode": "feedback",
+}
 DAMAGED = "decoder.layers.1.fc2"
 NOISE = split(
     "--quant-noise-pq 0.3 --quant-noise-kind pq --decoder-layerdrop 0.3 --dropout 0 --batch-size 8 --update-freq 2",
@@ -74,7 +78,7 @@ def train_rank(rank, lab, jobs, outs):
             return encode_together(names, *args, **kwargs)
 
         with (
-            mock.patch.object(fairseq_quant_noise.quantization.quantize, "encode_together", spy),
+            mock.patch.object(fairseq_quant_noise.quantization.encoding, "encode_together", spy),
             astray(rank) if job.get("astray") else contextlib.nullcontext(),
             drawn() as draws,
             mock.patch.dict("os.environ", {**job.get("torchrun", {}), "RANK": str(rank)}),
@@ -95,9 +99,9 @@ def train_rank(rank, lab, jobs, outs):
         torch.save({**held, **draws, "words": words, "encoded": encoded}, f"{out}-{rank}")
 
 
-def job(lab, updates, *flags, structure=None, activations=None, codes=None, **settings):
-    """A run of the stages, with noise."""
-    plan = {**PLANS["adaptive"], "structure": structure or {}, "codes": codes or {}}
+def job(lab, updates, *flags, structure=None, activations=None, codes=None, more=None, **settings):
+    """A run of the stages, with noise; `more` is what else is in the plan."""
+    plan = {**PLANS["adaptive"], "structure": structure or {}, "codes": codes or {}, **(more or {})}
     plan = lab.plan(plan if activations is None else {**plan, "activations": activations})
     flags = ["--quant-noise-pq", 0.1, "--quantization-config-path", plan, *flags]
     return {"flags": flags, "updates": updates, "folder": lab.new(), **settings}
@@ -130,6 +134,7 @@ def cluster(lab, runs):
         "shared": job(lab, 3, "--finetune-from-model", stock, structure={"share_layers": 2}),
         "inputs": job(lab, 3, "--finetune-from-model", stock, activations={"calibration_batches": 3}),
         "codes": job(lab, 5, "--finetune-from-model", stock, structure={"share_layers": 2}, codes=CODES),
+        "integers": job(lab, 3, "--finetune-from-model", stock, more=INTEGERS),
         "1 to 2": job(lab, 6, *few, "--restore-file", checkpoint),
         "astray": job(lab, 3, "--finetune-from-model", stock, astray=True),
         "NaN": job(lab, 3, "--finetune-from-model", lab.checkpoint(broken)),
@@ -191,6 +196,12 @@ def test_two_processes_train_their_codes_to_the_same_bits(cluster):
     fixed = cluster["shared"]["ranks"][0]["model"]
     of_first_stage = [name for name in fixed if name.endswith(".codes") and ".fc" in name]
     assert sum(int((first[name] != fixed[name]).sum()) for name in of_first_stage) > 10
+
+
+def test_two_processes_round_with_error_feedback_to_the_same_bits(cluster):
+    first, second = (dict(of_rank["model"]) for of_rank in cluster["integers"]["ranks"])
+    assert same(first, second)
+    assert sum(name.endswith(".log_scale") for name in first) > 10
 
 
 def test_the_ranges_of_inputs_are_the_same_on_all_processes(cluster):

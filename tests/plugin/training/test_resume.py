@@ -16,7 +16,7 @@ from forked import exit_code, losses, train
 from lm_fixture import PLANS, one_error, split, state_of
 from toys import refuses
 
-import fairseq_quant_noise.quantization.quantize
+import fairseq_quant_noise.quantization.encoding
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.plugin import saving as checkpoint_files
 from fairseq_quant_noise.plugin.training import resume
@@ -65,7 +65,7 @@ def copy_half(source, target):
 
 
 MOMENTS = {  # in the order in which one run meets them
-    "inside the first k-means": lambda: at_call(fairseq_quant_noise.quantization.quantize, "encode_together", 3),
+    "inside the first k-means": lambda: at_call(fairseq_quant_noise.quantization.encoding, "encode_together", 3),
     "while a checkpoint is written": lambda: at_call(checkpoint_files.torch, "save", 2, save_half),
     "while it is copied to checkpoint_last.pt": lambda: at_call(
         checkpoint_files.shutil, "copyfile", 1, copy_half, lambda source, target: "last" in str(target)
