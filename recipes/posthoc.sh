@@ -16,7 +16,8 @@
 #     METHODS: plans. PLAN@once quantizes without training, PLAN@feedback too, with error feedback; PLAN@best trains the codes
 #     too, all weights together (docs/codes.md). The plan `budget` is the one that `plan --budget` finds for the bytes of
 #     posthoc@once (or that of the network's plan).
-#     BEST_LR=R: the rate of @best, whose codes have CODES_LR times that (docs/codes.md)
+#     LR=R: the rate of plans trained in the paper's way (1e-4; images 1e-3)   BEST_LR=R: that of @best (1e-4; residues and
+#     images 1e-3), whose codes have CODES_LR times that (docs/codes.md)
 #     ENCODE=feedback: trained plans begin with error feedback too (docs/plan.md)
 #     Default: posthoc@once posthoc budget@feedback budget@best posthoc_int8@once posthoc_int4 posthoc_ipq_int8;
 #     posthoc_shared for sapiens; efficientnet_lite and efficientnet_int8 for images
@@ -29,7 +30,7 @@ set -euo pipefail
 NETWORK="" OUT="" DATA="" TASK=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    -h | --help) sed -n '2,25s/^# \{0,1\}//p' "$0" && exit 0 ;;
+    -h | --help) sed -n '2,26s/^# \{0,1\}//p' "$0" && exit 0 ;;
     --data | --task)
       [ $# -ge 2 ] || die "$1 needs a value; see: bash recipes/posthoc.sh --help"
       case "$1" in --data) DATA="$2" ;; *) TASK="$2" ;; esac
@@ -73,9 +74,9 @@ for task in $TASKS; do
 done
 mkdir -p "$OUT"
 lock "$OUT"
-BEST_LR="${BEST_LR:-}" CODES_LR="${CODES_LR:-}" ENCODE="${ENCODE:-}"
+LR="${LR:-}" BEST_LR="${BEST_LR:-}" CODES_LR="${CODES_LR:-}" ENCODE="${ENCODE:-}"
 case "$ENCODE" in '' | plain | feedback) ;; *) die "ENCODE=$ENCODE; give plain or feedback, or leave it out" ;; esac
-one_set_of PRECISION BEST_LR CODES_LR ENCODE
+one_set_of PRECISION LR BEST_LR CODES_LR ENCODE
 
 # package NAME VERSION FILE: downloads a package by its name and unpacks FILE of it (a folder or a file) to OUT/download/NAME.
 package() {
@@ -156,9 +157,9 @@ if [ "$TASKS" = residues ] && [ -z "$DATA" ]; then
 fi
 
 # settings TASK: sets COMMON, the options of all trainings on the task, and DENSE_UPDATES, STAGES_UPDATES, CRITERION, DENSE_FLAGS
-# (of the fine-tuning), TEACHER_FLAGS, BEST_FLAGS (of @best) and BINARIZED, the data
+# (of the fine-tuning), STAGES_LR, TEACHER_FLAGS, BEST_FLAGS (of @best) and BINARIZED, the data
 settings() {
-  local classes=3 best_lr=1e-4 codes_lr=1 drop=(--dropout 0.1 --attention-dropout 0.1) task_flags
+  local classes=3 lr=1e-4 best_lr=1e-4 codes_lr=1 drop=(--dropout 0.1 --attention-dropout 0.1) task_flags
   local metric=(--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric)
   CRITERION=sentence_prediction TEACHER_FLAGS=() BINARIZED="$OUT/$1-bin"
   case "$1" in
@@ -170,6 +171,7 @@ settings() {
       ;;
     images) # the published network is the teacher, and no label is read
       DENSE_UPDATES="${UPDATES:-300}" STAGES_UPDATES="${IPQ_UPDATES:-300}" BINARIZED="$DATA" drop=(--dropout 0.1 --drop-path 0) CRITERION=cross_entropy
+      lr=1e-3 best_lr=1e-3
       metric=(--best-checkpoint-metric top1 --maximize-best-checkpoint-metric) TEACHER_FLAGS=(--ipq-distillation-weight 1)
       ;;
   esac
@@ -186,6 +188,7 @@ settings() {
       if [ "$1" = stsb ]; then task_flags+=(--regression-target); fi
       ;;
   esac
+  STAGES_LR="${LR:-$lr}"
   BEST_FLAGS=(--ipq-codes-lr "${CODES_LR:-$codes_lr}" --lr "${BEST_LR:-$best_lr}" "${drop[@]/0.1/0}" --weight-decay 0)
   COMMON=("$BINARIZED" --user-dir "$PLUGIN" "${MODEL[@]}" "${task_flags[@]}" ${metric[@]+"${metric[@]}"} "${drop[@]}"
     --batch-size 32 --required-batch-size-multiple 1 --clip-norm 1.0 --weight-decay 0.01
@@ -224,7 +227,7 @@ compress() {
   if [[ "$2" == *@best ]]; then METHOD=best best=("${BEST_FLAGS[@]}"); fi
   method
   finished "$run" "$STAGES_UPDATES" || logged "$run.log" fairseq-train "${COMMON[@]}" --criterion ipq --ipq-criterion "$CRITERION" \
-    ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr 1e-4 --total-num-update "$STAGES_UPDATES" \
+    ${METHOD_FLAGS[@]+"${METHOD_FLAGS[@]}"} ${TEACHER_FLAGS[@]+"${TEACHER_FLAGS[@]}"} --ipq-teacher "$4" --quantization-config-path "$plan" --seed "$3" --lr "$STAGES_LR" --total-num-update "$STAGES_UPDATES" \
     --max-update "$STAGES_UPDATES" --finetune-from-model "$4" --save-dir "$run" ${best[@]+"${best[@]}"} ${ENCODE:+--ipq-encode "$ENCODE"}
   quietly "$run.log" fairseq-quant-noise export --path "$run/checkpoint_last.pt" --out "$run.safetensors"
 }
