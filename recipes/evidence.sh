@@ -53,7 +53,8 @@ train() {
 pack() {
   local out="$1/$2.safetensors" dense="$1/dense/checkpoint_best.pt" tune=lm_ipq flags=(${FLAGS[@]+"${FLAGS[@]}"})
   if [[ " ${STAGED[*]-} " != *" $2 "* ]]; then
-    fairseq-quant-noise quantize --path "$dense" --plan "$1/$2.yaml" --out "$out" --seed "$SEED"
+    if grep -q '^encode:' "$1/$2.yaml"; then flags=(--calibration-data "$DATA"); else flags=(); fi
+    fairseq-quant-noise quantize --path "$dense" --plan "$1/$2.yaml" --out "$out" --seed "$SEED" ${flags[@]+"${flags[@]}"}
     return 0
   fi
   if [[ " ${TAUGHT[*]-} " == *" $2 "* ]]; then flags+=(--ipq-teacher "$dense"); fi

@@ -66,6 +66,18 @@ CLAIMS = (
     Claim(
         "one-shot, noise: weighted errors beat unweighted", "", "proxy-0.05/one-shot-weighted", "proxy-0.05/one-shot"
     ),
+    Claim(
+        "one-shot, no noise: error feedback beats weighted errors",
+        "",
+        "none/one-shot-feedback",
+        "none/one-shot-weighted",
+    ),
+    Claim(
+        "one-shot, noise: error feedback beats weighted errors",
+        "",
+        "proxy-0.05/one-shot-feedback",
+        "proxy-0.05/one-shot-weighted",
+    ),
     Claim("iPQ, no noise: weighted errors beat unweighted", "", "none/ipq-weighted", "none/ipq"),
     Claim("iPQ, noise: weighted errors beat unweighted", "", "proxy-0.05/ipq-weighted", "proxy-0.05/ipq"),
     Claim("one-shot, no noise: shared codebooks beat own ones", "", "none/one-shot-shared", "none/one-shot"),

@@ -63,6 +63,7 @@ FILES = {
     "ipq": File(stages()),
     "ipq-teacher": File(stages(), teacher=True),
     "one-shot-weighted": File(stages(weighted=True), staged=False),
+    "one-shot-feedback": File(stages(weighted=True) | {"encode": "feedback"}, staged=False),
     "ipq-weighted": File(stages(weighted=True)),
     "one-shot-shared": File(stages(SHARED_BLOCKS, codebook="shared"), staged=False),
     "ipq-shared": File(stages(SHARED_BLOCKS, codebook="shared")),
@@ -87,7 +88,16 @@ IPQ = (
     "ipq",
     "ipq-k64",
 )  # the last one is as extreme as the paper's files: a twentieth of the dense network
-OURS = ("one-shot-weighted", "ipq-weighted", "one-shot-shared", "ipq-shared", "ipq-shared-weighted", "best", "best-k64")
+OURS = (
+    "one-shot-weighted",
+    "one-shot-feedback",
+    "ipq-weighted",
+    "one-shot-shared",
+    "ipq-shared",
+    "ipq-shared-weighted",
+    "best",
+    "best-k64",
+)
 SMALLEST = ("ipq-k16", "ipq-shared-weighted")
 CURVES = ("ipq-d4", "ipq-d16", "ipq-k16")
 
