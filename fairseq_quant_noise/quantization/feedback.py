@@ -5,7 +5,8 @@ The metric M of a layer has the second moments of its inputs, H = E[x x^T], with
     M_ii = H_ii,    M_ij = (1 - damping) H_ij
 
 For a convolution, x is what a kernel sees at one place, I = C / groups * kernel numbers; groups, as the channels of a
-depthwise convolution, share the mean H of all. Rows count by the mean importance of their numbers, where there is any.
+depthwise convolution, share the mean H of all. Where batch normalisation follows, H is that of x - E[x].
+Rows count by the mean importance of their numbers, where there is any.
 A weight that an embedding looks up and a product multiplies by (the output projection of a language model) costs in
 both uses. In the first, the errors of a row's numbers do not depend on one another as far as is known. So half of the
 correlations is left, and M_ii is the mean importance of column i, where there is any.
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers.batch_statistics import batch_norms
 from ..layers.inputs import FAST_PATH_OFF, is_product
 from ..pq.encode import Encoded
 from ..pq.feedback import Layer, refined
@@ -45,32 +47,89 @@ def measuring_inputs(model: nn.Module, names: Iterable[str]) -> Iterator[dict[st
             transposed and three-dimensional convolutions.
 
     Yields:
-        By the tensor's name E[x x^T], (I, I) float32; complete after the context.
+        By the tensor's name E[x x^T], (I, I) float32; where batch normalisation follows, that of x - E[x], with the
+        means of each group of channels. Complete after the context.
     """
-    wanted = set(names)
-    found: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    wanted, sums = set(names), _Sums()
     handles = []
     for weight in find_weights(model):
         for module in _products(weight) if weight.name in wanted else ():
-            hook = partial(_add, found, counts, weight.tensor_name)
+            hook = partial(sums.add, weight.tensor_name)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(sums.leave, weight.tensor_name)))
+    for norm in batch_norms(model).values():
+        handles.append(norm.register_forward_pre_hook(sums.normed))
     # An attention may have a way past its projections, which a forward takes that needs none of them.
     fast = {module: module.__dict__[FAST_PATH_OFF] for module in model.modules() if FAST_PATH_OFF in module.__dict__}
     for module in fast:
         module.__dict__[FAST_PATH_OFF] = True
     try:
         with evaluating(model):
-            yield found
+            yield sums.found
     finally:
         for handle in handles:
             handle.remove()
         for module, off in fast.items():
             module.__dict__[FAST_PATH_OFF] = off
-    for name, count in counts.items():
-        found[name] /= count
-        if not found[name].any():
-            del found[name]  # nothing but zeros has reached it
+    sums.finish()
+
+
+class _Sums:
+    """The inputs' second moments while they are summed up.
+
+    A batch normalisation takes away the mean of each output, and is estimated anew on the quantized network. So what
+    only moves that mean costs nothing, and the inputs' means are left out where every output goes to one.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}  # sum of x x^T by the tensor's name: (I, I)
+        self._means: dict[str, Tensor] = {}  # sum of x, of each group: (groups, I)
+        self._counts: dict[str, int] = {}
+        self._outputs: dict[str, int] = {}  # outputs that went to no batch normalisation
+        self._last: tuple[str, object] = "", None  # a weight and the output that it has just made
+
+    def add(self, name: str, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """Add a module's first argument, (..., I) or images."""
+        given = next(iter([*args, *kwargs.values()]), None)
+        if not isinstance(given, Tensor) or not given.is_floating_point():
+            return
+        given = given.detach().float()
+        if isinstance(module, nn.Conv1d | nn.Conv2d):
+            batched = given if given.dim() > len(module.kernel_size) + 1 else given[None]
+            parts: Iterable[Tensor] = _windows(module, batched)
+        else:
+            parts = [given.flatten(0, -2)[None]]
+        for x in parts:  # (groups, n, I)
+            if bool(x.isfinite().all()):
+                flat = x.flatten(0, 1)
+                product, mean = flat.t() @ flat, x.sum(1)
+                self.found[name] = self.found[name].add_(product) if name in self.found else product
+                self._means[name] = self._means[name].add_(mean) if name in self._means else mean
+                self._counts[name] = self._counts.get(name, 0) + len(flat)
+
+    def leave(self, name: str, module: nn.Module, args: object, output: object) -> None:
+        """A module has made an output of a weight."""
+        self._outputs[name] = self._outputs.get(name, 0) + 1
+        self._last = name, output
+
+    def normed(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        """A batch normalisation takes an input."""
+        name, output = self._last
+        if args and args[0] is output:
+            self._outputs[name] -= 1
+
+    def finish(self) -> None:
+        """Turn sums into means."""
+        for name, count in self._counts.items():
+            found, groups = self.found[name], len(self._means[name])
+            if not found.any():
+                del self.found[name]  # nothing but zeros has reached it
+                continue
+            found /= count
+            if self._outputs.get(name) == 0:
+                means = self._means[name] * (groups / count)
+                found -= means.t() @ means / groups
+        self._last = "", None
 
 
 def feeds_back(target: Target) -> bool:
@@ -89,7 +148,7 @@ def _products(weight: Weight) -> list[nn.Module]:
 
 
 def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
-    """What a convolution's kernels see of its input x, (N, C, W) or (N, C, H, W): for each image (places, I).
+    """What a convolution's kernels see of its input x, (N, C, W) or (N, C, H, W): for each image (groups, places, I).
 
     A module that pads in its own way, as timm's for TensorFlow's padding, is seen without its padding, but for images
     smaller than the kernel.
@@ -108,31 +167,7 @@ def _windows(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
         x, size, stride, dilation = x[:, :, None], (1, *size), (1, *stride), (1, *dilation)
     for image in x:  # one by one: windows take a kernel's size times the memory of the image
         groups = image.unflatten(0, (module.groups, -1))  # (groups, C / groups, H, W)
-        yield F.unfold(groups, size, dilation, stride=stride).transpose(1, 2).flatten(0, 1)
-
-
-def _add(
-    found: dict[str, Tensor],
-    counts: dict[str, int],
-    name: str,
-    module: nn.Module,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-) -> None:
-    """Add the squares of a module's first argument, (..., I) or images."""
-    given = next(iter([*args, *kwargs.values()]), None)
-    if not isinstance(given, Tensor) or not given.is_floating_point():
-        return
-    given = given.detach().float()
-    if isinstance(module, nn.Conv1d | nn.Conv2d):
-        batched = given if given.dim() > len(module.kernel_size) + 1 else given[None]
-        parts: Iterable[Tensor] = _windows(module, batched)
-    else:
-        parts = [given.flatten(0, -2)]
-    for x in parts:  # (n, I)
-        if bool(x.isfinite().all()):
-            found[name] = found[name].addmm_(x.t(), x) if name in found else x.t() @ x
-            counts[name] = counts.get(name, 0) + len(x)
+        yield F.unfold(groups, size, dilation, stride=stride).transpose(1, 2)
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,33 @@ def test_the_moments_of_a_convolution_are_those_of_what_its_kernels_see(name):
     torch.testing.assert_close(flat @ found["0.weight"] @ flat, squares)
 
 
+def normed(groups):
+    torch.manual_seed(7)
+    first, norm = nn.Conv2d(4, 8, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(8)
+    return nn.Sequential(first, norm, nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_what_batch_normalisation_takes_away_costs_nothing(groups):
+    """An error of the kernel costs the variance of what it adds to an output, not its square."""
+    model, x = normed(groups), torch.rand(6, 4, 8, 8) + torch.arange(4.0).view(4, 1, 1)
+    error = torch.randn(model[0].weight[0].shape)
+    with measuring_inputs(model, ["0", "3"]) as found:
+        model(x)
+    added = nn.functional.conv2d(x, error.expand_as(model[0].weight), padding=1, groups=groups)  # (6, 8, 8, 8)
+    expected = added.transpose(0, 1).flatten(1).var(1, correction=0).mean()
+    torch.testing.assert_close(error.flatten() @ found["0.weight"] @ error.flatten(), expected)
+    hidden = model.eval()[:3](x).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(found["3.weight"], (hidden @ hidden.t() / hidden.shape[1]).detach())
+
+
+def test_a_layer_that_only_sometimes_meets_batch_normalisation_keeps_its_means():
+    model, x = normed(1), torch.rand(6, 4, 8, 8)
+    with measuring_inputs(model, ["0"]) as found:
+        model(x), model[0](x)
+    assert torch.linalg.eigvalsh(found["0.weight"])[-1] > 1
+
+
 def test_an_image_smaller_than_the_kernel_is_seen_in_its_middle():
     """As by a module that pads for itself, such as timm's Conv2dSame, whose `padding` is 0."""
     module = nn.Conv2d(1, 1, 3)
