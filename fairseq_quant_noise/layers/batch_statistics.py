@@ -64,6 +64,34 @@ def estimating(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(old)
 
 
+@contextmanager
+def by_batch(model: nn.Module) -> Iterator[None]:
+    """Normalise by the statistics of each batch inside; the running ones stay as they are.
+
+    As they are estimated anew on the quantized network, an error of a weight that moves or scales all values of a
+    channel costs nothing, and nothing may be predicted for it: with the dense network's statistics, the gradients of
+    EfficientNet-Lite0 misjudge what a weight costs by a factor of 2.7, with those of each batch by one of 1.3.
+
+    Raises:
+        UserError: a batch has one value a channel.
+    """
+    norms = batch_norms(model)
+    before = [(norm, norm.training, [buffer.clone() for buffer in _buffers(norm)]) for norm in norms.values()]
+    for norm in norms.values():
+        norm.training = True
+    try:
+        yield
+    except ValueError as error:
+        if _ONE_VALUE not in str(error):
+            raise
+        raise UserError(f"batch statistics: a batch has one value a channel ({error}); give larger batches") from None
+    finally:
+        for norm, training, buffers in before:
+            norm.training = training
+            for buffer, old in zip(_buffers(norm), buffers, strict=True):
+                buffer.copy_(old)
+
+
 def _buffers(norm: Any) -> tuple[Tensor, Tensor, Tensor]:
     return norm.running_mean, norm.running_var, norm.num_batches_tracked
 

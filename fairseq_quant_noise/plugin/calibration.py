@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.keys import no_training
 from ..errors import UserError
 from ..layers import adopt_quantized, input_quantizers
-from ..layers.batch_statistics import batch_norms
+from ..layers.batch_statistics import batch_norms, by_batch
 from ..layers.inputs import NAME as INPUT_QUANTIZER
 from ..plan.plan import Plan
 from ..quantization.feedback import feeds_back, measuring_inputs
@@ -98,7 +98,7 @@ def gradients_on(
     """
     _check_data(data)
     theirs, criterion, task = _prepared(checkpoint, str(data))
-    samples = _samples(task, str(data), FIRST_BATCHES)
+    samples = _samples(task, str(data), FIRST_BATCHES, _batch_size(theirs))
     watching = watched(samples, FIRST_BATCHES, "measuring gradients", progress)
     return squared_gradients(theirs, criterion, watching)
 
@@ -133,6 +133,8 @@ def inputs_on(
 def loss_on(checkpoint: Checkpoint, data: str | Path) -> Callable[[Mapping[str, Tensor]], float]:
     """Measure the criterion's loss a token over the first batches of the training split of `data`, without dropout.
 
+    Batch normalisation goes by the statistics of each batch, since `quantize` estimates them anew.
+
     Args:
         checkpoint: as in `calibration_on`.
         data: as there.
@@ -147,12 +149,12 @@ def loss_on(checkpoint: Checkpoint, data: str | Path) -> Callable[[Mapping[str, 
     _check_data(data)
     theirs, criterion, task = _prepared(checkpoint, str(data))
     theirs.eval()
-    samples = list(_samples(task, str(data), FIRST_BATCHES))
+    samples = list(_samples(task, str(data), FIRST_BATCHES, _batch_size(theirs)))
     parameters = dict(theirs.named_parameters(remove_duplicate=False))
 
     @torch.no_grad()
     def loss(values: Mapping[str, Tensor]) -> float:
-        with swapped([(parameters[name], value) for name, value in values.items()]):
+        with by_batch(theirs), swapped([(parameters[name], value) for name, value in values.items()]):
             found = [criterion(theirs, sample)[:2] for sample in samples]
         return sum(float(loss) for loss, _ in found) / sum(float(size) for _, size in found)
 
@@ -178,6 +180,10 @@ def _prepared(checkpoint: Checkpoint, data: str, **options: Any) -> tuple[nn.Mod
     adopt_quantized(theirs, weights)  # a stock checkpoint builds fairseq's own model, which does not do it itself
     nn.Module.load_state_dict(theirs, weights)  # for fairseq's own looks for the `weight` of heads that are in codes
     return theirs, task.build_criterion(cfg.criterion), task
+
+
+def _batch_size(model: nn.Module) -> int:
+    return IMAGES if batch_norms(model) else SENTENCES
 
 
 def _samples(task: Any, data: str, batches: int, size: int = SENTENCES) -> Iterator[Any]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.batch_statistics import by_batch
+
 
 def squared_gradients(
     model: nn.Module, criterion: Any, samples: Iterable[Any], scale: float = 1.0
@@ -13,7 +15,7 @@ def squared_gradients(
     """Sum over batches the squared gradient of their mean loss, for each number of each weight.
 
     The sum estimates the diagonal of the Fisher matrix up to a factor (`quantization/importance.py`). Noise and dropout
-    are off meanwhile; the model's gradients are cleared.
+    are off meanwhile, and batch normalisation goes by each batch (`by_batch`); the model's gradients are cleared.
 
     Args:
         model: fairseq's.
@@ -31,7 +33,7 @@ def squared_gradients(
     model.eval()
     for sample in samples:
         model.zero_grad()
-        with torch.enable_grad():
+        with torch.enable_grad(), by_batch(model):
             loss, size, _ = criterion(model, sample)
             (loss * (scale / max(float(size), 1.0))).backward()
         for p in {id(p): p for p in parameters.values() if p.grad is not None}.values():
