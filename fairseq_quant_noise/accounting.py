@@ -25,7 +25,12 @@ def int_bytes(numbers: int, bits: int) -> float:
     return numbers * bits / 8
 
 
-def rest_bits(schemes: Iterable[str]) -> int:
-    """Bits per number that the paper counts for biases and norms: N if all weights have one scheme intN, else 32."""
+def rest_bits(schemes: Iterable[str], dense: int = 32) -> int:
+    """Bits per number that the paper counts for biases and norms: N if all weights have one scheme intN, else `dense`.
+
+    Args:
+        schemes: of all weights, that of a dense one included.
+        dense: bits of a number without codes, 32 in the paper.
+    """
     found = set(schemes)
-    return (bits_of(found.pop()) if len(found) == 1 else None) or 32
+    return (bits_of(found.pop()) if len(found) == 1 else None) or dense

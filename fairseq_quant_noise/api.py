@@ -7,6 +7,7 @@ model = load(path)             # or load(path, into=model) for a network of your
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .errors import UserError
 from .layers import warn_of_unrounded
 from .noise import attach_rules, detach_noise, noise_of
 from .plan.plan import Plan
+from .plan.rules import Dense
 from .quantization.quantize import quantize_
 from .quantization.targets import resolve_stages
 from .structure.learned_rates import learn_layerdrop_
@@ -62,7 +64,12 @@ def attach_noise(model: nn.Module, plan: AnyPlan, *, strict: bool = False) -> nn
 
 
 def save(
-    model: nn.Module, path: str | Path, plan: AnyPlan | None = None, config: Mapping[str, Any] | None = None
+    model: nn.Module,
+    path: str | Path,
+    plan: AnyPlan | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    dense: str | None = None,
 ) -> int:
     """Write `model` to one packed file; returns its bytes.
 
@@ -71,12 +78,17 @@ def save(
         path: where to write; its name should end in `.safetensors`.
         plan: the plan that quantized the model, recorded in the file.
         config: how `load` can build the network (see `artifact.manifest.Manifest.model`); leave it out for your own.
+        dense: how tensors without codes are stored, in the place of the plan's `dense`: fp32 (the default of a plan),
+            or fp16 where every value survives.
 
     Raises:
-        UserError: the file cannot be written, or `load` would refuse it; or the model is sharded.
+        UserError: `dense` is neither; the file cannot be written, or `load` would refuse it; or the model is sharded.
     """
     check_whole(model.named_parameters(), "save")
-    return write(pack(model, Plan.of(plan) if plan is not None else None, config), path)
+    the_plan = Plan.of(plan) if plan is not None else None
+    if dense is not None:
+        the_plan = replace(the_plan or Plan(), dense=Dense(dense))
+    return write(pack(model, the_plan, config), path)
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:

@@ -38,6 +38,11 @@ SECTIONS = (
         "two that leaves four blocks each.",
     ),
     (source.Centroids, "`centroids`", ""),
+    (
+        source.Dense,
+        "`dense`",
+        "`dense: fp16` is short for `dense: {dtype: fp16}`. What it wins: [what stays dense](#what-stays-dense).",
+    ),
     (source.Activations, "`activations`", "Without this section, inputs are not rounded; `{}` gives the defaults."),
     (source.Structure, "`structure`", "Noise and stages act on the layers that remain."),
     (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..accounting import rest_bits
+from ..plan.vocabulary import DENSE_BITS
 from .codebooks import CodebookUse, codebook_use
 from .packed import Packed
 
@@ -20,7 +21,7 @@ def inspection(path: str | Path, packed: Packed, uses: Sequence[CodebookUse] | N
     rest = rest_bits(entry.scheme for entry in manifest.tensors.values())
     found = {use.tensor: use for use in (codebook_use(packed) if uses is None else uses)}
     rows = [_row(packed, name, None, use=found.get(name)) for name in manifest.tensors]
-    rows += [_row(packed, name, None, rest) for name in packed.dense_names]
+    rows += [_row(packed, name, None, min(rest, _bits(packed, name))) for name in packed.dense_names]
     rows += [_row(packed, copy, owner) for copy, owner in packed.ties.items()]
     file_bytes = Path(path).stat().st_size
     dense_bytes = sum(4 * math.prod(r["shape"]) for r in rows if r["tied_to"] is None)
@@ -40,6 +41,11 @@ def inspection(path: str | Path, packed: Packed, uses: Sequence[CodebookUse] | N
     }
 
 
+def _bits(packed: Packed, name: str) -> int:
+    """Bits of a number in the file of a tensor without codes; of a network in fp16 they count as its 32."""
+    return DENSE_BITS["fp16" if packed.is_halved(name) else "fp32"]
+
+
 def _row(
     packed: Packed, name: str, tied_to: str | None, rest: int = 32, use: CodebookUse | None = None
 ) -> dict[str, Any]:
@@ -49,6 +55,7 @@ def _row(
     return {
         "name": name,
         "scheme": entry.scheme if entry else "dense",
+        "dense_bits": None if entry else _bits(packed, tied_to or name),  # stored, of each number
         "shape": shape,
         "block_size": entry.block_size if entry else None,
         "n_centroids": entry.n_centroids if entry else None,

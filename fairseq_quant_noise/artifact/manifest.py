@@ -16,10 +16,10 @@
     scheme intN   NAME.codes (U8), NAME.affine (F32, (2, channels)): scales, then zero points
     "transposed"  true: what is stored is the tensor with its first two dimensions exchanged, and so is `shape`
 
-and every other tensor under its own name, as it was. `ties` are tensors that another one stores; `layers` are stacks
-whose layers share their weights: for each layer in use the number of the layer that stores its tensors. `inputs` are
-the modules whose input is rounded to codes, and their ranges. `sha256` is the hash of the whole file with
-these 64 digits zero.
+and every other tensor under its own name, as it was; with `"dense": "F32"`, those of type F16 stand for F32. `ties`
+are tensors that another one stores; `layers` are stacks whose layers share their weights: for each layer in use the
+number of the layer that stores its tensors. `inputs` are the modules whose input is rounded to codes, and their
+ranges. `sha256` is the hash of the whole file with these 64 digits zero.
 """
 
 import json
@@ -31,13 +31,15 @@ from ..errors import DamagedFileError
 from ..layers.registry import QuantizedTensor
 from ..scalar import BITS
 
-FORMAT_VERSION = 6  # that of a file with codes of more than 8 bits
+FORMAT_VERSION = 7  # that of a file whose dense tensors are in fp16, and the network's in fp32
+_WIDE = 6  # that of a file with codes of more than 8 bits, as before dense tensors were in fp16
 _TRANSPOSED = 5  # that of a file with transposed tensors, as before codes had more than 8 bits
 _SHARED = 4  # that of a file with shared codebooks, as before there were transposed tensors
 _PLAIN = 3  # that of any other file, as before there were shared codebooks
-_KNOWN = (_PLAIN, _SHARED, _TRANSPOSED, FORMAT_VERSION)
+_KNOWN = (_PLAIN, _SHARED, _TRANSPOSED, _WIDE, FORMAT_VERSION)
 METADATA_KEY = "fairseq_quant_noise"
 ZERO_HASH = "0" * 64
+HALVED = "F32"  # the type in the network of dense tensors that are stored in F16
 _LARGEST = 3.4e38  # the largest end of an input's range: a float32
 
 
@@ -52,12 +54,15 @@ class Manifest:
     ties: dict[str, str] = field(default_factory=dict)  # tied copy -> the tensor in store
     layers: dict[str, list[int]] = field(default_factory=dict)  # by stack: for each layer in use the one in store
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)  # by module: bits and range of its input
+    dense: str = ""  # HALVED where dense tensors in F16 stand for F32; else every dense tensor is as it was
 
     @property
     def format_version(self) -> int:
         """The lowest format version that supports everything in the file."""
-        if any(entry.code_bits > 8 for entry in self.tensors.values()):
+        if self.dense:
             return FORMAT_VERSION
+        if any(entry.code_bits > 8 for entry in self.tensors.values()):
+            return _WIDE
         if any(entry.transposed for entry in self.tensors.values()):
             return _TRANSPOSED
         return _SHARED if any(entry.codebook for entry in self.tensors.values()) else _PLAIN
@@ -71,7 +76,10 @@ class Manifest:
     def to_json(self, sha256: str = ZERO_HASH) -> str:
         """One line, sorted keys: the same manifest gives the same bytes."""
         tensors = {name: entry.to_dict() for name, entry in self.tensors.items()}
-        content = asdict(self) | {"tensors": tensors, "format_version": self.format_version, "sha256": sha256}
+        content = asdict(self)
+        if not self.dense:  # as before there was this key
+            del content["dense"]
+        content |= {"tensors": tensors, "format_version": self.format_version, "sha256": sha256}
         return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
     @classmethod
@@ -91,7 +99,8 @@ class Manifest:
                     "update fairseq_quant_noise"
                 )
             tensors = {name: _quantized_tensor(entry) for name, entry in content.pop("tensors").items()}
-            manifest = cls(**{f.name: content.pop(f.name) for f in fields(cls) if f.name != "tensors"}, tensors=tensors)
+            others = {f.name: content.pop(f.name) for f in fields(cls) if f.name not in ("tensors", "dense")}
+            manifest = cls(**others, tensors=tensors, dense=content.pop("dense", ""))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, DamagedFileError):
                 raise
@@ -151,6 +160,8 @@ def _check_types(manifest: Manifest, sha256: object) -> None:
     mappings += manifest.inputs.values() if isinstance(manifest.inputs, dict) else []
     if not all(isinstance(m, dict) for m in mappings):
         raise DamagedFileError("its manifest is damaged (a field of the wrong type)")
+    if manifest.dense not in ("", HALVED):
+        raise DamagedFileError(f"its manifest is damaged (dense tensors of type {manifest.dense!r})")
     for entry in manifest.inputs.values():
         low, high, bits = entry.get("low"), entry.get("high"), entry.get("bits")
         ends = type(low) is float and type(high) is float and -_LARGEST <= low <= high <= _LARGEST

@@ -15,8 +15,9 @@ from ..layers.inputs import InputQuantizer
 from ..layers.registry import QuantizedTensor, all_file_parts
 from ..plan.plan import Plan
 from ..structure.state import layer_ties, maps_and_ties
+from ..utils.halves import halved
 from ..weights.discovery import find_weights
-from .manifest import Manifest
+from .manifest import HALVED, Manifest
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Packed:
             channels) float32 and NAME.scalar (2,) uint8; codes of a transposed tensor have the outputs first. Of a
             module with rounded inputs: MODULE.input_quantizer.range (2,), .seen () and .spec (3,).
         """
-        state = {name: self.tensors[name] for name in self.dense_names}
+        state = {name: self.dense(name) for name in self.dense_names}
         parts = {name: [""] for name in state}  # what a logical tensor's entries are called after its name
         for name, entry in self.manifest.tensors.items():
             found = {f".{part}": tensor for part, tensor in self._quantized_state(name, entry).items()}
@@ -77,6 +78,16 @@ class Packed:
         inside = {part for name in self.manifest.tensors for part in self.parts(name)}
         return [name for name in self.tensors if name not in inside]
 
+    def dense(self, name: str) -> Tensor:
+        """A tensor without codes, by its name in the file, in its own shape and type."""
+        stored = self.tensors[name]
+        return stored.float() if self.is_halved(name) else stored
+
+    def is_halved(self, name: str) -> bool:
+        """Whether the tensor of this name has no codes, is stored in fp16 and stands for one in fp32."""
+        halved = bool(self.manifest.dense) and name not in self.manifest.tensors
+        return halved and self.tensors[name].dtype == torch.float16
+
     def parts(self, name: str) -> list[str]:
         """The entries in the file of the tensor `name`."""
         if name not in self.manifest.tensors:
@@ -105,7 +116,7 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
 
     Args:
         model: with quantized weights or without.
-        plan: the plan that quantized it, recorded.
+        plan: the plan that quantized it, recorded; its `dense` says how tensors without codes are stored.
         config: how to build the network (`Manifest.model`), recorded.
     """
     quantized, turned = _quantized(model)
@@ -121,6 +132,9 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
         if q.count
     }
     layers, ties = maps_and_ties(ties, [*tensors, *entries])
+    dense = ""
+    if plan is not None and plan.dense.bits == 16:
+        tensors, dense = _halved(tensors)
     for name, weight in quantized.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in weight.pack(entries[name]).items()}
     manifest = Manifest(
@@ -131,8 +145,20 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
         ties=ties,
         layers=layers,
         inputs=inputs,
+        dense=dense,
     )
     return Packed({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, manifest)
+
+
+def _halved(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Dense tensors in fp16 where their values survive, and `Manifest.dense`.
+
+    A network that has fp16 of its own stays as it is: a file has no word for which tensors are which.
+    """
+    if any(tensor.dtype == torch.float16 for tensor in tensors.values()):
+        return tensors, ""
+    found = {name: halved(name, tensor.detach()) for name, tensor in tensors.items()}
+    return found, HALVED if any(tensor.dtype == torch.float16 for tensor in found.values()) else ""
 
 
 def _quantized(model: nn.Module) -> tuple[dict[str, QuantizedWeight], set[str]]:

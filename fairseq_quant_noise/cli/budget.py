@@ -294,14 +294,14 @@ def file_bytes(subject: Subject, plan: Plan) -> int:
 
 
 def materialized(network: nn.Module) -> nn.Module:
-    """A copy of the network in memory, ties kept; weights of the meta device are there with no content."""
+    """A copy of the network in memory, ties kept; weights of the meta device are zeros."""
     found = copy.deepcopy(network)
     made: dict[int, nn.Parameter] = {}
     for module in found.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                    made[id(parameter)] = nn.Parameter(torch.zeros_like(parameter, device="cpu"))
                 module._parameters[key] = made[id(parameter)]
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import UserError, end_program
-from ..plan.vocabulary import FEEDBACK, PLAIN
+from ..plan.vocabulary import DENSE_BITS, FEEDBACK, PLAIN
 from ..structure.layer_map import START
 
 #: The claims that `bench` can measure: the programs in benchmarks/.
@@ -36,6 +36,12 @@ _STRICT = _option(
     "--strict",
     action="store_true",
     help="refuse a network with a weight that no rule can name, or whose inputs `activations` cannot round",
+)
+_DENSE = _option(
+    "--dense",
+    choices=[*DENSE_BITS],
+    help="in place of the plan's: how biases, norms, batch statistics and dense weights are stored, in fp32 (default) "
+    "or, where their values survive it, in fp16",
 )
 _JSON = _option("--json", action="store_true", help="print JSON")
 
@@ -138,6 +144,7 @@ _VERBS = {
             _PLAN,
             _OUT,
             _STRICT,
+            _DENSE,
             _option("--seed", type=int, default=0, help="the seed of k-means (default 0)"),
             _option(
                 "--encode",
@@ -159,7 +166,7 @@ _VERBS = {
         "verbs",
         "Write the packed file of a checkpoint that was trained with the stages.",
         "fairseq-quant-noise export --path ipq/checkpoint_best.pt --out model.safetensors",
-        [_PATH, _OUT],
+        [_PATH, _OUT, _DENSE],
     ),
     "prune": Verb(
         "verbs",

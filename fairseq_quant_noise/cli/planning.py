@@ -71,7 +71,7 @@ def plan(args: argparse.Namespace) -> None:
     if the_plan.structure is not None:
         apply_structure(model, the_plan.structure)
     targets = resolve_stages(the_plan, model)
-    table = make_table(model, targets, original.dense_bytes, the_plan.codes.train)
+    table = make_table(model, targets, original.dense_bytes, the_plan.codes.train, the_plan.dense.bits)
     warn_of_uncovered(model, args.strict)
     if the_plan.activations is not None:
         warn_of_unrounded(model, (t.weight.name for t in targets), args.strict)
@@ -106,7 +106,8 @@ def _find(args: argparse.Namespace, option: str) -> None:
             say(f"--keep-layers {keep}: loss {after[0]:.3f} before and {after[1]:.3f} after")
     by = f"--budget {args.budget}" if budget is not None else f"--target-loss {args.target_loss:g}"
     planned, after, subject = min(found, key=lambda one: _rank(one[1]))
-    table = make_table(subject.network, resolve_stages(planned.plan, subject.network), dense_bytes)
+    targets = resolve_stages(planned.plan, subject.network)
+    table = make_table(subject.network, targets, dense_bytes, dense_bits=planned.plan.dense.bits)
     _show_found(args, table, planned, subject.structure, by, after)
 
 

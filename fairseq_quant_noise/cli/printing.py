@@ -7,6 +7,7 @@ from pathlib import Path
 from ..accounting import MIB
 from ..artifact import Packed
 from ..artifact.inspection import inspection
+from ..plan.vocabulary import DENSE_BITS
 from ..quantization.table import Table
 
 
@@ -43,7 +44,7 @@ def print_inspection(path: str | Path, packed: Packed, as_json: bool = False) ->
     rows = [
         (
             t["name"],
-            t["scheme"],
+            "dense, fp16" if t["dense_bits"] == DENSE_BITS["fp16"] else t["scheme"],
             _shape(t["shape"]),
             t["block_size"],
             t["n_centroids"],

@@ -32,6 +32,7 @@ def quantize(args: argparse.Namespace) -> None:
     the_plan = Plan.of(args.plan)
     if args.encode is not None:
         the_plan = replace(the_plan, encode=replace(the_plan.encode, kind=args.encode))
+    the_plan = _with_dense(args, the_plan)
     _check_stages(args, the_plan)
     check_out(args.out, args.path, args.plan, packed=True)
     checkpoint = restructured(Checkpoint(args.path), the_plan.structure)
@@ -88,7 +89,14 @@ def export(args: argparse.Namespace) -> None:
     the_plan = Plan.of(stages["plan"]) if "plan" in stages else None
     if the_plan is not None and stages["done"] < len(the_plan.stages):
         say(f"note: {stages['done']} of the plan's {len(the_plan.stages)} stages are done; the rest stays dense")
+    if args.dense is not None:
+        the_plan = _with_dense(args, the_plan or Plan())
     _write_packed(args.out, checkpoint, the_plan)
+
+
+def _with_dense(args: argparse.Namespace, the_plan: Plan) -> Plan:
+    """The plan, with --dense in the place of its `dense`."""
+    return the_plan if args.dense is None else replace(the_plan, dense=replace(the_plan.dense, dtype=args.dense))
 
 
 def _write_packed(out: str, checkpoint: Checkpoint, the_plan: Plan | None) -> None:

@@ -1,6 +1,6 @@
 """The tensors of a packed file in an ONNX graph: initializers, and the operators that make weights of them.
 
-    dense   NAME, or NAME.stored -> Cast
+    dense   NAME, or of fp16 NAME.stored -> Cast
     pq      NAME.codes (rows, blocks a row) -> Cast -> Gather from NAME.centroids (K, d) -> Reshape
             centroids: fp16 -> Cast, or 8-bit codes as intN; once for all users of a shared codebook
     intN    NAME.codes, of the weight's shape -> Cast -> Sub NAME.zero_point -> Mul NAME.scale

@@ -1,4 +1,4 @@
-"""Represent a whole plan: noise, stages, centroids, activations, structure, tuning, codes and their encoding."""
+"""Represent a whole plan: noise, stages, centroids, dense numbers, activations, structure, tuning, codes, encoding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ..errors import UserError
 from .checks import check_keys, check_setting, read_yaml
 from .fairseq_yaml import is_fairseq_format, stages_of
-from .rules import Activations, Centroids, Codes, Encode, NoiseRule, StageRule, Structure, Tuning, given
+from .rules import Activations, Centroids, Codes, Dense, Encode, NoiseRule, StageRule, Structure, Tuning, given
 from .shipped import plan_path
 
 D = TypeVar("D")
@@ -21,6 +21,7 @@ class Plan:
     noise: tuple[NoiseRule, ...] = ()
     stages: tuple[StageRule, ...] = ()
     centroids: Centroids = field(default_factory=Centroids)
+    dense: Dense = field(default_factory=Dense)
     activations: Activations | None = None  # left as they are without it
     structure: Structure | None = None  # left as it is without it
     tuning: Tuning = field(default_factory=Tuning)
@@ -50,11 +51,12 @@ class Plan:
             noise=_rules(NoiseRule, "noise", source.get("noise") or ()),
             stages=_rules(StageRule, "stages", source.get("stages") or ()),
             centroids=_build(Centroids, "centroids", source.get("centroids") or {}),
+            dense=_by_word(Dense, "dense", source.get("dense") or {}, "dtype"),
             activations=_given_or_none(Activations, "activations", source),
             structure=_given_or_none(Structure, "structure", source),
             tuning=_build(Tuning, "tuning", source.get("tuning") or {}),
-            codes=_by_kind(Codes, "codes", source.get("codes") or {}),
-            encode=_by_kind(Encode, "encode", source.get("encode") or {}),
+            codes=_by_word(Codes, "codes", source.get("codes") or {}),
+            encode=_by_word(Encode, "encode", source.get("encode") or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,6 +66,7 @@ class Plan:
             "stages": [given(rule) for rule in self.stages],
             "centroids": {"dtype": self.centroids.dtype, **given(self.centroids)},
             "activations": None if self.activations is None else asdict(self.activations),
+            **({} if self.dense == Dense() else {"dense": given(self.dense)}),
             **({} if self.structure is None else {"structure": given(self.structure)}),
             **({} if self.tuning == Tuning() else {"tuning": given(self.tuning)}),
             **({} if self.codes == Codes() else {"codes": given(self.codes)}),
@@ -77,9 +80,9 @@ def _given_or_none(cls: type[D], where: str, source: Mapping[str, Any]) -> D | N
     return None if given is None else _build(cls, where, given)
 
 
-def _by_kind(cls: type[D], where: str, source: object) -> D:
+def _by_word(cls: type[D], where: str, source: object, key: str = "kind") -> D:
     """`codes: train` stands for `codes: {kind: train}`."""
-    return _build(cls, where, {"kind": source} if isinstance(source, str) else source)
+    return _build(cls, where, {key: source} if isinstance(source, str) else source)
 
 
 def _rules(cls: type[D], where: str, source: object) -> tuple[D, ...]:

@@ -39,6 +39,7 @@ from .vocabulary import (
     CHOICES,
     CODEBOOKS,
     CONTINUE,
+    DENSE_BITS,
     EPOCH,
     FEEDBACK,
     FIXED,
@@ -236,6 +237,21 @@ class Centroids:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """How the packed file stores what has no codes: biases, norms, batch statistics, dense weights."""
+
+    dtype: str = "fp32"  # fp32, or fp16 for each tensor whose values survive it (utils/halves.py)
+
+    def __post_init__(self) -> None:
+        check_one_of("dense", "dtype", self.dtype, tuple(DENSE_BITS))
+
+    @property
+    def bits(self) -> int:
+        """Bits of a number."""
+        return DENSE_BITS[self.dtype]
+
+
+@dataclass(frozen=True)
 class Activations:
     """The inputs of the quantized weights' products, in N bits (`layers/inputs.py`)."""
 
@@ -345,7 +361,7 @@ class Encode:
         return self.kind == FEEDBACK
 
 
-def given(rule: "NoiseRule | StageRule | Centroids | Structure | Tuning | Codes | Encode") -> dict[str, Any]:
+def given(rule: "NoiseRule | StageRule | Centroids | Dense | Structure | Tuning | Codes | Encode") -> dict[str, Any]:
     """The fields of a rule that are not the default."""
     return {f.name: value for f in fields(rule) if (value := getattr(rule, f.name)) != f.default}
 

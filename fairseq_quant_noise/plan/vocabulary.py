@@ -14,6 +14,8 @@ OWN, SHARED = "own", "shared"
 CODEBOOKS = (OWN, SHARED)
 #: Bits of a centroid's number, by its type.
 CENTROID_BITS = {"fp16": 16, "int8": 8}
+#: Bits of a number without codes, by its type.
+DENSE_BITS = {"fp32": 32, "fp16": 16}
 #: The learning rate's schedule, as a stage begins.
 CONTINUE, RESTART = "continue", "restart"
 #: Stages that follow one another, or begin together.

@@ -6,7 +6,8 @@ The paper counts (arXiv 2004.07320, section 7.4 and table 1; MiB = bytes / 2^20)
                 centroids of a shared codebook once, with its first weight
     intN        N / 8 bytes a number; scales do not count
     the rest    4 bytes a number (fp32), biases and norms included; but where every weight is of one scheme intN,
-                the rest counts N / 8 bytes a number too (its 236 and 118 MB are the dense model's 942 by 4 and by 8)
+                the rest counts N / 8 bytes a number too (its 236 and 118 MB are the dense model's 942 by 4 and by 8).
+                2 bytes where the plan says `dense: fp16`, which the paper does not have
 
 It works on the meta device, so that the sizes of a model cost nothing.
 """
@@ -83,7 +84,11 @@ class Table:
 
 
 def make_table(
-    model: nn.Module, targets: Sequence[Target] = (), original_bytes: int | None = None, codes_train: bool = False
+    model: nn.Module,
+    targets: Sequence[Target] = (),
+    original_bytes: int | None = None,
+    codes_train: bool = False,
+    dense_bits: int = 32,
 ) -> Table:
     """A row for each parameter of `model` (tied copies included), quantized as `targets` say, dense elsewhere.
 
@@ -92,11 +97,12 @@ def make_table(
         targets: as `resolve_stages` returns them.
         original_bytes: size of the dense model before its layers were shared or pruned.
         codes_train: whether the plan says `codes: train`.
+        dense_bits: of a number without codes, as the plan says; of what is dense in the end, not of `dense_bytes`.
     """
     by_name = {t.weight.tensor_name: t for t in targets}
     first = {id(t.weight.parameter): t.weight.tensor_name for t in targets}  # the owner, whichever holder comes first
     schemes = [by_name[w.tensor_name].rule.scheme if w.tensor_name in by_name else "dense" for w in find_weights(model)]
-    rest = rest_bits(schemes)
+    rest = rest_bits(schemes, dense_bits)
     rows = []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shape = tuple(parameter.shape)
@@ -116,12 +122,12 @@ def _tied(row: Row, owner: str) -> Row:
     return Row(row.name, row.scheme, row.shape, row.block_size, row.n_centroids, 0.0, owner)
 
 
-def model_bytes(model: nn.Module) -> tuple[float, int]:
-    """(bytes now, bytes if all were dense): quantized weights as `table.py` counts them, 4 bytes a number elsewhere."""
+def model_bytes(model: nn.Module, dense_bits: int = 32) -> tuple[float, int]:
+    """(bytes now, bytes if all were dense): quantized weights as `table.py` counts them, `dense_bits` elsewhere."""
     stored = [weight.stored for weight in find_weights(model)]
     quantized = [s for s in stored if isinstance(s, QuantizedWeight)]
     inside = {id(p) for weight in quantized for p in weight.parameters()}
     rest = sum(p.numel() for p in model.parameters() if id(p) not in inside)
     schemes = [s.scheme if isinstance(s, QuantizedWeight) else "dense" for s in stored]
-    now = rest * rest_bits(schemes) / 8 + sum(weight.paper_bytes for weight in quantized)
+    now = rest * rest_bits(schemes, dense_bits) / 8 + sum(weight.paper_bytes for weight in quantized)
     return now, 4 * (rest + sum(weight.shape.numel() for weight in quantized))

@@ -82,6 +82,7 @@ class IPQCriterion(FairseqCriterion):
     """Wraps `inner`; `build_criterion` makes a subclass per wrapped criterion, since fairseq calls class methods."""
 
     inner_class: type[FairseqCriterion]
+    dense_bits = 32  # of a number without codes, in the sizes of the log; a training sets what its plan says
 
     def __init__(self, task: Any, inner: FairseqCriterion, teacher_path: str | None, weight: float) -> None:
         super().__init__(task)
@@ -126,7 +127,7 @@ class IPQCriterion(FairseqCriterion):
             distilled = distillation_loss(recorder, self._teacher(model), sample, self.padding_idx, regression)
             logging_output["ipq_distillation"] = distilled.data
             loss = (1 - self.weight) * loss + self.weight * distilled
-        now, dense = model_bytes(model)
+        now, dense = model_bytes(model, self.dense_bits)
         logging_output |= {"ipq_mib": now / MIB, "ipq_ratio": dense / now, "ipq_forwards": 1}
         return loss, sample_size, logging_output
 

@@ -29,7 +29,7 @@ def log_progress(trainer: Any, training: bool) -> None:
         metrics.log_scalar("minutes_left", left, weight=0, priority=1500, round=1)
     if has_stages(trainer):
         metrics.log_scalar("ipq_stage", trainer.quantizer.done, weight=0, priority=190, round=0)
-        now, dense = model_bytes(trainer.get_model())
+        now, dense = model_bytes(trainer.get_model(), trainer.quantizer.plan.dense.bits)
         log_size(now / MIB, dense / now)
 
 

@@ -94,7 +94,8 @@ class StageController:
             if load_teacher is not None:  # a missing teacher stops the run now, not after the first k-means
                 load_teacher()
             self.targets = resolve_stages(self.plan, model)
-            self.table = make_table(model, self.targets)
+            self.table = make_table(model, self.targets, dense_bits=self.plan.dense.bits)
+            trainer.get_criterion().dense_bits = self.plan.dense.bits  # for the sizes in the log
         _log_table(self.table)
         self._save, self._load = trainer.save_checkpoint, trainer.load_checkpoint
         trainer.save_checkpoint = self._save_checkpoint

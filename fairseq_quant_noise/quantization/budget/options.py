@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...layers.pq import PQWeight
 from ...layers.quantized import dense_weight
 from ...layers.registry import QuantizedTensor, plan_formats
+from ...plan.vocabulary import DENSE_BITS
 from ...pq.encode import Encoded, encode
 from ...pq.kmeans import effective_centroids
 from ...utils.bits import packed_size
@@ -31,6 +32,7 @@ from ...weights.blocks import divides
 from ...weights.discovery import Weight, find_weights
 
 DENSE, PQ = "dense", "pq"
+DENSE_DTYPE = "fp16"  # of the plans that are found, for what has no codes
 BLOCK_SIZES = (2, 4, 8, 16)  # d, beside a convolution's own kernel
 CENTROIDS = (16, 64, 256)  # K
 INTEGERS = ("int3", "int4", "int6", "int8")
@@ -62,7 +64,7 @@ class Option:
     def sized(self, shape: tuple[int, ...]) -> "Option":
         """The same with the bytes of a weight of this shape, (rows, …): codes, and centroids or float32 scales."""
         if self.scheme == DENSE:
-            return replace(self, bytes=4 * math.prod(shape))
+            return replace(self, bytes=DENSE_BITS[DENSE_DTYPE] // 8 * math.prod(shape))
         entry = QuantizedTensor(self.scheme, shape, self.block_size, self.n_centroids)
         beside = codebook_bytes(self.codebook) if self.codebook else 8 * shape[0]
         codes = packed_size(entry.n_codes, entry.code_bits)

@@ -11,7 +11,7 @@ from ...plan.vocabulary import CENTROID_BITS, OWN, SHARED
 from ...weights.discovery import Weight
 from .kinds import ORDER, kind_of
 from .names import expression
-from .options import DENSE, PQ, RANGE, Option, codebook_bytes
+from .options import DENSE, DENSE_DTYPE, PQ, RANGE, Option, codebook_bytes
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -55,7 +55,7 @@ def plan_text(chosen: Sequence[Chosen], heading: Sequence[str] = (), structure: 
     lines = [f"# {line}" for line in heading]
     if structure is not None and given(structure):
         lines += yaml.safe_dump({"structure": given(structure)}, sort_keys=False).splitlines()
-    lines.append("stages:")
+    lines += [f"dense: {DENSE_DTYPE}", "stages:"]
     groups = _grouped(chosen, lambda one: (ORDER.index(one.kind), one.option.scheme))
     for (kind, scheme), group in sorted(groups.items()):
         if scheme == DENSE:
