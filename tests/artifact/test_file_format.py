@@ -17,6 +17,7 @@ from fairseq_quant_noise.artifact.manifest import FORMAT_VERSION, Manifest, Quan
 SPEC = Path(__file__).parents[2] / "docs/file_format.md"
 FEW = {"stages": [{"match": "fc|emb", "block_size": 4, "n_centroids": 3}]}
 PLANS = {"pq": ZOO_PLAN, "pq of 3 centroids": FEW, "shared codebooks": SHARED_PLAN, "inputs": INPUTS_PLAN, **INT_PLANS}
+PLANS["dense in fp16"] = ZOO_PLAN | {"dense": "fp16"}
 
 
 @pytest.fixture(scope="module")

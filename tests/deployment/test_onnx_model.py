@@ -29,6 +29,7 @@ FORMATS = {
     "shared int8 codebooks": pq(4, codebook="shared") | {"centroids": {"dtype": "int8"}},
     "codes of 9 bits": {"stages": [{"match": "decoder.embed_tokens", "block_size": 1, "n_centroids": 300}]},
     "dense": {"stages": [{"match": "decoder.layers.0.fc1", "scheme": "int8"}]},
+    "dense in fp16": {"stages": [{"match": "decoder.layers.0.fc1", "scheme": "int8"}], "dense": "fp16"},
 }
 
 

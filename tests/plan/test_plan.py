@@ -55,6 +55,14 @@ def test_a_word_stands_for_the_kind_of_encoding_and_comes_back():
     assert "encode" not in Plan.of({}).to_dict()
 
 
+def test_a_word_stands_for_the_type_of_what_stays_dense_and_comes_back():
+    plan = Plan.of({"dense": "fp16"})
+    assert plan == Plan.of({"dense": {"dtype": "fp16"}})
+    assert (plan.dense.bits, Plan.of({}).dense.bits) == (16, 32)
+    assert Plan.of(plan.to_dict()) == plan
+    assert "dense" not in Plan.of({}).to_dict()
+
+
 def test_what_is_left_out_has_the_papers_values():
     plan = Plan.of({"noise": [NOISE], "stages": [{"match": "fc"}]})
     rule = plan.noise[0]
@@ -237,6 +245,12 @@ ENCODE = [
     ({"damping": 2}, "encode: damping is 2; give a probability"),
     ({"damping": 0}, "encode: damping is 0, which correlated inputs do not allow; give more"),
 ]
+DENSE = [
+    ("bf16", "dense: unknown dtype 'bf16'; known: fp32, fp16"),
+    ({"bits": 16}, "dense: unknown key 'bits'; known keys: dtype"),
+    ({"dtype": 16}, "dense: unknown dtype 16"),
+    (["fp16"], "dense must be a mapping of keys to values, not list"),
+]
 WRONG = [
     *UNKNOWN,
     *MISSING,
@@ -247,6 +261,7 @@ WRONG = [
     *[({"activations": given}, message) for given, message in ACTIVATIONS],
     *[({"tuning": given}, message) for given, message in TUNING],
     *[({"encode": given}, message) for given, message in ENCODE],
+    *[({"dense": given}, message) for given, message in DENSE],
 ]
 
 

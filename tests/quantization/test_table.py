@@ -169,6 +169,17 @@ def test_the_sizes_of_the_quantized_model_are_those_of_the_dry_run():
     assert dense == found.dense_bytes
 
 
+def test_what_stays_dense_counts_two_bytes_in_fp16():
+    model, plan = zoo(), ZOO_PLAN | {"dense": "fp16"}
+    targets = resolve_stages(Plan.of(plan), model)
+    full, half = make_table(model, targets), make_table(model, targets, dense_bits=16)
+    rest = sum(math.prod(row.shape) for row in full.rows if row.scheme == "dense" and row.tied_to is None)
+    assert full.paper_bytes - half.paper_bytes == 2 * rest > 0
+    assert full.dense_bytes == half.dense_bytes
+    quantize_(model, plan, progress=quiet)
+    assert model_bytes(model, 16) == pytest.approx((half.paper_bytes, half.dense_bytes))
+
+
 class UsesAWeightUnderAnotherName(nn.Module):
     """A decoder whose output matrix is the embedding's Parameter, kept as `out_weight`."""
 

@@ -22,6 +22,7 @@ from fairseq_quant_noise.artifact.writer import serialize
 from fairseq_quant_noise.cli.main import main
 from fairseq_quant_noise.errors import DamagedFileError, UserError
 from fairseq_quant_noise.networks.registry import build
+from fairseq_quant_noise.plan.plan import Plan
 
 SECONDS = 20  # until a case is a hang
 SLACK = 64 << 20  # bytes that reading may take beyond twice the file: a header of a megabyte as Python's objects
@@ -43,8 +44,8 @@ class Source:
     task: str | None = None  # with which fairseq loads it
 
 
-def _packed(model: nn.Module, config: dict | None = None, **settings: object) -> Source:
-    return Source(bytes(serialize(pack(model, config=config))), **settings)
+def _packed(model: nn.Module, config: dict | None = None, plan: object = None, **settings: object) -> Source:
+    return Source(bytes(serialize(pack(model, None if plan is None else Plan.of(plan), config))), **settings)
 
 
 def _language_model(**stage: object) -> Source:
@@ -72,7 +73,7 @@ def sources() -> dict[str, Source]:
     """Files of every kind, by name."""
     shared = quantize_(share_layers_(stacks.net(), 2), stacks.PLAN, progress=quiet)
     return {
-        **{f"zoo in {plan}": _packed(quantized_zoo(plan), network=zoo) for plan in PLANS},
+        **{f"zoo in {plan}": _packed(quantized_zoo(plan), plan=PLANS[plan], network=zoo) for plan in PLANS},
         "codes of 9 bits": _packed(quantize_(wide_net(), WIDE_PLAN, progress=quiet), network=wide_net),
         "shared layers": _packed(shared, network=stacks.net),
         "language model": _language_model(block_size=8, n_centroids=8),

@@ -234,6 +234,17 @@ def manifest_value(content: bytes, rng: Random) -> bytes:
     return parts.join()
 
 
+def dense(content: bytes, rng: Random) -> bytes:
+    """What dense tensors in fp16 stand for, in a version that says it or one that does not."""
+    parts = Parts.of(content)
+    parts.manifest["dense"] = rng.choice(("F32", "F32", "F16", "", *STRANGE))
+    if rng.random() < 0.7:
+        parts.manifest["format_version"] = 7
+    if rng.random() < 0.5:
+        parts.tensor(rng)["dtype"] = rng.choice(TYPES)
+    return parts.join()
+
+
 def inputs(content: bytes, rng: Random) -> bytes:
     """Ranges of inputs that no version writes."""
     parts = Parts.of(content)
@@ -315,7 +326,7 @@ def padding(content: bytes, rng: Random) -> bytes:
 
 BLIND = (flip_bits, cut, grow, splice, overwrite, header_length, other_header, junk)
 FORGED = (
-    *(entry_value, reshape, tensor_header, names, renamed_entry, ties_and_layers, manifest_value, inputs),
+    *(entry_value, reshape, tensor_header, names, renamed_entry, ties_and_layers, manifest_value, dense, inputs),
     *(configuration, configuration, numbers, twice, data, bomb, padding),
 )
 

@@ -14,6 +14,7 @@ from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.quantize import quantize_
 
 PLANS = INT_PLANS | {"pq": ZOO_PLAN, "shared codebooks": SHARED_PLAN, "inputs": INPUTS_PLAN}
+PLANS["dense in fp16"] = ZOO_PLAN | {"dense": "fp16"}
 
 
 def quantized_afresh(plan="pq"):

@@ -91,6 +91,7 @@ def test_transformers_loads_the_folder_of_a_checkpoint_and_of_a_packed_file(tmp_
 PLANS = {
     "codes": "stages: [{match: '.*(fc.|embed_.*|proj|dense)', block_size: 4, n_centroids: 8}]\n",
     "int8": "stages: [{match: '.*', scheme: int8, range: channel}]\n",
+    "dense in fp16": "stages: [{match: '.*fc.', block_size: 4, n_centroids: 8}]\ndense: fp16\n",
     "mixed": (
         "stages: [{match: '.*fc.', block_size: 4, n_centroids: 8, codebook: shared}, {match: '.*proj', scheme: int4}]"
     ),
