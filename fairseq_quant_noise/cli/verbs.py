@@ -60,8 +60,8 @@ def quantize(args: argparse.Namespace) -> None:
 
 
 def _check_stages(args: argparse.Namespace, the_plan: Plan) -> None:
-    """Before any work: that the plan has stages, and data where it needs them. Raises UserError."""
-    if not the_plan.stages:
+    """Before any work: that the plan has something to do, and data where it needs them. Raises UserError."""
+    if not the_plan.stages and the_plan.dense.bits == 32:
         raise UserError(f"quantize: plan {args.plan} has no stages; add what to quantize")
     if the_plan.activations is not None and args.calibration_data is None:
         raise UserError(
