@@ -36,6 +36,9 @@ def quantize(args: argparse.Namespace) -> None:
     _check_stages(args, the_plan)
     check_out(args.out, args.path, args.plan, packed=True)
     checkpoint = restructured(Checkpoint(args.path), the_plan.structure)
+    if not the_plan.stages:  # and `dense: fp16` is all that it asks for
+        _write_packed(args.out, checkpoint, the_plan)
+        return
     importance = importance_of(args, checkpoint) if the_plan.weighs else {}
     checkpoint.forget_optimizer()
     without = replace(the_plan, structure=None)  # which the checkpoint has had
