@@ -6,6 +6,7 @@ a GPU (`gpu.py`).
     nearest(points, centroids, weights)    the E-step of k-means; the forms have its core, `least`
     decode(codes, centroids)               a weight from its codes
     linear(x, codes, centroids, bias)      a product with a weight in codes, without decoding it
+    Prepared                               a weight in codes made ready for many products, on a CPU
     linear_of_codes, linear_of_centroids   the same with both in 8 bits, on a CPU
 
 In a graph of torch.compile or torch.export a product is an operator (`operators.py`).
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from . import cpu, gpu, operators, reference
 from .cpu import SETTLED
+from .prepared import Prepared
 from .tracing import in_graph
 
 __all__ = [
     "LONGEST",
     "SETTLED",
+    "Prepared",
     "decode",
     "in_graph",
     "linear",

@@ -121,16 +121,36 @@ _ARGUMENTS = {
     "least_double": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
     "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N],
     "decode_wide": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N],
-    "linear_by_tables": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
-    "linear_by_pieces": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
-    "linear_by_wide_pieces": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
-    "takes_rows": [_N, _N, _N, _N],
-    "linear_by_rows": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _N],
+    "linear": [_AT, _AT, _N, _AT, _N],
+    "panel_rows": [],
     "linear_of_codes": [_AT, _N, _N, _AT, _AT, _N, _AT, _N, _AT, _AT, _N],
     "linear_of_centroids": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _AT, _AT, _N],
     "encoder_layer": [_AT, _N],
 }
-_RESULTS = {"takes_rows": _N, "encoder_layer": _N}  # others have none
+_RESULTS = {"linear": _N, "panel_rows": _N, "encoder_layer": _N}  # others have none
+
+
+class Weight(ctypes.Structure):
+    """A weight in codes, as native/product.h has it."""
+
+    _fields_ = [
+        ("codes", _AT),
+        *((name, _N) for name in ("blocks", "d", "rows", "wide")),
+        *((name, _AT) for name in ("centroids", "columns", "bias", "now", "seen")),
+        ("count", _N),
+        ("panel", _AT),
+        ("fits_panel", _N),
+    ]
+
+    @classmethod
+    def of(cls, codes: Tensor, d: int, wide: bool, centroids: tuple[Tensor, Tensor]) -> "Weight":
+        """Of codes (I/d, O), contiguous, and the `tables` of centroids; the tensors have to live as long."""
+        return cls(codes.data_ptr(), *(codes.shape[0], d, codes.shape[1], wide), *(t.data_ptr() for t in centroids))
+
+    @property
+    def inner(self) -> int:
+        """I."""
+        return int(self.blocks * self.d)
 
 
 def least(points: Tensor, slope: Tensor, bias: Tensor) -> Tensor:
@@ -155,7 +175,7 @@ def decode(codes: Tensor, centroids: Tensor) -> Tensor:
     out = centroids.new_empty(rows, blocks * d)
     wide, codes = _typed(codes, centroids)
     (library().decode_wide if wide else library().decode)(
-        *(codes.data_ptr(), *codes.stride(), _all_codes(centroids)[0].data_ptr(), d, rows, blocks, out.data_ptr()),
+        *(codes.data_ptr(), *codes.stride(), tables(centroids)[0].data_ptr(), d, rows, blocks, out.data_ptr()),
         torch.get_num_threads(),
     )
     return out
@@ -169,22 +189,12 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     for which it is not, is read row by row. With more rows of x, or of centroids than a byte tells apart, the weight is
     decoded a piece at a time. None makes a dense copy.
     """
-    d, (blocks, rows) = centroids.shape[1], codes.shape
     wide, codes = _typed(codes, centroids)
-    x, codes, all_codes = x.contiguous(), codes.contiguous(), _all_codes(centroids)
-    n, kernels = x.numel() // (blocks * d), library()
-    out, added = x.new_empty(*x.shape[:-1], rows), _contiguous(bias)
-    by_tables, product = False, kernels.linear_by_pieces
-    if wide:
-        product = kernels.linear_by_wide_pieces
-    elif _takes_rows(n, blocks, d, rows):
-        product = kernels.linear_by_rows
-    elif n < _rows_by_tables() * d:
-        by_tables, product = True, kernels.linear_by_tables
-    product(
-        *(x.data_ptr(), n, blocks, d, all_codes[by_tables].data_ptr(), codes.data_ptr(), rows),
-        *(_pointer(added), out.data_ptr(), torch.get_num_threads()),
-    )
+    x, codes, added = x.contiguous(), codes.contiguous(), _contiguous(bias)
+    out = x.new_empty(*x.shape[:-1], codes.shape[1])
+    weight = Weight.of(codes, centroids.shape[1], wide, tables(centroids))
+    weight.bias, n = _pointer(added), x.numel() // weight.inner
+    library().linear(ctypes.addressof(weight), x.data_ptr(), n, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -235,17 +245,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-@functools.lru_cache(maxsize=1 << 12)  # a call of the library takes as long as all else here
-def _takes_rows(*sizes: int) -> bool:
-    return bool(library().takes_rows(*sizes))
-
-
-@functools.cache
-def _rows_by_tables() -> float:
-    return ctypes.c_double.in_dll(library(), "rows_by_tables").value
-
-
-def _all_codes(centroids: Tensor) -> tuple[Tensor, Tensor]:
+def tables(centroids: Tensor) -> tuple[Tensor, Tensor]:
     """(256, d) and (d, 256): a centroid for every code that a byte can be, zeros beyond K; 4096 of them for a larger K.
 
     So no code reads past the end. Kept on the tensor while its numbers are what they were, or for ever (`SETTLED`).

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..accounting import pq_bytes
 from ..errors import UserError
-from ..kernels import SETTLED, decode, in_graph, linear, linear_of_centroids, takes_integers, takes_linear
+from ..kernels import SETTLED, Prepared, decode, in_graph, linear, linear_of_centroids, takes_integers, takes_linear
 from ..scalar import Affine, fake_quantize, fit_affine, is_affine
 from ..utils.bits import MOST_CENTROIDS, code_bits, code_dtype, largest_code, unpack_bits
 from ..weights.discovery import Weight
@@ -75,6 +75,7 @@ class PQWeight(QuantizedWeight):
             bits = torch.tensor(centroid_bits, dtype=torch.uint8, device=codes.device)
             self.register_buffer(CENTROID_BITS, bits)
         self.bits = centroid_bits
+        self._prepared: Prepared | None = None  # for products on a CPU
         self._stored: tuple[Tensor, Tensor] | None = None  # (centroids at the last call, their fp16 or int8 rounding)
         self.shape = torch.Size(shape)
 
@@ -117,9 +118,14 @@ class PQWeight(QuantizedWeight):
         return kept[1]
 
     def kept(self) -> list[Tensor]:
-        """Copies of the centroids in memory for look-ups: two (K, d); with the CPU's kernels (256, d), (d, 256) too."""
-        stored = self._stored or ()
-        return [*stored, *(t for name in _DERIVED for of in stored[1:] for t in getattr(of, name, ()))]
+        """What is in memory beside codes and centroids.
+
+        For look-ups two (K, d); with the CPU's kernels (256, d), (d, 256) too, and of a small weight the numbers (O, I)
+        in float16 once it has been multiplied by a few rows (`kernels/prepared.py`).
+        """
+        stored, panel = self._stored or (), self._prepared and self._prepared.panel
+        tables = (t for name in _DERIVED for of in stored[1:] for t in getattr(of, name, ()))
+        return [*stored, *tables, *([] if panel is None else [panel])]
 
     def _rounded(self) -> Tensor:
         if self.bits == 16:
@@ -149,9 +155,25 @@ class PQWeight(QuantizedWeight):
             self._counted = kept = codes, codes._version, count
         return kept[2]
 
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """x W^T + bias for (..., I): (..., O); None where `multiplies` says no."""
+        prepared = self._prepared
+        if prepared is not None and not in_graph() and not torch.is_grad_enabled():
+            found = prepared.linear(x, self._buffers[CODES], self._parameters[CENTROIDS], bias)
+            if found is not None:
+                return found
+        return super().product(x, bias)
+
+    def train(self, mode: bool = True) -> "PQWeight":
+        """As nn.Module's; what was prepared for products goes once there is training."""
+        if mode:
+            self._prepared = None
+        return super().train(mode)
+
     def multiplies(self, x: Tensor) -> bool:
         """Whether `linear` takes x (..., I): gradients are off, the weight is (O, I), and codes are faster."""
         settled, centroids = not torch.is_grad_enabled() and len(self.shape) == 2, self._parameters[CENTROIDS]
+        settled = settled and x.dim() > 0 and x.shape[-1] == self.shape[1]
         return settled and (self.in_integers(x) or takes_linear(x, centroids))  # type: ignore[arg-type]
 
     def in_integers(self, x: Tensor) -> bool:
@@ -165,7 +187,16 @@ class PQWeight(QuantizedWeight):
             self._turned = kept = self.codes, self.codes.t()
         if self.in_integers(x):
             return linear_of_centroids(x, kept[1], *self.centroids_in_bytes(), bias, getattr(x, GRID, None))
-        return linear(x, kept[1], self.stored_centroids(), bias)
+        rounded = self.stored_centroids()
+        self._prepared = self._made_ready(rounded)
+        return linear(x, kept[1], rounded, bias)
+
+    def _made_ready(self, rounded: Tensor) -> Prepared | None:
+        """What `product` needs of the weight as it is; None in a graph, and where another form multiplies."""
+        codes, centroids, stored = self._buffers[CODES], self._parameters[CENTROIDS], self._stored
+        if in_graph() or stored is None or codes is None or centroids is None:
+            return None
+        return Prepared.of(codes, centroids, stored[0], rounded)
 
     def centroids_in_bytes(self) -> tuple[Tensor, Tensor]:
         """The 8-bit centroids (256, d) uint8, zeros beyond K, and their scale and zero point (2, 1)."""

@@ -38,6 +38,18 @@ class QuantizedWeight(Format, nn.Module):
         """Whether `linear` multiplies x (..., I), and faster than the decoded weight would; by default not."""
         return False
 
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, where `multiplies` says so: (..., I) to (..., O).
+
+        Raises:
+            NotImplementedError: the format does not override it.
+        """
+        raise NotImplementedError
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        """`linear` where `multiplies` says so, else None."""
+        return self.linear(x, bias) if self.multiplies(x) else None
+
     def in_integers(self, x: Tensor) -> bool:
         """Whether `linear` rounds x (..., I) to 8 bits for a product in whole numbers; by default not."""
         return False

@@ -79,9 +79,12 @@ class _Linear(WeightAccess):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """The class's own product, (..., I) to (..., O), from the codes where the quantized weight multiplies."""
-        quantized = multiplier(self, input)
+        quantized = settled_weight(self)
+        product: Tensor | None = None
         if quantized is not None:
-            return quantized.linear(input, self._parameters.get("bias"))
+            product = quantized.product(input, self._parameters.get("bias"))
+        if product is not None:
+            return product
         return super().forward(input)  # type: ignore[misc]
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared_products import assert_prepared_products
 from torch import nn
 from whole_layers import SCHEMES, assert_same_layers, both_ways
 
@@ -147,7 +148,6 @@ def test_each_form_of_a_processor_computes_the_same(processor, tmp_path, monkeyp
     compiled = ctypes.CDLL(str(library))
     cpu.declare(compiled)
     monkeypatch.setattr(cpu, "library", lambda: compiled)
-    monkeypatch.setattr(cpu, "_takes_rows", lambda *sizes: compiled.takes_rows(*sizes))  # the other one is kept
     whole_tiles = ((1, 64, 64), (5, 128, 64), (16, 192, 128), (33, 64, 192), (48, 256, 64), (70, 128, 128))
     for n, inner, rows in (*whole_tiles, (4, 70, 50), (7, 5, 3), (33, 130, 100), (100, 257, 129)):
         arguments = case(n, inner, rows)
@@ -160,6 +160,7 @@ def test_each_form_of_a_processor_computes_the_same(processor, tmp_path, monkeyp
         arguments = x, codes, torch.randn(256, d), torch.randn(rows)
         torch.testing.assert_close(cpu.linear(*arguments), reference.linear(*arguments), rtol=1e-4, atol=1e-4)
     with torch.no_grad():
+        assert_prepared_products()
         for scheme in SCHEMES:
             for _, whole, parts in both_ways(scheme):
                 assert_same_layers(whole, parts)
