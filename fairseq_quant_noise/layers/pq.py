@@ -13,21 +13,21 @@ from torch import Tensor, nn
 
 from ..accounting import pq_bytes
 from ..errors import UserError
-from ..kernels import SETTLED, Prepared, decode, in_graph, linear, linear_of_centroids, takes_integers, takes_linear
+from ..kernels import SETTLED, Prepared, decode, in_graph
 from ..scalar import Affine, fake_quantize, fit_affine, is_affine
 from ..utils.bits import MOST_CENTROIDS, code_bits, code_dtype, largest_code, unpack_bits
 from ..weights.discovery import Weight
-from .inputs import GRID
 from .lookup import Lookup
 from .parts import AFFINE, CENTROID_BITS, CENTROIDS, CODEBOOK, CODES, FILE_AFFINE, LATENT_WEIGHT
-from .quantized import QuantizedWeight, dense_weight, is_multiplied, swap_in
+from .pq_products import PQProducts
+from .quantized import dense_weight, is_multiplied, swap_in
 from .registry import QuantizedTensor, register
 
 _DERIVED = ("_all_codes", "_in_bytes")  # attributes of rounded centroids: what the CPU's kernels keep of them
 
 
 @register("pq")
-class PQWeight(QuantizedWeight):
+class PQWeight(PQProducts):
     """A product-quantized weight.
 
     Args:
@@ -154,49 +154,6 @@ class PQWeight(QuantizedWeight):
             count = torch.bincount(codes.flatten().long(), minlength=self.n_centroids).unsqueeze(1)  # (K, 1)
             self._counted = kept = codes, codes._version, count
         return kept[2]
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor | None:
-        """x W^T + bias for (..., I): (..., O); None where `multiplies` says no."""
-        prepared = self._prepared
-        if prepared is not None and not in_graph() and not torch.is_grad_enabled():
-            found = prepared.linear(x, self._buffers[CODES], self._parameters[CENTROIDS], bias)
-            if found is not None:
-                return found
-        return super().product(x, bias)
-
-    def train(self, mode: bool = True) -> "PQWeight":
-        """As nn.Module's; what was prepared for products goes once there is training."""
-        if mode:
-            self._prepared = None
-        return super().train(mode)
-
-    def multiplies(self, x: Tensor) -> bool:
-        """Whether `linear` takes x (..., I): gradients are off, the weight is (O, I), and codes are faster."""
-        settled, centroids = not torch.is_grad_enabled() and len(self.shape) == 2, self._parameters[CENTROIDS]
-        settled = settled and x.dim() > 0 and x.shape[-1] == self.shape[1]
-        return settled and (self.in_integers(x) or takes_linear(x, centroids))  # type: ignore[arg-type]
-
-    def in_integers(self, x: Tensor) -> bool:
-        """Whether `linear` multiplies x (..., I) by 8-bit centroids in whole numbers."""
-        return self.bits == 8 and self.n_centroids <= 256 and self.dtype == torch.float32 and takes_integers(x)
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + bias for (..., I), where `multiplies` says so: (..., O)."""
-        kept = self._turned
-        if kept is None or kept[0] is not self.codes:  # a view takes as long as a small product
-            self._turned = kept = self.codes, self.codes.t()
-        if self.in_integers(x):
-            return linear_of_centroids(x, kept[1], *self.centroids_in_bytes(), bias, getattr(x, GRID, None))
-        rounded = self.stored_centroids()
-        self._prepared = self._made_ready(rounded)
-        return linear(x, kept[1], rounded, bias)
-
-    def _made_ready(self, rounded: Tensor) -> Prepared | None:
-        """What `product` needs of the weight as it is; None in a graph, and where another form multiplies."""
-        codes, centroids, stored = self._buffers[CODES], self._parameters[CENTROIDS], self._stored
-        if in_graph() or stored is None or codes is None or centroids is None:
-            return None
-        return Prepared.of(codes, centroids, stored[0], rounded)
 
     def centroids_in_bytes(self) -> tuple[Tensor, Tensor]:
         """The 8-bit centroids (256, d) uint8, zeros beyond K, and their scale and zero point (2, 1)."""
