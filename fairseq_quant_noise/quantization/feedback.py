@@ -82,8 +82,9 @@ class _Sums:
     """
 
     def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}  # sum of x x^T by the tensor's name: (I, I)
-        self._means: dict[str, Tensor] = {}  # sum of x, of each group: (groups, I)
+        self.found: dict[str, Tensor] = {}  # by the tensor's name, sum of y y^T: (I, I); y = x - shift
+        self._shifts: dict[str, Tensor] = {}  # means of the first inputs, of each group: (groups, I)
+        self._sums: dict[str, Tensor] = {}  # of y, of each group: (groups, I)
         self._counts: dict[str, int] = {}
         self._outputs: dict[str, int] = {}  # outputs that went to no batch normalisation
         self._last: tuple[str, object] = "", None  # a weight and the output that it has just made
@@ -100,12 +101,14 @@ class _Sums:
         else:
             parts = [given.flatten(0, -2)[None]]
         for x in parts:  # (groups, n, I)
-            if bool(x.isfinite().all()):
-                flat = x.flatten(0, 1)
-                product, mean = flat.t() @ flat, x.sum(1)
-                self.found[name] = self.found[name].add_(product) if name in self.found else product
-                self._means[name] = self._means[name].add_(mean) if name in self._means else mean
-                self._counts[name] = self._counts.get(name, 0) + len(flat)
+            if not bool(x.isfinite().all()):
+                continue
+            shift = self._shifts.setdefault(name, x.mean(1))  # or large means would hide small variances in float32
+            y = x - shift[:, None]
+            flat, sums = y.flatten(0, 1), y.sum(1)
+            self.found[name] = self.found[name].addmm_(flat.t(), flat) if name in self.found else flat.t() @ flat
+            self._sums[name] = self._sums[name].add_(sums) if name in self._sums else sums
+            self._counts[name] = self._counts.get(name, 0) + len(flat)
 
     def leave(self, name: str, module: nn.Module, args: object, output: object) -> None:
         """A module has made an output of a weight."""
@@ -121,14 +124,16 @@ class _Sums:
     def finish(self) -> None:
         """Turn sums into means."""
         for name, count in self._counts.items():
-            found, groups = self.found[name], len(self._means[name])
-            if not found.any():
-                del self.found[name]  # nothing but zeros has reached it
-                continue
-            found /= count
-            if self._outputs.get(name) == 0:
-                means = self._means[name] * (groups / count)
-                found -= means.t() @ means / groups
+            groups = len(self._sums[name])
+            means = self._sums[name].double() * (groups / count)  # of y
+            found = self.found[name].double() / count - means.t() @ means / groups
+            if self._outputs.get(name) != 0:
+                means += self._shifts[name]
+                found += means.t() @ means / groups
+            if found.any():
+                self.found[name] = found.float()
+            else:
+                del self.found[name]  # nothing but zeros has reached it, or nothing but their mean
         self._last = "", None
 
 
@@ -244,7 +249,8 @@ class Feedback:
         if any(isinstance(place.module, nn.Embedding | nn.EmbeddingBag) for place in weight.places):
             kept = min(kept, LOOKED_UP)
             own = own if counts is None else counts.mean(0).double()
-        scale = own.clamp(min=_LEAST * own.mean()).sqrt() * second.diagonal().clamp(min=1e-30).rsqrt()
+        varies = second.diagonal() > _LEAST**2 * second.diagonal().mean()  # else its correlations are noise
+        scale = own.clamp(min=_LEAST * own.mean()).sqrt() * second.diagonal().clamp(min=1e-30).rsqrt() * varies
         metric = kept * second * scale * scale[:, None]
         metric.diagonal().copy_(own.clamp(min=_LEAST * own.mean()))
         rows = torch.ones(len(dense), device=dense.device) if counts is None else counts.mean(1)

@@ -104,6 +104,22 @@ def test_what_batch_normalisation_takes_away_costs_nothing(groups):
     torch.testing.assert_close(found["3.weight"], (hidden @ hidden.t() / hidden.shape[1]).detach())
 
 
+def test_large_means_and_channels_that_stay_the_same_do_no_harm():
+    """In float32 a mean of 3,000 hides a variance of 1; a constant channel has no correlations at all."""
+    model, x = normed(1), torch.randn(6, 4, 8, 8) + 3000.0
+    x[:, 1] = 5000.0
+    model[0].padding = (0, 0)
+    with measuring_inputs(model, ["0"]) as found:
+        model(x)
+    windows = nn.functional.unfold(x.double(), 3).transpose(1, 2).flatten(0, 1)  # (places, I)
+    expected = torch.cov(windows.t(), correction=0)
+    torch.testing.assert_close(found["0.weight"], expected.float(), rtol=1e-3, atol=1e-3)
+    plan = {"stages": [{"match": "0", "block_size": 9, "n_centroids": 4}], "encode": "feedback"}
+    lines = []
+    quantize_(model, plan, inputs=found, progress=lines.append)
+    assert any("error feedback" in line for line in lines)
+
+
 def test_a_layer_that_only_sometimes_meets_batch_normalisation_keeps_its_means():
     model, x = normed(1), torch.rand(6, 4, 8, 8)
     with measuring_inputs(model, ["0"]) as found:
