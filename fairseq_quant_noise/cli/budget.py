@@ -17,6 +17,7 @@ from ..artifact import pack
 from ..artifact.writer import header_bytes, serialize
 from ..errors import UserError
 from ..layers import join_
+from ..layers.batch_statistics import batch_norms
 from ..layers.pq import quantize_weight_
 from ..layers.quantized import dense_weight
 from ..layers.registry import QuantizedTensor
@@ -38,6 +39,7 @@ POINTS = 10  # of a frontier, beside the sizes of the uniform plans
 GAIN = 0.015  # of the predicted loss, which is no closer than that
 MORE = 3  # plans that are tried with what the first that fits leaves
 UNKNOWN = 4096  # bytes of a budget left for the options of fairseq that a training of an architecture records
+SUBNORMAL = 1e-9  # a variance that fp16 cannot hold (`utils/halves.py`)
 TUNING = 512  # bytes of a budget left for what a tuning adds to the manifest: its codes, options of fairseq
 TOLERANCE = 0.01  # of the bytes that --target-loss finds
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -277,8 +279,14 @@ def frontier(
 
 
 def file_bytes(subject: Subject, plan: Plan) -> int:
-    """The bytes of the packed file that `quantize` would write; nothing is encoded, for codes of zeros take as many."""
+    """The bytes of the packed file that `quantize` would write; nothing is encoded, for codes of zeros take as many.
+
+    Batch statistics, which are estimated anew, count as if no variance could be stored in fp16.
+    """
     network, quantized = materialized(subject.network), []
+    for norm in batch_norms(network).values():
+        if norm.running_var is not None:
+            norm.running_var.fill_(SUBNORMAL)
     for target in resolve_stages(plan, network):
         d, k = target.block_size, target.n_centroids
         if d is None or k is None:

@@ -1,19 +1,24 @@
 """`plan --budget`: the plan for a size, as the file that `quantize` then writes."""
 
+import copy
 import functools
 import itertools
 import json
 import re
 
 import pytest
+import torch
 import yaml
 from lm_fixture import PLANS, one_error
+from torch import nn
 
+from fairseq_quant_noise import quantize_, save
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.checkpoints.checkpoint import Checkpoint
 from fairseq_quant_noise.checkpoints.safe_load import safe_load
 from fairseq_quant_noise.cli import budget, planning
 from fairseq_quant_noise.cli.main import main
+from fairseq_quant_noise.plan.plan import Plan
 from fairseq_quant_noise.quantization.budget import options
 from fairseq_quant_noise.quantization.budget.uniform import UNIFORM
 
@@ -254,3 +259,18 @@ def test_the_smallest_budget_that_an_error_names_is_enough(runs, capsys):
     path = runs.stock("plain").path
     least = least_budget(path, capsys)
     assert planned(capsys, "--path", path, "--budget", least)["file_bytes"] <= least
+
+
+def test_a_budget_holds_whatever_variances_are_estimated(tmp_path):
+    """A variance that fp16 cannot hold keeps its tensor in fp32, and only `quantize` knows which one does."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 4, 1)).eval()
+    plan = Plan.of({"stages": [{"match": "0", "block_size": 4, "n_centroids": 4}], "dense": "fp16"})
+    planned = budget.file_bytes(budget.Subject(network, {}), plan)
+    assert float(network[1].running_var[0]) == 1.0
+    for variance in (1.0, 1e-7):
+        with torch.no_grad():
+            network[1].running_var.fill_(variance)
+        made = quantize_(copy.deepcopy(network), plan, progress=str)
+        size = save(made, tmp_path / "file.safetensors", plan)
+        assert planned - 2 * 64 - 64 <= size <= planned
