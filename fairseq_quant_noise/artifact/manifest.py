@@ -100,6 +100,8 @@ class Manifest:
                 )
             tensors = {name: _quantized_tensor(entry) for name, entry in content.pop("tensors").items()}
             others = {f.name: content.pop(f.name) for f in fields(cls) if f.name not in ("tensors", "dense")}
+            if content.get("dense", HALVED) != HALVED:
+                raise DamagedFileError(f"its manifest is damaged (dense tensors of type {content['dense']!r})")
             manifest = cls(**others, tensors=tensors, dense=content.pop("dense", ""))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, DamagedFileError):
@@ -160,8 +162,6 @@ def _check_types(manifest: Manifest, sha256: object) -> None:
     mappings += manifest.inputs.values() if isinstance(manifest.inputs, dict) else []
     if not all(isinstance(m, dict) for m in mappings):
         raise DamagedFileError("its manifest is damaged (a field of the wrong type)")
-    if manifest.dense not in ("", HALVED):
-        raise DamagedFileError(f"its manifest is damaged (dense tensors of type {manifest.dense!r})")
     for entry in manifest.inputs.values():
         low, high, bits = entry.get("low"), entry.get("high"), entry.get("bits")
         ends = type(low) is float and type(high) is float and -_LARGEST <= low <= high <= _LARGEST

@@ -134,7 +134,7 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     layers, ties = maps_and_ties(ties, [*tensors, *entries])
     dense = ""
     if plan is not None and plan.dense.bits == 16:
-        tensors, dense = _halved(tensors)
+        tensors, dense = _halved(tensors, {name for name, _ in model.named_buffers()})
     for name, weight in quantized.items():
         tensors |= {f"{name}.{part}": tensor for part, tensor in weight.pack(entries[name]).items()}
     manifest = Manifest(
@@ -150,14 +150,14 @@ def pack(model: nn.Module, plan: Plan | None = None, config: Mapping[str, Any] |
     return Packed({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, manifest)
 
 
-def _halved(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def _halved(tensors: dict[str, Tensor], buffers: set[str]) -> tuple[dict[str, Tensor], str]:
     """Dense tensors in fp16 where their values survive, and `Manifest.dense`.
 
     A network that has fp16 of its own stays as it is: a file has no word for which tensors are which.
     """
     if any(tensor.dtype == torch.float16 for tensor in tensors.values()):
         return tensors, ""
-    found = {name: halved(name, tensor.detach()) for name, tensor in tensors.items()}
+    found = {name: halved(name, tensor.detach(), name in buffers) for name, tensor in tensors.items()}
     return found, HALVED if any(tensor.dtype == torch.float16 for tensor in found.values()) else ""
 
 

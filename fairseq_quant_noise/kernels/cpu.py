@@ -121,7 +121,7 @@ _ARGUMENTS = {
     "least_double": [_AT, _N, _N, _AT, _AT, _N, _AT, _N],
     "decode": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N],
     "decode_wide": [_AT, _N, _N, _AT, _N, _N, _N, _AT, _N],
-    "linear": [_AT, _AT, _N, _AT, _N],
+    "linear": [_AT, _AT, _N, _AT, _AT, _N],
     "panel_rows": [],
     "linear_of_codes": [_AT, _N, _N, _AT, _AT, _N, _AT, _N, _AT, _AT, _N],
     "linear_of_centroids": [_AT, _N, _N, _N, _AT, _AT, _N, _AT, _AT, _AT, _AT, _N],
@@ -136,7 +136,7 @@ class Weight(ctypes.Structure):
     _fields_ = [
         ("codes", _AT),
         *((name, _N) for name in ("blocks", "d", "rows", "wide")),
-        *((name, _AT) for name in ("centroids", "columns", "bias", "now", "seen")),
+        *((name, _AT) for name in ("centroids", "columns", "now", "seen")),
         ("count", _N),
         ("panel", _AT),
         ("fits_panel", _N),
@@ -193,8 +193,10 @@ def linear(x: Tensor, codes: Tensor, centroids: Tensor, bias: Tensor | None = No
     x, codes, added = x.contiguous(), codes.contiguous(), _contiguous(bias)
     out = x.new_empty(*x.shape[:-1], codes.shape[1])
     weight = Weight.of(codes, centroids.shape[1], wide, tables(centroids))
-    weight.bias, n = _pointer(added), x.numel() // weight.inner
-    library().linear(ctypes.addressof(weight), x.data_ptr(), n, out.data_ptr(), torch.get_num_threads())
+    n = x.numel() // weight.inner
+    library().linear(
+        ctypes.addressof(weight), x.data_ptr(), n, _pointer(added), out.data_ptr(), torch.get_num_threads()
+    )
     return out
 
 

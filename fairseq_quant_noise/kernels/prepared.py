@@ -5,6 +5,7 @@ tables of centroids, the structure that the kernel reads. Of a small weight it a
 """
 
 import ctypes
+import threading
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from . import cpu
 #: Rows times row length of a weight whose decoded numbers are kept, in float16, once it is multiplied by 2 to 12 rows:
 #: 512 KiB at most, which fit a second-level cache beside the rest.
 LARGEST_PANEL = 1 << 18
+_DECODING = threading.Lock()  # a panel is made once, since others may read it without Python's lock
 _DONE, _WANTS_PANEL = 1, 2  # what the kernel answers
 
 
@@ -45,7 +47,8 @@ class Prepared:
         self._weight.now, self._weight.seen, self._weight.count = centroids.data_ptr(), seen.data_ptr(), count
         # Aliases, so that nothing else comes to lie at these addresses.
         self._held, self._places = (seen, tables, centroids.detach()), (codes.data_ptr(), centroids.data_ptr())
-        self.codes, self._bias = (codes, codes._version), (None, None, None)
+        self.codes = codes, codes._version
+        self._bias: tuple[Any, int | None] = None, None
         self.rows, self.inner = len(codes), self._weight.inner
         self.panel: Tensor | None = None
         self._weight.fits_panel = self._fits(rounded, wide)
@@ -58,41 +61,43 @@ class Prepared:
     def linear(self, x: Tensor, codes: Any, centroids: Any, bias: Any) -> Tensor | None:
         """x W^T + bias for (..., I), gradients off: (..., O).
 
-        None where x is no contiguous float32 of a CPU, or codes (O, I/d) or centroids (K, d) are no longer what this
+        None where x is no plain float32 tensor of a CPU, or codes (O, I/d) or centroids (K, d) are no longer what this
         was made of.
         """
         shape = x.shape
-        if not (x.dtype is torch.float32 and x.is_contiguous() and x.is_cpu and len(shape) and shape[-1] == self.inner):
+        plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu  # fake ones have no numbers
+        if not (plain and len(shape) and shape[-1] == self.inner):
             return None
+        x = x.contiguous()
         known, version = self.codes
         if codes is not known or codes._version != version:
             return None
-        if (codes.data_ptr(), centroids.data_ptr()) != self._places or not self._takes_bias(bias):
+        if (codes.data_ptr(), centroids.data_ptr()) != self._places or (found := self._bias_at(bias)) is None:
             return None
         n = shape[0] if len(shape) == 2 else x.numel() // self.inner
         if n == 0:
             return None
         out = x.new_empty((n, self.rows) if len(shape) == 2 else (*shape[:-1], self.rows))
-        arguments = self._address, x.data_ptr(), n, out.data_ptr(), torch.get_num_threads()
+        arguments = self._address, x.data_ptr(), n, found[1], out.data_ptr(), torch.get_num_threads()
         answer = self._kernel(*arguments)
         if answer == _WANTS_PANEL:
             self._decode()
             answer = self._kernel(*arguments)
         return out if answer == _DONE else None
 
-    def _takes_bias(self, bias: Any) -> bool:
-        """Whether the kernel reads this bias (O,), or that there is none."""
-        known, address, _ = self._bias
-        if bias is known and (bias is None or bias.data_ptr() == address):
-            return True
-        if bias is not None:
-            if bias.dtype != torch.float32 or not bias.is_cpu or bias.shape != (self.rows,) or not bias.is_contiguous():
-                return False
-            self._bias = bias, bias.data_ptr(), bias.detach()
+    def _bias_at(self, bias: Any) -> "tuple[Any, int | None] | None":
+        """The bias (O,), or None, with its address; None where the kernel cannot read it."""
+        known = self._bias
+        if bias is known[0] and (bias is None or bias.data_ptr() == known[1]):
+            return known
+        if bias is None:
+            found: tuple[Any, int | None] = None, None
+        elif bias.dtype != torch.float32 or not bias.is_cpu or bias.shape != (self.rows,) or not bias.is_contiguous():
+            return None
         else:
-            self._bias = None, None, None
-        self._weight.bias = self._bias[1]
-        return True
+            found = bias, bias.data_ptr()
+        self._bias = found
+        return found
 
     def _fits(self, rounded: Tensor, wide: bool) -> bool:
         """Whether the decoded weight may be kept: it is small, and exact in float16."""
@@ -103,11 +108,12 @@ class Prepared:
 
     def _decode(self) -> None:
         beside = cpu.library().panel_rows()
-        with torch.inference_mode(False):
+        with _DECODING, torch.inference_mode(False):
+            if self.panel is not None:  # by another thread meanwhile, which may be reading it
+                return
             weight = cpu.decode(self.codes[0], self._held[1][0]).half()  # (O, I)
-            panel = weight.view(-1, beside, self.inner).transpose(1, 2)  # (O / beside, I, beside)
-            self.panel = _aligned(panel)
-        self._weight.panel = self.panel.data_ptr()
+            self.panel = _aligned(weight.view(-1, beside, self.inner).transpose(1, 2))  # (O / beside, I, beside)
+            self._weight.panel = self.panel.data_ptr()
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -76,8 +76,11 @@ class PQProducts(QuantizedWeight):
         if self.in_integers(x):
             return linear_of_centroids(x, kept[1], *self.centroids_in_bytes(), bias, getattr(x, GRID, None))
         rounded = self.stored_centroids()
-        self._prepared = self._made_ready(rounded)
-        return linear(x, kept[1], rounded, bias)
+        self._prepared = prepared = self._made_ready(rounded)
+        found = None
+        if prepared is not None:  # now already, or the next product would be another in the last digits
+            found = prepared.linear(x, self._buffers[CODES], self._parameters[CENTROIDS], bias)
+        return linear(x, kept[1], rounded, bias) if found is None else found
 
     def _made_ready(self, rounded: Tensor) -> Prepared | None:
         """What `product` needs of the weight as it is; None in a graph, and where another form multiplies."""

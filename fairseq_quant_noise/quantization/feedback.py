@@ -33,6 +33,7 @@ from .targets import Target
 
 LOOKED_UP = 0.5  # share of the correlations that is left to a weight that is looked up, too
 NO_CORRELATIONS, NO_GAIN = "no correlations to feed errors back by", "no gain by error feedback"  # for the log
+_NOISE = 1e-10  # a share of the squared means below which a variance is rounding
 _LEAST = 1e-4  # M_ii and g_r, at least, as a share of their means
 
 
@@ -127,10 +128,10 @@ class _Sums:
             groups = len(self._sums[name])
             means = self._sums[name].double() * (groups / count)  # of y
             found = self.found[name].double() / count - means.t() @ means / groups
+            means += self._shifts[name]  # of x
             if self._outputs.get(name) != 0:
-                means += self._shifts[name]
                 found += means.t() @ means / groups
-            if found.any():
+            if found.trace() > _NOISE * means.square().sum():
                 self.found[name] = found.float()
             else:
                 del self.found[name]  # nothing but zeros has reached it, or nothing but their mean

@@ -235,8 +235,7 @@ def test_a_quantized_linear_multiplies_by_codes_in_evaluation_only(monkeypatch):
     model, seen = quantized(nn.Linear(32, 48)), []
 
     def product(self, x, bias):
-        found = kernels_product(self, x, bias)
-        if found is not None:
+        if (found := kernels_product(self, x, bias)) is not None:
             seen.append(x.shape)
         return found
 

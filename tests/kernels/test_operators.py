@@ -55,7 +55,9 @@ def test_export_takes_a_network_that_still_trains(plan):
     model, x = quantize_(network(), PLANS[plan]).eval(), torch.arange(8)
     with torch.no_grad():
         expected = model(x)
-        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+        torch.testing.assert_close(
+            torch.export.export(model, (x,)).module()(x), expected
+        )  # small weights sum otherwise
         assert torch.equal(model(x), expected)  # nothing of the graph is left in it
 
 
@@ -72,8 +74,8 @@ def test_compile_after_a_call_sees_centroids_that_change():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         before = compiled(x)
         model[3]._modules["weight"].centroids.mul_(2)
-        assert not torch.equal(compiled(x), before)
-        assert torch.equal(compiled(x), model(x))
+        assert (compiled(x) - before).abs().max() > 0.01
+        torch.testing.assert_close(compiled(x), model(x))  # a graph sums a few rows otherwise
 
 
 @pytest.mark.parametrize("bias", [torch.ones(24), None], ids=["bias", "none"])

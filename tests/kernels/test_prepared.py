@@ -60,6 +60,25 @@ def test_inputs_of_other_kinds_go_the_other_way(warm):
     assert layer(torch.randn(2, 32)).requires_grad  # gradients are on
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8, 12, 13])
+def test_the_first_product_is_the_same_as_those_after_it(rows):
+    layer, _ = layer_in_codes(64, 32, 4)
+    x = torch.randn(rows, 32)
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(layer(x), first)
+
+
+def test_modules_with_biases_of_their_own_share_a_weight(warm):
+    layer, weight, x = warm
+    other = torch.randn(64)
+    with torch.no_grad():
+        without = layer(x) - layer.bias
+        torch.testing.assert_close(weight.product(x, other), without + other)
+        torch.testing.assert_close(weight.product(x, None), without)
+        torch.testing.assert_close(layer(x), without + layer.bias)
+
+
 @pytest.mark.parametrize("ready", [True, False])
 def test_a_row_of_another_length_is_refused(ready):
     """It used to be read as rows of the weight's length."""

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from lm_fixture import FFN, NAG, PLANS, batch, both_kinds, same, state_of
-from torch import nn
 from toys import Tied, quiet, refuses
 
 from fairseq_quant_noise import quantize_, second_moments
@@ -353,30 +352,6 @@ def test_squared_gradients_are_those_of_the_mean_loss_of_each_batch(lab):
         expected += gradient.square()
     torch.testing.assert_close(found["decoder.layers.0.fc1.weight"], expected.bfloat16())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_squared_gradients_go_by_the_statistics_of_each_batch():
-    """A kernel of one number only scales its channel, which batch normalisation takes away."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4, eps=1e-12), nn.Flatten(), nn.Linear(36, 2)).train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    x, y = torch.randn(16, 1, 3, 3), torch.randint(2, (16,))
-
-    def criterion(model, sample):
-        return nn.functional.cross_entropy(model(sample), y, reduction="sum"), len(y), {}
-
-    found = squared_gradients(model, criterion, [x])
-    assert found["3.weight"].max() > 1e-4
-    assert found.get("0.weight", torch.zeros(1)).max() < 1e-8
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert model[1].training
-
-
-def test_a_batch_with_one_value_a_channel_has_no_statistics():
-    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4))
-    with refuses("batch statistics: a batch has one value a channel"):
-        squared_gradients(model, lambda model, x: (model(x).sum(), 1, {}), [torch.ones(1, 1, 1, 1)])
-    assert model[1].num_batches_tracked == 0
 
 
 def test_a_pruned_run_weighs_by_the_layers_that_stay(lab, weighed):

@@ -11,7 +11,7 @@
 extern "C" {
 void linear_of_codes(const float*, int64_t, int64_t, const float*, const uint8_t*, int64_t, const float*, int64_t,
                      const float*, float*, int64_t);
-int64_t linear(const kernels::Weight*, const float*, int64_t, float*, int64_t);
+int64_t linear(const kernels::Weight*, const float*, int64_t, const float*, float*, int64_t);
 }
 float rnd() { return rand() / (float)RAND_MAX * 2 - 1; }
 int main() {
@@ -51,9 +51,9 @@ int main() {
         for (auto& v : cen) v = rnd();
         for (int k = 0; k < 256; k++)
           for (int j = 0; j < d; j++) col[j * 256 + k] = cen[k * d + j];
-        kernels::Weight w{c.data(),    blocks,     d,          rows,    0,       cen.data(), col.data(),
-                          bias.data(), cen.data(), cen.data(), 256 * d, nullptr, 0};
-        if (linear(&w, x.data(), n, out.data(), 1) != 1) return 2;
+        kernels::Weight w{c.data(),   blocks,     d,          rows,    0,       cen.data(),
+                          col.data(), cen.data(), cen.data(), 256 * d, nullptr, 0};
+        if (linear(&w, x.data(), n, bias.data(), out.data(), 1) != 1) return 2;
         for (int i = 0; i < n; i++)
           for (int r = 0; r < rows; r++) {
             double s = bias[r];

@@ -53,7 +53,7 @@ void multiply(const float* x, int64_t inner, const uint16_t* panel, const float*
 
 bool wants_panel(const Weight& weight, int64_t n) { return weight.fits_panel && n >= 2 && n <= 2 * most; }
 
-void linear_by_panel(const float* x, int64_t n, const Weight& weight, float* out, int64_t threads) {
+void linear_by_panel(const float* x, int64_t n, const Weight& weight, const float* bias, float* out, int64_t threads) {
   constexpr decltype(&multiply<1>) forms[] = {multiply<1>, multiply<2>, multiply<3>,
                                               multiply<4>, multiply<5>, multiply<6>};
   const int64_t inner = weight.blocks * weight.d, rows = weight.rows, share = parts(n, parts(n, most));  // 7: 4 and 3
@@ -61,8 +61,7 @@ void linear_by_panel(const float* x, int64_t n, const Weight& weight, float* out
     const int64_t row = task * wide;
     for (int64_t i = 0; i < n; i += share) {
       forms[std::min(share, n - i) - 1](x + i * inner, inner, weight.panel + row * inner,
-                                        weight.bias == nullptr ? nullptr : weight.bias + row, out + i * rows + row,
-                                        rows);
+                                        bias == nullptr ? nullptr : bias + row, out + i * rows + row, rows);
     }
   });
 }
@@ -70,7 +69,7 @@ void linear_by_panel(const float* x, int64_t n, const Weight& weight, float* out
 #else
 
 bool wants_panel(const Weight&, int64_t) { return false; }
-void linear_by_panel(const float*, int64_t, const Weight&, float*, int64_t) {}
+void linear_by_panel(const float*, int64_t, const Weight&, const float*, float*, int64_t) {}
 
 #endif
 

@@ -12,7 +12,6 @@ struct Weight {             // as kernels/cpu.py writes it
   int64_t wide;             // whether codes have 32 bits
   const float* centroids;   // (256, d), or (4096, d)
   const float* columns;     // (d, 256)
-  const float* bias;        // (rows), or nullptr
   const float *now, *seen;  // (count): centroids as they are, and as they were when the tables above were made
   int64_t count;            // 0 where nobody needs to look
   const uint16_t* panel;    // the decoded weight in float16 (panel.cpp), or nullptr
@@ -21,7 +20,7 @@ struct Weight {             // as kernels/cpu.py writes it
 
 // Whether the decoded weight is faster for n rows of x than any form that reads the codes.
 bool wants_panel(const Weight& weight, int64_t n);
-void linear_by_panel(const float* x, int64_t n, const Weight& weight, float* out, int64_t threads);
+void linear_by_panel(const float* x, int64_t n, const Weight& weight, const float* bias, float* out, int64_t threads);
 
 }  // namespace kernels
 
