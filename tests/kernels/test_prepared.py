@@ -69,6 +69,22 @@ def test_the_first_product_is_the_same_as_those_after_it(rows):
         assert torch.equal(layer(x), first)
 
 
+@with_panels
+def test_a_panel_is_made_once_by_all_threads_together(warm):
+    _, weight, _ = warm
+    panel = weight._prepared.panel
+    assert panel is not None
+    weight._prepared._decode()  # as by a thread that has seen no panel yet
+    assert weight._prepared.panel is panel
+
+
+def test_inputs_in_another_order_leave_what_is_prepared(warm):
+    layer, weight, x = warm
+    prepared = weight._prepared
+    assert_follows(layer, x.t().contiguous().t())
+    assert weight._prepared is prepared
+
+
 def test_modules_with_biases_of_their_own_share_a_weight(warm):
     layer, weight, x = warm
     other = torch.randn(64)

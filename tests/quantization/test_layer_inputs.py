@@ -120,6 +120,14 @@ def test_large_means_and_channels_that_stay_the_same_do_no_harm():
     assert any("error feedback" in line for line in lines)
 
 
+def test_inputs_that_never_change_before_batch_normalisation_are_left_out():
+    model = normed(1)
+    model[0].padding = (0, 0)
+    with measuring_inputs(model, ["0"]) as found:
+        model(torch.full((3, 4, 9, 9), 0.1))
+    assert not found
+
+
 def test_a_layer_that_only_sometimes_meets_batch_normalisation_keeps_its_means():
     model, x = normed(1), torch.rand(6, 4, 8, 8)
     with measuring_inputs(model, ["0"]) as found:

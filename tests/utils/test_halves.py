@@ -50,3 +50,11 @@ def test_each_variance_counts_by_itself(value):
 def test_what_was_rounded_once_stays_as_it_is():
     once = halved("bias", torch.randn(1000, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(halved("bias", once.float()), once)
+
+
+def test_buffers_whose_use_nobody_knows_have_to_be_exact():
+    counts, frequencies = torch.tensor([4099.0]), 10000 ** -(torch.arange(8) / 8)
+    assert halved("count", counts, is_buffer=True) is counts
+    assert halved("rope.inv_freq", frequencies, is_buffer=True) is frequencies
+    assert halved("mask", torch.ones(3), is_buffer=True).dtype == torch.float16
+    assert halved("norm.running_mean", frequencies, is_buffer=True).dtype == torch.float16
