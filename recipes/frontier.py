@@ -1,13 +1,11 @@
 """Draw what compression costs against how far it goes: the paper's figures beside the committed lines.
 
-    python -m recipes.frontier docs     reads codes.jsonl and posthoc.jsonl in docs, and writes frontier.svg there
+docs/frontier.svg is drawn from docs/codes.jsonl and docs/posthoc.jsonl by `python -m recipes.pages`.
 
 A panel is a job: language modelling, MNLI, images. Networks differ between the paper and here, so what is drawn is the
 loss of each against the dense network that it was made from.
 """
 
-import argparse
-import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from fairseq_quant_noise.report.paper import POINTS
 from fairseq_quant_noise.report.pictures import COLORS, image, plain_sizes, settings
 from fairseq_quant_noise.utils.files import replace_file
 from recipes.posthoc.table import DENSE
+from recipes.results import json_lines
 
 #: Group -> colour and marker; ours are filled.
 GROUPS = {
@@ -104,10 +103,7 @@ def networks(metric: str, lines: Iterable[dict[str, Any]]) -> list[Mark]:
 
 def marks(docs: Path) -> dict[str, list[Mark]]:
     """The marks of each panel."""
-    codes, posthoc = (
-        [json.loads(line) for line in (docs / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for name in ("codes", "posthoc")
-    )
+    codes, posthoc = (json_lines(docs / f"{name}.jsonl") for name in ("codes", "posthoc"))
     ours = {"ppl": language_models(codes)} | {metric: networks(metric, posthoc) for metric in TASKS}
     return {metric: published(metric) + ours[metric] for metric in PANELS}
 
@@ -143,16 +139,3 @@ def picture(found: dict[str, list[Mark]]) -> bytes:
 def write(docs: Path) -> None:
     """Draw frontier.svg in `docs` from the lines there."""
     replace_file(docs / "frontier.svg", picture(marks(docs)))
-
-
-def main() -> None:
-    """Write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("docs", type=Path)
-    docs = parser.parse_args().docs
-    write(docs)
-    print(f"{docs / 'frontier.svg'}: written")
-
-
-if __name__ == "__main__":
-    main()

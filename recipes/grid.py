@@ -6,13 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from recipes.results import json_lines
+
 S = TypeVar("S")  # a dataclass
 
 
 def missing(settings: Iterable[S], lines: Path) -> Iterator[S]:
     """The settings that have no line when their turn comes; other processes may write to the file meanwhile."""
     for setting in settings:
-        done = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        done = json_lines(lines) if lines.exists() else []
         if not any(asdict(setting).items() <= line.items() for line in done):  # type: ignore[call-overload]
             yield setting
 

@@ -6,7 +6,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; TABLES makes i
 (recipes/frontier.py) and evidence.png, which comes with the whole of evidence.md (recipes/evidence/page.py).
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from recipes.evidence.page import CLAIM_HEADER, claim_row
 from recipes.evidence.page import write as write_evidence
 from recipes.frontier import write as write_frontier
 from recipes.posthoc.table import table as posthoc_table
+from recipes.results import json_lines
 from recipes.table1.table import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ SHOWN = (
 
 def lines(name: str) -> list[dict[str, Any]]:
     """The lines of docs/NAME.jsonl."""
-    return [json.loads(line) for line in (DOCS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return json_lines(DOCS / f"{name}.jsonl")
 
 
 def beyond() -> str:

@@ -21,6 +21,11 @@ from fairseq_quant_noise.artifact.inspection import inspection
 METHODS = {"paper": "", "best": "-best"}
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def perplexity(log: Path) -> float:
     """The perplexity that fairseq-eval-lm reports, from its loss in bits, which has more digits."""
     found = re.findall(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", log.read_text())

@@ -64,8 +64,8 @@ def quantize(args: argparse.Namespace) -> None:
 
 def _check_stages(args: argparse.Namespace, the_plan: Plan) -> None:
     """Before any work: that the plan has something to do, and data where it needs them. Raises UserError."""
-    asks = the_plan.dense.bits == 32 or the_plan.activations is not None or the_plan.encode.feeds_back
-    if not the_plan.stages and asks:  # `dense: fp16` alone needs no stages
+    halves_alone = the_plan.dense.bits == 16 and the_plan.activations is None and not the_plan.encode.feeds_back
+    if not the_plan.stages and not halves_alone:
         raise UserError(f"quantize: plan {args.plan} has no stages; add what to quantize")
     if the_plan.activations is not None and args.calibration_data is None:
         raise UserError(

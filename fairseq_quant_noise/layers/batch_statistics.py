@@ -43,7 +43,7 @@ def estimating(model: nn.Module) -> Iterator[None]:
     momenta = {name: norm.momentum for name, norm in norms.items()}
     reached: set[str] = set()
     try:
-        with evaluating(model):
+        with _enough_values(), evaluating(model):
             for norm in norms.values():
                 norm.reset_running_stats()
                 norm.momentum = None  # all batches count alike, where a momentum would weigh the last ones most
@@ -52,10 +52,6 @@ def estimating(model: nn.Module) -> Iterator[None]:
         _mean_over_ranks(list(norms.values()))
         _check(norms)
         reached = {name for name, norm in norms.items() if norm.num_batches_tracked}
-    except ValueError as error:
-        if _ONE_VALUE not in str(error):
-            raise
-        raise UserError(f"batch statistics: a batch has one value a channel ({error}); give larger batches") from None
     finally:
         for name, norm in norms.items():
             norm.momentum = momenta[name]
@@ -80,16 +76,24 @@ def by_batch(model: nn.Module) -> Iterator[None]:
     for norm in norms.values():
         norm.training = True
     try:
-        yield
-    except ValueError as error:
-        if _ONE_VALUE not in str(error):
-            raise
-        raise UserError(f"batch statistics: a batch has one value a channel ({error}); give larger batches") from None
+        with _enough_values():
+            yield
     finally:
         for norm, training, buffers in before:
             norm.training = training
             for buffer, old in zip(_buffers(norm), buffers, strict=True):
                 buffer.copy_(old)
+
+
+@contextmanager
+def _enough_values() -> Iterator[None]:
+    """Name what is wrong where a batch has one value a channel; raises UserError."""
+    try:
+        yield
+    except ValueError as error:
+        if _ONE_VALUE not in str(error):
+            raise
+        raise UserError(f"batch statistics: a batch has one value a channel ({error}); give larger batches") from None
 
 
 def _buffers(norm: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -139,8 +139,8 @@ class _Sums:
 
 
 def feeds_back(target: Target) -> bool:
-    """Whether error feedback can encode the weight: a histogram's range is searched for again, and would be another."""
-    return target.rule.range != "histogram"
+    """Whether error feedback can encode the weight; a histogram's range is searched for again, and would be another."""
+    return target.rule.format.has_codebook or target.rule.range != "histogram"
 
 
 def _products(weight: Weight) -> list[nn.Module]:

@@ -16,7 +16,7 @@ import yaml
 from fairseq_quant_noise.accounting import MIB
 from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.artifact.inspection import inspection
-from recipes.results import perplexity
+from recipes.results import json_lines, perplexity
 from recipes.table1.plans import LAYERS, shipped
 from recipes.table1.table import markdown
 
@@ -101,7 +101,7 @@ def main() -> None:
         lines = lines_of(args.path)
         (args.path / "codes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     else:
-        lines = [json.loads(line) for line in args.path.read_text(encoding="utf-8").splitlines()]
+        lines = json_lines(args.path)
     print(table(lines))
 
 

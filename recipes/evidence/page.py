@@ -19,7 +19,7 @@ from fairseq_quant_noise.artifact import read
 from fairseq_quant_noise.artifact.inspection import inspection
 from recipes.evidence.claims import CLAIMS, Finding, find
 from recipes.evidence.grid import NETWORKS
-from recipes.results import perplexity
+from recipes.results import json_lines, perplexity
 from recipes.table1.table import markdown
 
 Line = dict[str, Any]
@@ -152,10 +152,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--from", dest="source", type=Path, help="read the lines of this file instead of the runs")
     args = parser.parse_args()
-    if args.source is None:
-        lines = collect(args.out)
-    else:
-        lines = [json.loads(entry) for entry in args.source.read_text(encoding="utf-8").splitlines()]
+    lines = collect(args.out) if args.source is None else json_lines(args.source)
     if not lines:
         parser.error(f"{args.out} has no finished run; run: bash recipes/evidence.sh")
     page = write(lines, args.out)

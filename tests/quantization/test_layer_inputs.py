@@ -257,6 +257,12 @@ def test_feedback_that_does_not_help_leaves_the_codes_of_k_means(monkeypatch):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_range_which_product_quantization_has_not_changes_nothing():
+    plan = {"stages": [PLAN["stages"][0] | {"range": "histogram"}], "encode": "feedback"}
+    found, expected = (quantized_state(quantized(network(), given)) for given in (plan, PLAN))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_without_data_it_is_refused_before_any_work():
     model = network()
     with refuses("the plan's encode: feedback needs data; give calibration inputs, or leave it out"):
